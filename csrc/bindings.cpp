@@ -1,0 +1,54 @@
+// The module _C: facts about the native build. No op needs it.
+
+#include "common/kernel_table.h"
+
+#include <dlfcn.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_facts() {
+  py::dict facts;
+  facts["cuda"] = PEFT_KERNELS_CUDA_VERSION;
+  facts["torch"] = PEFT_KERNELS_TORCH_VERSION;
+  facts["architectures"] = PEFT_KERNELS_ARCHITECTURES;
+  facts["compiler"] = PEFT_KERNELS_COMPILER;
+  return facts;
+}
+
+py::list kernels(const std::string& library) {
+  using Query = int (*)(int, peft_kernels::KernelResources*, const char**);
+  // Loaded already, by torch: it is the very library that the ops run from.
+  void* handle = dlopen(library.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+  void* symbol = handle ? dlsym(handle, "peft_kernels_kernel_resources") : nullptr;
+  if (symbol == nullptr) throw std::runtime_error("expected the loaded native library, got " + library);
+  const auto query = reinterpret_cast<Query>(symbol);
+
+  py::list found;
+  peft_kernels::KernelResources resources{};
+  const char* error = nullptr;
+  for (int index = 0; query(index, &resources, &error) == 0; ++index) {
+    if (error != nullptr) throw std::runtime_error(std::string("the kernels' resources need a GPU: ") + error);
+    py::dict kernel;
+    kernel["name"] = resources.name;
+    kernel["registers"] = resources.registers;
+    kernel["shared_bytes"] = resources.shared_bytes;
+    kernel["local_bytes"] = resources.local_bytes;
+    found.append(kernel);
+  }
+  return found;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Facts about the native build of peft_kernels.";
+  m.def("build_facts", &build_facts, "What the library was built with: cuda, torch, architectures, compiler.");
+  m.def("kernels", &kernels, py::arg("library"),
+        "Registers, shared and local bytes of every kernel of the loaded library, as this GPU runs it.");
+}

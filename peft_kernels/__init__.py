@@ -1,0 +1,20 @@
+"""Hand-written Triton and CUDA kernels for fused parameter-efficient fine-tuning (PEFT).
+
+Importing this package has no side effect beyond registering its ops with torch, and needs no GPU, no nvcc
+and no Triton.
+"""
+
+from . import integrations, nn
+from .backends import use_backend
+from .ops.lora_linear import Projection, lora_linear, lora_linear_shared_input
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Projection",
+    "integrations",
+    "lora_linear",
+    "lora_linear_shared_input",
+    "nn",
+    "use_backend",
+]

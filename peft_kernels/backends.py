@@ -1,0 +1,136 @@
+"""The one place where a backend is chosen.
+
+Every public op asks :func:`choose` once, before its first launch. The answer travels to the kernels as an
+argument of the op (and through autograd's context to the backward), so a forward and its backward never
+disagree, whichever thread the backward runs on. Nothing here ever falls back after a failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+#: What `use_backend` and the environment variable PEFT_KERNELS_BACKEND accept. `triton` chooses between the
+#: fused GEMM and the vendor's GEMM by rule (`configs.py` of the room); the two suffixed names force one.
+NAMES = ("auto", "reference", "triton", "triton:fused", "triton:blas", "cuda")
+
+#: op -> the backends that implement it.
+OPS = {
+    "lora_linear": ("reference", "triton"),
+    "lora_linear_shared_input": ("reference", "triton"),
+}
+
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Choice(NamedTuple):
+    """A backend and, in a few words, why it was taken."""
+
+    backend: str
+    reason: str
+
+
+class _Request:
+    """What the user asked for. One object for the process: the backward of CUDA tensors runs on threads of
+    autograd's own, and neither a thread-local nor a ContextVar survives `torch.compile(fullgraph=True)`."""
+
+    def __init__(self) -> None:
+        self.backend = _checked(os.environ.get("PEFT_KERNELS_BACKEND", "auto"))
+
+
+def _checked(name: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"expected a backend among {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+_request = _Request()
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the ops called inside the block on one backend: `with pk.use_backend("reference"): …`.
+
+    Args:
+        name: one of `auto`, `reference`, `triton`, `cuda`; `triton:fused` and `triton:blas` force one way
+            to expand the low-rank product (see `ops/lora_linear/README.md`).
+
+    The setting holds for the whole process. A backward runs on the backend that its forward took.
+
+    Raises:
+        ValueError: for a name that is none of these. A backend that cannot run here is refused by the op.
+    """
+    previous, _request.backend = _request.backend, _checked(name)
+    try:
+        yield
+    finally:
+        _request.backend = previous
+
+
+def choose(op: str, tensor: torch.Tensor) -> str:
+    """The backend that `op` takes for `tensor`, the input that decides (its device and compute dtype).
+
+    Raises:
+        RuntimeError: if the backend that was asked for cannot run here; the line says why.
+    """
+    return _resolve(op, _request.backend, tensor.device.type, tensor.dtype)
+
+
+def explain(op: str, device_type: str, dtype: torch.dtype) -> Choice:
+    """What `choose` would answer for tensors of this device type and dtype, and why."""
+    requested = _request.backend
+    backend = _resolve(op, requested, device_type, dtype)
+    if requested != "auto":
+        return Choice(backend, f"asked for: {requested}")
+    missing = _why_not_triton(device_type, dtype)
+    return Choice(backend, missing or f"{device_type} tensors and Triton {_triton_version()}")
+
+
+# Under torch.compile the answer is a constant of the trace: the request is guarded where it is read, in
+# `choose`, and the device type and dtype are part of every graph's guards.
+@torch.compiler.assume_constant_result
+def _resolve(op: str, requested: str, device_type: str, dtype: torch.dtype) -> str:
+    return _decide(op, requested, device_type, dtype)
+
+
+@functools.cache
+def _decide(op: str, requested: str, device_type: str, dtype: torch.dtype) -> str:
+    family = requested.partition(":")[0]
+    if family == "auto":
+        return "triton" if _why_not_triton(device_type, dtype) is None else "reference"
+    if family not in OPS[op]:
+        raise RuntimeError(
+            f"{op}: expected one of the backends {', '.join(OPS[op])}, got {requested!r}, which it does not have"
+        )
+    if family == "triton":
+        missing = _why_not_triton(device_type, dtype, interpreting=_interpreting())
+        if missing:
+            raise RuntimeError(f"{op}: the backend {requested!r} cannot run here: {missing}")
+    return requested
+
+
+def _why_not_triton(device_type: str, dtype: torch.dtype, interpreting: bool = False) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device_type != "cuda" and not interpreting:
+        return f"expected CUDA tensors, got {device_type}"
+    if dtype not in _TRITON_DTYPES:
+        return f"expected float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def _interpreting() -> bool:
+    """Whether Triton's kernels run in its interpreter, on the CPU (for tests; `auto` never takes it)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_version() -> str:
+    from importlib.metadata import version
+
+    return version("triton")

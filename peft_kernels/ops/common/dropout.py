@@ -1,0 +1,96 @@
+"""The dropout contract that every backend keeps: which element is dropped is a pure function of a seed.
+
+Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11, table 2: the
+fewest rounds that pass BigCrush with a margin) gives 128 bits a call, that is eight draws of 16 bits: one
+call decides eight neighbours in a row, and one byte of the mask holds them.
+
+    element (m, k) of stream j
+    key      (seed mod 2³², seed div 2³²)
+    counter  (m mod 2³², k div 8, m div 2³², j)
+    draw     the 16 bits number k mod 8, lowest first, of the four words; read as a signed integer
+    kept     draw ≥ threshold(p), so P(dropped) = round(65536·p) / 65536
+    bit      k mod 8 of byte k div 8 of row m; set where the element is kept
+
+The streams are the projections that share one x. The seed is a tensor drawn by torch outside of any op, so
+checkpointing and CUDA graphs replay it. Kept elements are multiplied by 1/(1−p), by whoever uses the mask.
+"""
+
+from __future__ import annotations
+
+import torch
+
+ROUNDS = 7
+_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_LOW = 0xFFFFFFFF
+_BYTES_PER_CHUNK = 1 << 16  # mask bytes generated at once: the int64 temporaries then stay in the L2 cache
+_PACK = 0x0102040810204080  # gathers the lowest bit of eight bytes in the highest byte, first byte lowest
+_SPREAD = 0x0101010101010101
+_BIT_OF_BYTE = -0x7FBFDFEFF7FBFDFF  # 0x8040201008040201 as a signed integer: bit i in byte i
+
+
+def draw_seed(device: torch.device) -> torch.Tensor:
+    """A seed from torch's generator of this device, int64 [1]; `torch.manual_seed` governs it."""
+    return torch.randint(2**63 - 1, (1,), device=device, dtype=torch.int64)
+
+
+def threshold(p: float) -> int:
+    """The draw from which on an element is kept, in [−32768, 32768]; 0 < p < 1 never becomes 0 or 1."""
+    dropped = min(max(round(p * 65536), 1), 65535) if 0.0 < p < 1.0 else int(p) * 65536
+    return dropped - 32768
+
+
+def rescale(p: float) -> float:
+    """1/(1−p), and 0 where everything is dropped."""
+    return 1.0 / (1.0 - p) if p < 1.0 else 0.0
+
+
+def mask_bytes(columns: int) -> int:
+    """Bytes of one row of the mask."""
+    return (columns + 7) // 8
+
+
+def draw_mask(seed: torch.Tensor, rows: int, columns: int, p: float, streams: int) -> torch.Tensor:
+    """The packed mask, uint8 [streams, rows, ceil(columns / 8)], in plain PyTorch on the seed's device.
+
+    Bits beyond the last column are drawn like the others; nobody reads them.
+    """
+    groups = mask_bytes(columns)
+    mask = torch.empty(streams, rows, groups, dtype=torch.uint8, device=seed.device)
+    step = max(1, _BYTES_PER_CHUNK // max(groups, 1))
+    group = torch.arange(groups, device=seed.device)
+    for stream in range(streams):
+        for start in range(0, rows, step):
+            row = torch.arange(start, min(start + step, rows), device=seed.device)[:, None]
+            words = _philox(seed, (row & _LOW, group, row >> 32, torch.full_like(seed, stream)))
+            kept = torch.empty(len(row), groups, 4, dtype=torch.int32, device=seed.device)
+            for i, word in enumerate(words):
+                kept[..., i] = word
+            kept = kept.view(torch.int16) >= threshold(p)  # [rows, groups, 8]
+            mask[stream, start : start + step] = _pack(kept)
+    return mask
+
+
+def unpack_mask(mask: torch.Tensor, columns: int) -> torch.Tensor:
+    """bool [rows, columns] from one stream's packed mask, uint8 [rows, ceil(columns / 8)]."""
+    spread = (mask.to(torch.int64) * _SPREAD).bitwise_and_(_BIT_OF_BYTE)
+    return spread.view(torch.uint8).ne(0)[:, :columns]
+
+
+def _pack(kept: torch.Tensor) -> torch.Tensor:
+    eight = kept.view(torch.int64).squeeze(-1)  # a bool is a byte, 0 or 1
+    return (eight * _PACK).bitwise_right_shift_(56).to(torch.uint8)
+
+
+def _philox(seed: torch.Tensor, counter: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """Philox4x32 on int64 tensors that hold 32 bits each. Operands stay unbroadcast as long as they can:
+    the first rounds mix rows and columns only little by little."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    for _ in range(ROUNDS):
+        product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1  # wrap modulo 2⁶⁴, as they should
+        c0 = ((product_1 >> 32) ^ (c1 ^ k0)) & _LOW
+        c2 = ((product_0 >> 32) ^ (c3 ^ k1)) & _LOW
+        c1, c3 = product_1 & _LOW, product_0 & _LOW
+        k0, k1 = (k0 + _WEYL_0) & _LOW, (k1 + _WEYL_1) & _LOW
+    return [c0, c1, c2, c3]

@@ -1,0 +1,120 @@
+"""LoRA linear in plain PyTorch: any dtype, any device, forward and explicit backward.
+
+This is the definition that the kernels are tested against, and the path of the CPU: every product is an `mm`
+or an `addmm_` with beta = 1, so that the low-rank term costs no pass over y of its own. The arguments of both
+functions are those of the registered ops (`op.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..common import dropout
+
+
+def forward(
+    x: torch.Tensor,
+    projections: list[torch.Tensor | None],
+    scalings: list[float],
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    shared_dropout: bool,
+    save_s: list[bool],
+    save_mask: bool,
+    high_precision: bool,
+) -> list[torch.Tensor]:
+    """y_j = x·W_jᵀ + bias_j + S_j·B_jᵀ with S_j = scaling_j · D_j(x)·A_jᵀ, for every projection j.
+
+    Returns the ys [..., N_j]; then, if any is to be kept, S [M, Σ R_j] of the projections marked in save_s;
+    then, if it is to be kept, the packed mask [streams, M, ceil(K / 8)].
+    """
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    masks, dropped = None, rows.float() if high_precision else rows
+    if seed is not None:
+        masks = dropout.draw_mask(seed, *rows.shape, dropout_p, 1 if shared_dropout else len(scalings))
+    ys, kept_s = [], []
+    for j, scaling in enumerate(scalings):
+        weight, bias, lora_A, lora_B, row_scaling = projections[5 * j : 5 * j + 5]
+        if masks is not None and (j == 0 or not shared_dropout):
+            dropped = _as(_drop(rows, masks[j]), torch.float32 if high_precision else x.dtype)
+        lora_A, lora_B = _as(lora_A, dropped.dtype), _as(lora_B, dropped.dtype)
+        s = _scaled_mm(dropped, lora_A.t(), scaling * dropout.rescale(dropout_p), row_scaling)
+        y = s.mm(lora_B.t()) if bias is None else torch.addmm(_as(bias, s.dtype), s, lora_B.t())
+        if high_precision:
+            y = y.add_(rows.mm(weight.t())).to(x.dtype)
+        else:  # the large product is added onto the small one: y is read in its epilogue and rounded once more
+            y = y.addmm_(rows, weight.t())
+        ys.append(y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0]))
+        if save_s[j]:
+            kept_s.append(s)
+    if kept_s:
+        ys.append(kept_s[0] if len(kept_s) == 1 else torch.cat(kept_s, dim=1))
+    if save_mask and masks is not None:
+        ys.append(masks)
+    return ys
+
+
+def backward(
+    grad_ys: list[torch.Tensor],
+    x: torch.Tensor | None,
+    s: torch.Tensor | None,
+    masks: torch.Tensor | None,
+    projections: list[torch.Tensor | None],
+    scalings: list[float],
+    ranks: list[int],
+    dropout_p: float,
+    needs_x: bool,
+    needs: list[bool],
+    adapter_dtype: torch.dtype,
+    high_precision: bool,
+) -> list[torch.Tensor]:
+    """The gradients that are needed, in this order: x; then for each projection its weight, bias, A and B.
+
+    dH_j = scaling_j · dy_j·B_j, dx = Σ_j dy_j·W_j + D_j(dH_j·A_j), dA_j = dH_jᵀ·D_j(x), dB_j = dy_jᵀ·S_j.
+    """
+    rows = x if x is None or x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    rescale = dropout.rescale(dropout_p)
+    grad_x, grads, column = None, [], 0
+    for j, grad_y in enumerate(grad_ys):
+        weight, lora_A, lora_B, row_scaling = projections[4 * j : 4 * j + 4]
+        needs_weight, needs_bias, needs_A, needs_B = needs[4 * j : 4 * j + 4]
+        dy = grad_y if grad_y.dim() == 2 else grad_y.reshape(-1, grad_y.shape[-1])
+        low = dy.float() if high_precision else dy
+        mask = None if masks is None else masks[min(j, len(masks) - 1)]
+        if needs_x or needs_A:
+            dh = _scaled_mm(low, _as(lora_B, low.dtype), scalings[j] * rescale, row_scaling)
+        if needs_x:
+            low_rank = dh.mm(_as(lora_A, low.dtype))
+            low_rank = _as(low_rank if mask is None else _drop(low_rank, mask), dy.dtype)
+            grad_x = (low_rank if grad_x is None else grad_x.add_(low_rank)).addmm_(dy, weight)
+        if needs_weight:
+            grads.append(dy.t().mm(rows))
+        if needs_bias:
+            grads.append(dy.sum(0))
+        if needs_A:
+            dropped = _as(rows if mask is None else _drop(rows, mask), low.dtype)
+            grads.append(_as(dh.t().mm(dropped), adapter_dtype))
+        if needs_B:
+            grads.append(_as(low.t().mm(s[:, column : column + ranks[j]]), adapter_dtype))
+            column += ranks[j]
+    if not needs_x:
+        return grads
+    return [grad_x.view(*grad_ys[0].shape[:-1], grad_x.shape[1]), *grads]
+
+
+def _scaled_mm(
+    left: torch.Tensor, right: torch.Tensor, scale: float, row_scaling: torch.Tensor | None
+) -> torch.Tensor:
+    """scale · row_scaling · left·right; the scale is applied before the product is rounded."""
+    product = torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
+    if row_scaling is None:
+        return product
+    return product.mul_(row_scaling.reshape(-1, 1) if row_scaling.dim() else row_scaling)
+
+
+def _drop(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return values * dropout.unpack_mask(mask, values.shape[1])
+
+
+def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # the host's cost of `to` counts at small M

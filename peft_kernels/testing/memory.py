@@ -1,0 +1,43 @@
+"""Poisoned allocations and counted saved tensors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+
+@contextlib.contextmanager
+def poisoned_allocations() -> Iterator[None]:
+    """Inside the block `torch.empty` and its kin hand out NaN (integers: their largest value), so that an
+    element that a kernel forgets to write is seen."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@contextlib.contextmanager
+def saved_tensors(ignore: tuple[torch.Tensor, ...] = ()) -> Iterator[list[torch.Tensor]]:
+    """Collects what autograd saves for backward inside the block, each storage once; parameters and other
+    tensors given in `ignore` cost nothing to keep and are left out."""
+    ignored = {tensor.untyped_storage().data_ptr() for tensor in ignore}
+    found: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in ignored:
+            found.setdefault(pointer, tensor)
+        return tensor
+
+    result: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield result
+    result.extend(found.values())

@@ -1,0 +1,209 @@
+"""The native library: that it is built where nvcc is, what it links, what its kernels take and compute."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_kernels import _native
+
+HAS_NVCC = bool(shutil.which("nvcc") or os.path.exists("/usr/local/cuda/bin/nvcc"))
+pytestmark = pytest.mark.skipif(
+    not HAS_NVCC and not _native.LIBRARY.exists(), reason="needs nvcc, or a native library built before"
+)
+
+
+def split_reduce(*args):
+    return torch.ops.peft_kernels_native.split_reduce(*args)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library():
+    # Where nvcc is, a library that is missing or does not load is a failure, not a skip.
+    assert _native.load(), f"{_native.why_not()} (`make setup` builds it)"
+
+
+def test_schema():
+    assert str(torch.ops.peft_kernels_native.split_reduce.default._schema) == (
+        "peft_kernels_native::split_reduce(Tensor partials, Tensor? row_scale, float scale, "
+        "ScalarType out_dtype) -> Tensor"
+    )
+
+
+def test_links_torch_cpu_and_the_system_only():
+    readelf = shutil.which("readelf")
+    if readelf is None:
+        pytest.skip("needs readelf")
+    dynamic = subprocess.check_output([readelf, "-d", _native.LIBRARY], text=True)
+    needed = {name.partition(".so")[0] for name in re.findall(r"NEEDED.*\[(.*)\]", dynamic)}
+    system = {"libstdc++", "libgcc_s", "libm", "libc", "libdl", "libpthread", "librt", "ld-linux-x86-64"}
+    assert needed - system == {"libtorch_cpu"}
+    assert "RPATH" not in dynamic
+    assert "RUNPATH" not in dynamic
+
+
+def test_loads_without_the_package():
+    """No Python beyond torch's own: the ops do not need `_C`, nor this package."""
+    code = (
+        f"import torch; torch.ops.load_library({str(_native.LIBRARY)!r}); "
+        "print(torch.ops.peft_kernels_native.split_reduce)"
+    )
+    printed = subprocess.check_output([sys.executable, "-c", code], cwd="/", text=True, timeout=300)
+    assert "peft_kernels_native.split_reduce" in printed
+
+
+def test_build_facts():
+    facts = _native.build_facts()
+    if not facts:
+        pytest.skip("the facts were built for another Python")
+    assert set(facts) == {"cuda", "torch", "architectures", "compiler"}
+    assert {"sm_80", "sm_90a"} <= set(facts["architectures"].split(", "))
+
+
+def find_cuobjdump():
+    triton = importlib.util.find_spec("triton")
+    folders = [Path(triton.origin).parent / "backends/nvidia/bin"] if triton else []
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin", *map(str, folders)])
+    return shutil.which("cuobjdump", path=path)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+def test_resource_use(architecture):
+    """Every kernel is there for the architecture, spills nothing, and leaves room for a full SM."""
+    cuobjdump = find_cuobjdump()
+    if cuobjdump is None:
+        pytest.skip("needs cuobjdump (the CUDA toolkit's, or Triton's)")
+    dump = subprocess.check_output([cuobjdump, "--dump-resource-usage", _native.LIBRARY], text=True)
+    section = "".join(re.findall(rf"arch = {architecture}\n(.*?)(?=\nFatbin |\Z)", dump, flags=re.DOTALL))
+    use = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", section)
+    kernels = [name for name, *_ in use if "split_reduce" in name]
+    assert len(kernels) == 6  # three output dtypes, vectorised or not
+    for name, registers, stack, local in use:
+        assert (int(stack), int(local)) == (0, 0), name
+        assert int(registers) <= 64, name  # 4 blocks of 256 threads an SM
+
+
+def test_refuses_cpu_tensors():
+    with pytest.raises(NotImplementedError, match="CPU"):
+        split_reduce(torch.zeros(1, 2, 3), None, 1.0, torch.float32)
+
+
+# --- On a GPU -----------------------------------------------------------------------------------------------
+
+
+def reference(partials, row_scale, scale):
+    total = partials.double().sum(0)
+    return scale * (total if row_scale is None else row_scale.double()[:, None] * total)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("with_row_scale", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "padding"),
+    [
+        ((1, 1, 1), 0),
+        ((3, 5, 7), 0),  # partials that do not start on 16 bytes: one value at a time
+        ((3, 5, 7), 1),  # the same, padded to 36: packs that cross rows, and a tail
+        ((8, 1000, 16), 0),
+        ((5, 33, 6), 0),
+        ((0, 4, 8), 0),  # no partials: zeros
+        ((17, 4096, 512), 0),
+    ],
+)
+def test_split_reduce_is_the_rounded_sum(shape, padding, with_row_scale, out_dtype):
+    parts, rows, rank = shape
+    torch.manual_seed(0)
+    storage = torch.randn(parts, rows * rank + padding, device="cuda")
+    partials = storage[:, : rows * rank].unflatten(1, (rows, rank))
+    row_scale = torch.randn(rows, device="cuda") if with_row_scale else None
+    out = split_reduce(partials, row_scale, 0.75, out_dtype)
+    assert (out.shape, out.dtype) == ((rows, rank), out_dtype)
+
+    exact = reference(partials, row_scale, 0.75)
+    # Summation in float32 (P - 1 additions and two products), then one rounding to the output's dtype.
+    magnitude = reference(partials.abs(), None if row_scale is None else row_scale.abs(), 0.75)
+    bound = (parts + 2) * 2**-24 * magnitude + torch.finfo(out_dtype).eps / 2 * (exact.abs() + 1e-6) * 1.01
+    assert bool(((out.double() - exact).abs() <= bound).all())
+
+
+@pytest.mark.gpu
+def test_split_reduce_repeats_bit_for_bit_and_adds_in_order():
+    torch.manual_seed(0)
+    partials = torch.randn(9, 257, 12, device="cuda")
+    first = split_reduce(partials, None, 1.0, torch.float32)
+    in_order = torch.zeros_like(first)
+    for part in partials:
+        in_order += part
+    assert torch.equal(first, in_order)
+    assert all(torch.equal(first, split_reduce(partials, None, 1.0, torch.float32)) for _ in range(5))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(3, 0, 4), (3, 4, 0), (0, 0, 0)])
+def test_split_reduce_of_nothing(shape):
+    out = split_reduce(torch.empty(shape, device="cuda"), None, 1.0, torch.bfloat16)
+    assert out.shape == shape[1:]
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_split_reduce_past_2_to_the_31_elements():
+    rows = 2**31 // 64 + 3
+    partials = torch.ones(1, rows, 64, device="cuda")
+    partials[0, -1] = 3
+    out = split_reduce(partials, None, 2.0, torch.bfloat16)
+    assert bool((out[:-1] == 2).all())
+    assert bool((out[-1] == 6).all())
+
+
+@pytest.mark.gpu
+def test_split_reduce_runs_on_the_current_stream():
+    partials = torch.ones(4, 64, 16, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    # A launch on any other stream would make the capture fail.
+    with torch.cuda.graph(graph, stream=stream):
+        out = split_reduce(partials, None, 1.0, torch.float32)
+    partials.fill_(2)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert bool((out == 8).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((2, 3), None, torch.float32), r"expected partials \[P, M, R\], got \[2, 3\]"),
+        (((2, 3, 4), (4,), torch.float32), r"expected a contiguous row_scale \[3\], got \[4\]"),
+        (((2, 3, 4), None, torch.float64), "expected out_dtype float32, float16 or bfloat16"),
+    ],
+)
+def test_split_reduce_says_what_it_expected(arguments, message):
+    shape, scale_shape, out_dtype = arguments
+    row_scale = None if scale_shape is None else torch.ones(scale_shape, device="cuda")
+    with pytest.raises(RuntimeError, match=message) as caught:
+        split_reduce(torch.ones(shape, device="cuda"), row_scale, 1.0, out_dtype)
+    assert "\n" not in str(caught.value).strip()
+
+
+@pytest.mark.gpu
+def test_split_reduce_refuses_strided_partials():
+    with pytest.raises(RuntimeError, match=r"expected every partial \[M, R\] contiguous"):
+        split_reduce(torch.ones(2, 3, 4, device="cuda").mT, None, 1.0, torch.float32)
+
+
+@pytest.mark.gpu
+def test_kernels_report_what_they_take():
+    if not _native.build_facts():
+        pytest.skip("the facts were built for another Python")
+    for kernel in _native.kernels():
+        assert kernel["local_bytes"] == 0, kernel

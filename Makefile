@@ -10,7 +10,7 @@ BENCH := benchmarks.run
 
 PY  := $(VENV)/bin/python
 # `-c` holds the versions; no isolation, so that a build uses the torch that is installed and fetches no other.
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt
 NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f)
 # Workers share the cores; each takes one.
 XDIST  := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2
@@ -19,10 +19,12 @@ LINT_STAMP   := $(VENV)/.stamp-lint
 ENV_STAMP    := $(VENV)/.stamp-env
 NATIVE_STAMP := $(VENV)/.stamp-native
 TRITON_STAMP := $(VENV)/.stamp-triton-$(OLDEST_TRITON)
-OLD_TRITON   := $(VENV)/triton-$(OLDEST_TRITON)
+OLD_TRITON   := $(VENV)/triton-$(basename $(OLDEST_TRITON))
 
 .PHONY: help setup demo test bench lint format gpu aot-all clean
 .NOTPARALLEL:
+# Ahead-of-time compilation fails under the interpreter: only the stage that wants it gets it.
+unexport TRITON_INTERPRET
 .DELETE_ON_ERROR:
 
 help:
@@ -64,7 +66,7 @@ $(NATIVE_STAMP): $(ENV_STAMP) $(NATIVE_SOURCES)
 
 $(TRITON_STAMP): $(VENV_STAMP)
 	@echo "installing Triton $(OLDEST_TRITON) beside the newest"
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	@$(PY) -m pip install -qq --disable-pip-version-check --no-deps --upgrade \
 	  --target $(OLD_TRITON) triton==$(OLDEST_TRITON)
 	@touch $@
 
@@ -74,7 +76,7 @@ demo: setup
 	@$(PY) -m $(DEMO)
 
 bench: setup
-	@$(PY) -m $(BENCH)
+	@$(PY) -m $(BENCH) $(BENCH_ARGS)
 
 # $(call stage,what it is,command): says what runs, how long it took, and stops at the first that fails.
 define stage
@@ -105,7 +107,7 @@ format: $(LINT_STAMP)
 # No venv and no network: torch, Triton and pytest are what `python3` has.
 MINUTES ?= 9
 gpu:
-	@scripts/gpu.sh $(MINUTES)
+	@scripts/gpu.sh $(MINUTES) $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) build peft_kernels/_lib *.egg-info

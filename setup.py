@@ -55,6 +55,8 @@ class BuildNative(build_ext):
     """`build_ext` that hands the whole build to CMake and installs it as `peft_kernels/_lib`."""
 
     def run(self) -> None:
+        if not self.extensions:
+            return
         started = time.monotonic()
         build, library = ROOT / self.build_temp, self._library_folder()
         self._call(

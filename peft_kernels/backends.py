@@ -8,7 +8,7 @@ disagree, whichever thread the backward runs on. Nothing here ever falls back af
 from __future__ import annotations
 
 import contextlib
-import functools
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -27,6 +27,9 @@ OPS = {
 }
 
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_TRITON = importlib.util.find_spec("triton") is not None  # found, not imported
+#: Triton's kernels then run in its interpreter, on the CPU; `auto` never takes it.
+_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Choice(NamedTuple):
@@ -76,6 +79,8 @@ def use_backend(name: str) -> Iterator[None]:
 def choose(op: str, tensor: torch.Tensor) -> str:
     """The backend that `op` takes for `tensor`, the input that decides (its device and compute dtype).
 
+    Plain Python on constants, so that torch.compile traces it and guards what it reads.
+
     Raises:
         RuntimeError: if the backend that was asked for cannot run here; the line says why.
     """
@@ -88,49 +93,31 @@ def explain(op: str, device_type: str, dtype: torch.dtype) -> Choice:
     backend = _resolve(op, requested, device_type, dtype)
     if requested != "auto":
         return Choice(backend, f"asked for: {requested}")
-    missing = _why_not_triton(device_type, dtype)
-    return Choice(backend, missing or f"{device_type} tensors and Triton {_triton_version()}")
+    if backend == "reference":
+        return Choice(backend, _why_not_triton(device_type, dtype))
+    return Choice(backend, f"{device_type} tensors and Triton {importlib.metadata.version('triton')}")
 
 
-# Under torch.compile the answer is a constant of the trace: the request is guarded where it is read, in
-# `choose`, and the device type and dtype are part of every graph's guards.
-@torch.compiler.assume_constant_result
 def _resolve(op: str, requested: str, device_type: str, dtype: torch.dtype) -> str:
-    return _decide(op, requested, device_type, dtype)
-
-
-@functools.cache
-def _decide(op: str, requested: str, device_type: str, dtype: torch.dtype) -> str:
+    if requested == "auto":
+        triton = _TRITON and device_type == "cuda" and dtype in _TRITON_DTYPES
+        return "triton" if triton else "reference"
     family = requested.partition(":")[0]
-    if family == "auto":
-        return "triton" if _why_not_triton(device_type, dtype) is None else "reference"
     if family not in OPS[op]:
-        raise RuntimeError(
-            f"{op}: expected one of the backends {', '.join(OPS[op])}, got {requested!r}, which it does not have"
-        )
+        raise RuntimeError(f"{op}: expected one of the backends {', '.join(OPS[op])}, got {requested!r}")
     if family == "triton":
-        missing = _why_not_triton(device_type, dtype, interpreting=_interpreting())
-        if missing:
+        missing = _why_not_triton(device_type, dtype)
+        if missing and not (_INTERPRETING and device_type == "cpu" and dtype in _TRITON_DTYPES):
             raise RuntimeError(f"{op}: the backend {requested!r} cannot run here: {missing}")
     return requested
 
 
-def _why_not_triton(device_type: str, dtype: torch.dtype, interpreting: bool = False) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+def _why_not_triton(device_type: str, dtype: torch.dtype) -> str:
+    """Empty where it can run."""
+    if not _TRITON:
         return "Triton is not installed"
-    if device_type != "cuda" and not interpreting:
+    if device_type != "cuda":
         return f"expected CUDA tensors, got {device_type}"
     if dtype not in _TRITON_DTYPES:
         return f"expected float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"
-    return None
-
-
-def _interpreting() -> bool:
-    """Whether Triton's kernels run in its interpreter, on the CPU (for tests; `auto` never takes it)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _triton_version() -> str:
-    from importlib.metadata import version
-
-    return version("triton")
+    return ""

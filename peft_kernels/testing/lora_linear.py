@@ -51,13 +51,15 @@ def make_case(
     bias: bool = True,
     row_scaling: bool = False,
     device: str = "cpu",
+    draw: int = 0,
     **settings,
 ) -> LoRACase:
-    """A seeded case with operands of order one and B ≠ 0; `settings` are those of :class:`LoRACase`."""
-    generator = torch.Generator().manual_seed(in_features * 7919 + rank * 31 + len(batch))
+    """A seeded case with operands of order one and B ≠ 0, another one for each `draw`; `settings` are those of
+    :class:`LoRACase`."""
+    generator = torch.Generator().manual_seed(in_features * 7919 + rank * 31 + len(batch) + 104729 * draw)
 
     def random(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> torch.Tensor:
-        values = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+        values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
         return values.to(device=device, dtype=dtype)
 
     adapter_dtype = adapter_dtype or dtype
@@ -66,7 +68,7 @@ def make_case(
             weight=random(features, in_features, scale=in_features**-0.5),
             lora_A=random(rank, in_features, scale=in_features**-0.5, dtype=adapter_dtype),
             lora_B=random(features, rank, scale=rank**-0.5, dtype=adapter_dtype),
-            scaling=random(*batch, dtype=torch.float32).abs() if row_scaling else 1.5 + j,
+            scaling=random(*batch, dtype=torch.float32).abs() if row_scaling else 0.5 + 0.25 * j,
             bias=random(features) if bias else None,
         )
         for j, features in enumerate(out_features)

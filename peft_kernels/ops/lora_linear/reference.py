@@ -37,13 +37,8 @@ def forward(
         weight, bias, lora_A, lora_B, row_scaling = projections[5 * j : 5 * j + 5]
         if masks is not None and (j == 0 or not shared_dropout):
             dropped = _as(_drop(rows, masks[j]), torch.float32 if high_precision else x.dtype)
-        lora_A, lora_B = _as(lora_A, dropped.dtype), _as(lora_B, dropped.dtype)
-        s = _scaled_mm(dropped, lora_A.t(), scaling * dropout.rescale(dropout_p), row_scaling)
-        y = s.mm(lora_B.t()) if bias is None else torch.addmm(_as(bias, s.dtype), s, lora_B.t())
-        if high_precision:
-            y = y.add_(rows.mm(weight.t())).to(x.dtype)
-        else:  # the large product is added onto the small one: y is read in its epilogue and rounded once more
-            y = y.addmm_(rows, weight.t())
+        s = _scaled_mm(dropped, _as(lora_A, dropped.dtype).t(), scaling * dropout.rescale(dropout_p), row_scaling)
+        y = add_base(s, lora_B, rows, weight, bias, high_precision)
         ys.append(y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0]))
         if save_s[j]:
             kept_s.append(s)
@@ -100,6 +95,23 @@ def backward(
     if not needs_x:
         return grads
     return [grad_x.view(*grad_ys[0].shape[:-1], grad_x.shape[1]), *grads]
+
+
+def add_base(
+    s: torch.Tensor,
+    lora_B: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    high_precision: bool,
+) -> torch.Tensor:
+    """S·Bᵀ + bias + x·Wᵀ [M, N] in x's dtype. The large product is added onto the small one: it reads y in its
+    epilogue, and the low-rank term is rounded where it is small."""
+    lora_Bt = _as(lora_B, s.dtype).t()
+    y = s.mm(lora_Bt) if bias is None else torch.addmm(_as(bias, s.dtype), s, lora_Bt)
+    if high_precision:
+        return y.add_(x.mm(weight.t())).to(x.dtype)
+    return y.addmm_(x, weight.t())
 
 
 def _scaled_mm(

@@ -1,0 +1,41 @@
+"""What launchers ask of the machine."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies: float32 as torch's own matmuls are set to (Triton would default to tf32)."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
+
+
+def high_precision(wanted: bool) -> str | None:
+    """How `dot_high` multiplies, None where it is not wanted: float32 accuracy on the 16-bit tensor cores. Each
+    operand is taken as the sum of three bfloat16 numbers, which hold all of its 24 bits, and the six products
+    that reach 2⁻²⁴ are added. The interpreter knows no such thing and multiplies in float32."""
+    if not wanted:
+        return None
+    return "ieee" if triton.knobs.runtime.interpret else "bf16x6"
+
+
+@functools.cache
+def sm_count(device: torch.device) -> int:
+    """Streaming multiprocessors; 1 where there is no GPU (the interpreter)."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """10 · major + minor of an NVIDIA GPU's compute capability; 0 for everything else."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

@@ -1,0 +1,136 @@
+"""Which tile and which way, as pure functions of shape, dtype and architecture: testable without a GPU.
+
+Shapes and scalings are never part of a compiled kernel beyond the power of two that a rank is rounded up to, so a
+new batch size compiles nothing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+#: By element size: above, dH and dB come from the vendor's GEMM, since the partials of the pass over dy grow with R.
+LARGEST_RANK_OF_DY_PASS = {2: 64, 4: 32}
+_PROGRAMS_PER_SM = 2  # enough loads in flight for a kernel that only reads
+
+
+class ShrinkTile(NamedTuple):
+    block_m: int
+    block_c: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+class PassTile(NamedTuple):
+    """Of a pass over dy (block_n columns, block_r ranks) or x (block_k columns, block_c ranks)."""
+
+    block_m: int
+    block_n: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+
+    block_k = property(lambda self: self.block_n)
+    block_c = property(lambda self: self.block_r)
+
+
+class GemmTile(NamedTuple):
+    block_m: int
+    block_n: int
+    block_k: int
+    block_r: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+    split_epilogue: bool = False
+
+
+def next_power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def rank_block(rank: int, largest: int) -> int:
+    """tl.dot wants at least 16."""
+    return min(max(next_power_of_two(rank), 16), largest)
+
+
+def split(length: int, block: int, programs: int, processors: int) -> tuple[int, int]:
+    """How many programs share one reduction of `length`, and how much each takes (a multiple of `block`), so that
+    the launch fills the processors; at most 32, since partial sums go through memory."""
+    blocks = max(1, -(-length // block))
+    splits = max(1, min(blocks, 32, (_PROGRAMS_PER_SM * processors) // max(programs, 1)))
+    per_split = -(-blocks // splits) * block
+    return -(-length // per_split) if length else 1, per_split
+
+
+def shrink_tile(M: int, K: int, width: int, element_size: int, dropping: bool, high: bool) -> ShrinkTile:
+    """Pass over x for S: `width` columns of the stacked A share a mask."""
+    if element_size == 4:  # multiplied without tensor cores: operands fill the registers
+        return ShrinkTile(32, rank_block(width, 16), 32, num_warps=4, num_stages=2)
+    block_m, block_k = (64, 128) if M > 64 else (16, 64)
+    return ShrinkTile(
+        block_m, rank_block(width, 64), 32 if high else block_k, num_warps=8 if block_m == 64 else 4,
+        num_stages=2 if dropping or high else 3,
+    )  # fmt: skip
+
+
+def dy_pass_tile(M: int, N: int, R: int, element_size: int, high: bool) -> PassTile:
+    block_r = rank_block(R, LARGEST_RANK_OF_DY_PASS[element_size])
+    if element_size == 4:
+        return PassTile(32, 32, block_r, num_warps=4, num_stages=2)
+    if high:
+        return PassTile(32, 64, block_r, num_warps=4, num_stages=2)
+    return PassTile(64, 128 if block_r <= 32 else 64, block_r, num_warps=4, num_stages=3)
+
+
+def x_pass_tile(M: int, K: int, width: int, element_size: int, high: bool) -> PassTile:
+    if element_size == 4:
+        return PassTile(32, 32, rank_block(width, 16), num_warps=4, num_stages=2)
+    if high:
+        return PassTile(32, 64, rank_block(width, 64), num_warps=8, num_stages=2)
+    return PassTile(64, 128, rank_block(width, 64), num_warps=8, num_stages=3)
+
+
+def gemm_tile(
+    M: int, N: int, R: int, element_size: int, arch: int, tma: bool, masks: int = 0, high: bool = False
+) -> GemmTile:
+    """Tile of the K-extension GEMM.
+
+    Args:
+        arch: 0 stands for anything that is no NVIDIA GPU (64 KiB of shared memory are assumed).
+        tma: the persistent kernel with descriptors, of 16-bit operands.
+        masks: projections whose low-rank product is masked: from two on, registers hold two accumulators.
+        high: low-rank operands are float32.
+    """
+    if element_size == 4:  # multiplied without tensor cores: operands fill the registers
+        return GemmTile(32, 32, 32, 16, 8, 4, 2)
+    crowded = masks > 1 or high
+    block_r = rank_block(R, 16 if crowded else 32)
+    if tma:
+        if M <= 512 or N <= 512 or (masks > 1 and high):
+            return GemmTile(64, 128, 64, block_r, 8, 8 if crowded else 4, 4)
+        if arch >= 100 or crowded:
+            return GemmTile(128, 128, 64, block_r, 8, 8, 4)
+        return GemmTile(128, 256, 64, block_r, 8, 8, 3, split_epilogue=True)
+    num_stages = 4 if arch else 2
+    if M <= 64 or crowded:
+        return GemmTile(64, 64, 32, block_r, 8, 4, num_stages)
+    if M <= 512 or N <= 512:
+        return GemmTile(64, 128, 32, block_r, 8, 4, num_stages)
+    return GemmTile(128, 128, 32, block_r, 8, 8 if arch else 4, num_stages)
+
+
+#: (architecture, element size) -> the smallest M·N·K from which the fused GEMM was measured to be faster than the
+#: vendor's with beta = 1. An architecture that is not here was not measured: the vendor's GEMM is taken.
+FUSED_FROM: dict[tuple[int, int], int] = {}
+
+
+def expand_path(M: int, N: int, K: int, R: int, dtype: torch.dtype, arch: int, backend: str) -> str:
+    """"fused" (the rank inside the GEMM) or "blas" (low-rank product first, then the vendor's GEMM added onto it)."""
+    forced = backend.partition(":")[2]
+    if forced:
+        return forced
+    smallest = FUSED_FROM.get((arch, dtype.itemsize))
+    return "fused" if smallest is not None and M * N * K >= smallest else "blas"

@@ -1,0 +1,191 @@
+"""What holds for the LoRA linear op on every backend and device: called by the suites of the CPU (`tests/ops`), the
+interpreter (`tests/interpret`) and the GPU."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+
+import peft_kernels as pk
+from peft_kernels.ops.lora_linear import reference
+from peft_kernels.testing import (
+    assert_within_eager,
+    eager,
+    make_case,
+    poisoned_allocations,
+    run,
+    saved_tensors,
+    truth,
+)
+
+#: Leading dims, K, N of each projection, R: off every tile, on it, a single row, none, a rank beyond a block.
+SHAPES = {
+    "one-row": {"batch": (1,), "in_features": 24, "out_features": (16,), "rank": 4},
+    "no-leading-dims": {"batch": (), "in_features": 24, "out_features": (16,), "rank": 4},
+    "odd": {"batch": (3, 17), "in_features": 71, "out_features": (53,), "rank": 5},
+    "rank-1": {"batch": (20,), "in_features": 40, "out_features": (33,), "rank": 1},
+    "large-rank": {"batch": (40,), "in_features": 136, "out_features": (72,), "rank": 129},
+    "tiles": {"batch": (2, 64), "in_features": 128, "out_features": (128,), "rank": 16},
+    "qkv": {"batch": (2, 33), "in_features": 72, "out_features": (64, 24, 24), "rank": 8},
+    "gate-up": {"batch": (70,), "in_features": 48, "out_features": (136, 136), "rank": 12},
+}
+SETTINGS = {
+    "plain": {},
+    "no-bias": {"bias": False},
+    "dropout": {"dropout_p": 0.25},
+    "shared-dropout": {"dropout_p": 0.25, "shared_dropout": True},
+    "row-scaling": {"row_scaling": True, "dropout_p": 0.1},
+}
+
+
+SAMPLES = 64  # a case with fewer roundings of S than this is drawn several times and judged as a whole
+
+
+def check_within_eager(backend: str, autocast: torch.dtype | None = None, **case_arguments) -> None:
+    """Output and every gradient against float64, at most twice the error of PEFT's expression; no element of any
+    output left unwritten; the same bits from a second run."""
+    rows = math.prod(case_arguments.get("batch", (6,)))
+    roundings = max(rows * case_arguments.get("rank", 4), 1)
+    collected: dict[str, list[tuple[torch.Tensor, ...]]] = {}
+    draws = math.ceil(SAMPLES / roundings)
+    for draw in range(draws):
+        case = make_case(**case_arguments, draw=draw)
+        exact, plain = truth(case), eager(case, autocast)
+        with pk.use_backend(backend), poisoned_allocations():
+            first = run(case, autocast=autocast)
+            second = run(case, autocast=autocast)
+        assert first.keys() == exact.keys()
+        for name, value in exact.items():
+            assert torch.equal(first[name], second[name]), f"{backend} {name} differs between two runs"
+            collected.setdefault(name, []).append((first[name], plain[name], value))
+    for name, results in collected.items():
+        assert_within_eager(f"{backend} {name}", *map(torch.stack, zip(*results)), samples=draws * roundings)
+
+
+def check_subsets(backend: str, dropout_p: float = 0.25, **case_arguments) -> None:
+    """Every subset of what takes a gradient: the same numbers as with all of them, and nothing saved that the
+    subset does not need. Adapters and bases saved are the parameters themselves, which cost nothing."""
+    arguments = {"batch": (5, 4), "in_features": 40, "out_features": (24, 16), "rank": 3} | case_arguments
+    everything = None
+    for frozen in subsets(("x", "weight", "bias", "lora_A", "lora_B")):
+        case = make_case(**arguments, dropout_p=dropout_p, frozen=frozen)
+        with pk.use_backend(backend), saved_tensors() as saved:
+            results = run(case)
+        everything = everything or results
+        for name, value in results.items():
+            torch.testing.assert_close(value, everything[name], rtol=0, atol=0, msg=f"{name}, frozen: {frozen}")
+        trains = {name: name not in frozen for name in ("x", "weight", "bias", "lora_A", "lora_B")}
+        if not any(trains.values()):
+            assert not saved
+            continue
+        rows, K, R, n = 20, 40, 3, 2
+        element = case.x.element_size()
+        expected = []
+        if trains["lora_A"] or trains["weight"]:
+            expected.append(rows * K * element)  # x, once for all projections
+        if trains["lora_B"]:
+            expected.append(rows * n * R * element)  # S
+        if dropout_p and (trains["x"] or trains["lora_A"]):
+            expected.append(n * rows * ((K + 7) // 8))  # one bit an element and projection
+        if trains["x"]:
+            expected += [p.weight.numel() * element for p in case.projections]
+            expected += [p.lora_A.numel() * element for p in case.projections]
+        if trains["x"] or trains["lora_A"]:
+            expected += [p.lora_B.numel() * element for p in case.projections]
+        found = [tensor.numel() * tensor.element_size() for tensor in saved]
+        assert sorted(found) == sorted(expected), f"frozen: {frozen}"
+
+
+def subsets(names: tuple[str, ...]) -> list[tuple[str, ...]]:
+    return [c for size in range(len(names) + 1) for c in itertools.combinations(names, size)]
+
+
+def check_runs(backend: str, device: str, monkeypatch) -> None:
+    """The backend asked for is the one that runs, backward included, also outside of the block."""
+    modules = [reference]
+    if backend != "reference":
+        from peft_kernels.ops.lora_linear import triton_backward, triton_forward
+
+        modules = [triton_forward, triton_backward]
+    called = []
+    for module in modules:
+        for direction in ("forward", "backward"):
+            if hasattr(module, direction):
+                original = getattr(module, direction)
+
+                def spy(*args, original=original, direction=direction):
+                    called.append((direction, args[-1]))
+                    return original(*args)
+
+                monkeypatch.setattr(module, direction, spy)
+    case = make_case(device=device)
+    x = case.x.requires_grad_()
+    with pk.use_backend(backend):
+        (y,) = pk.lora_linear_shared_input(x, case.projections)
+    y.sum().backward()
+    assert [direction for direction, _ in called] == ["forward", "backward"]
+    if backend != "reference":
+        assert {name for _, name in called} == {backend}
+
+
+def check_layouts(backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    """Strided x, a transposed weight (Conv1D), a bias and adapters that are views, a gradient of strides (0, 0)."""
+    case = make_case((6, 10), 48, (32,), 8, dtype=dtype, device=device, dropout_p=0.2)
+    (weight, lora_A, lora_B, scaling, bias) = case.projections[0]
+
+    def strided(tensor: torch.Tensor) -> torch.Tensor:
+        wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), float("nan"), dtype=dtype, device=device)
+        wide[..., ::2] = tensor
+        return wide[..., ::2]
+
+    def results(x, weight, lora_A, lora_B, bias):
+        leaves = [t.detach().requires_grad_() for t in (x, weight, lora_A, lora_B, bias)]
+        torch.manual_seed(case.seed)
+        with pk.use_backend(backend):
+            y = pk.lora_linear(
+                *leaves[:4], scaling, leaves[4], dropout_p=case.dropout_p, training=True
+            )  # fmt: skip
+        return [y, *torch.autograd.grad(y.sum(), leaves)]
+
+    dense = results(case.x, weight, lora_A, lora_B, bias)
+    views = results(
+        strided(case.x).transpose(0, 1).contiguous().transpose(0, 1), weight.t().contiguous().t(),
+        strided(lora_A), lora_B.t().contiguous().t(), strided(bias),
+    )  # fmt: skip
+    for one, other in zip(dense, views):
+        torch.testing.assert_close(one, other)
+
+
+def check_empty(backend: str, device: str = "cpu") -> None:
+    """M = 0: empty outputs, zero gradients."""
+    case = make_case((0,), 24, (16, 8), 4, device=device, dropout_p=0.5)
+    with pk.use_backend(backend):
+        results = run(case)
+    assert results["y0"].shape == (0, 16)
+    assert results["grad of x"].shape == (0, 24)
+    for name, value in results.items():
+        assert not value.any(), name
+
+
+def check_same_mask(backend: str, device: str = "cpu") -> None:
+    """With A and B that let x through, what the op drops is what the dropout contract says, forward and backward."""
+    rows, features = 37, 72
+    x = torch.ones(rows, features, device=device, requires_grad=True)
+    zero, eye = torch.zeros(features, features, device=device), torch.eye(features, device=device)
+    for p in (0.001, 0.5, 0.999):
+        torch.manual_seed(5)
+        with pk.use_backend(backend):
+            y = pk.lora_linear(x, zero, eye, eye, 1.0, dropout_p=p, training=True)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        case = make_case((rows,), features, dropout_p=p, seed=5, device=device)
+        (kept,) = case.masks()
+        expected = kept.float() / (1.0 - p)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(grad, expected)
+    with pk.use_backend(backend):
+        y = pk.lora_linear(x, zero, eye, eye, 1.0, dropout_p=1.0, training=True)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert not y.any()
+    assert not grad.any()

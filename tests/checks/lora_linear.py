@@ -40,16 +40,17 @@ SETTINGS = {
 }
 
 
-SAMPLES = 64  # a case with fewer roundings of S than this is drawn several times and judged as a whole
+SAMPLES = 64  # a case with fewer elements or roundings of S is drawn several times and judged as a whole
 
 
 def check_within_eager(backend: str, autocast: torch.dtype | None = None, **case_arguments) -> None:
     """Output and every gradient against float64, at most twice the error of PEFT's expression; no element of any
     output left unwritten; the same bits from a second run."""
-    rows = math.prod(case_arguments.get("batch", (6,)))
-    roundings = max(rows * case_arguments.get("rank", 4), 1)
+    case = make_case(**case_arguments)
+    roundings = max(case.x.numel() // case.x.shape[-1], 1) * case.projections[0].lora_A.shape[0]
     collected: dict[str, list[tuple[torch.Tensor, ...]]] = {}
-    draws = math.ceil(SAMPLES / roundings)
+    smallest = min(case.x.numel(), *(y.numel() for y in case.grad_ys), roundings)
+    draws = math.ceil(SAMPLES / max(smallest, 1))
     for draw in range(draws):
         case = make_case(**case_arguments, draw=draw)
         exact, plain = truth(case), eager(case, autocast)

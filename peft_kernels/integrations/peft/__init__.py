@@ -1,0 +1,11 @@
+"""Hugging Face PEFT: run the LoRA layers of a model by the fused op, without touching anything else of them.
+
+report = pk.integrations.peft.accelerate(model)
+print(report)                          # which layers run fused, which share their input, which do not and why
+pk.integrations.peft.restore(model)
+"""
+
+from .accelerate import accelerate, restore
+from .report import Report
+
+__all__ = ["Report", "accelerate", "restore"]

@@ -1,0 +1,32 @@
+import pytest
+import torch
+
+from peft_kernels.integrations.peft import layers, shared_input
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread():
+    """The models are tiny: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def taken(monkeypatch) -> list:
+    """Fills with what the accelerated layers ran: "alone", or how many projections one op took."""
+    calls = []
+    alone, shared = layers.lora_linear, shared_input.lora_linear_shared_input
+
+    def spy_alone(*args, **kwargs):
+        calls.append("alone")
+        return alone(*args, **kwargs)
+
+    def spy_shared(x, projections, **kwargs):
+        calls.append(len(projections))
+        return shared(x, projections, **kwargs)
+
+    monkeypatch.setattr(layers, "lora_linear", spy_alone)
+    monkeypatch.setattr(shared_input, "lora_linear_shared_input", spy_shared)
+    return calls

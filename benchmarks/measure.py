@@ -143,7 +143,12 @@ def ceilings(device: str, dtypes: set[torch.dtype]) -> dict[str, float]:
 
 def machine(device: str) -> dict[str, str]:
     """What a reader needs to place the numbers."""
-    facts = {"device": device, "cpu": _cpu_name(), "cores": str(os.cpu_count()), "threads": str(torch.get_num_threads())}
+    facts = {
+        "device": device,
+        "cpu": _cpu_name(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+    }
     if device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
         facts["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")

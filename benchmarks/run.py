@@ -49,7 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
     console.print(
         "ceilings, measured: "
         + ", ".join(
-            f"{peak / 1e9:.0f} GB/s copy" if key == "bytes" else f"{peak / 1e12:.2f} TFLOP/s {key.removeprefix('torch.')}"
+            f"{peak / 1e9:.0f} GB/s copy"
+            if key == "bytes"
+            else f"{peak / 1e12:.2f} TFLOP/s {key.removeprefix('torch.')}"
             for key, peak in peaks.items()
         )
     )

@@ -103,6 +103,7 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **options))
         # While merged: the base weight as it was, on its device. No part of the state_dict, but moved with it.
         self.register_buffer("unmerged_weight", None, persistent=False)
+        self.merged = False
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
@@ -113,16 +114,13 @@ class LoRALinear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
 
-    @property
-    def merged(self) -> bool:
-        return self.unmerged_weight is not None
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] → [..., out_features]; dtypes and errors as :func:`peft_kernels.lora_linear`."""
-        if self.unmerged_weight is not None:
+        if self.merged:
             return super().forward(x)
+        own = self._parameters  # a look-up through nn.Module.__getattr__ costs the host half a microsecond
         return lora_linear(
-            x, self.weight, self.lora_A, self.lora_B, self.scaling, self.bias,
+            x, own["weight"], own["lora_A"], own["lora_B"], self.scaling, own["bias"],
             dropout_p=self.lora_dropout, training=self.training, adapter_precision=self.adapter_precision,
         )  # fmt: skip
 
@@ -144,7 +142,7 @@ class LoRALinear(nn.Linear):
         weight = self.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
         delta = self.lora_B.to(wide) @ self.lora_A.to(wide) * self.scaling
-        self.unmerged_weight = weight.detach()
+        self.unmerged_weight, self.merged = weight.detach(), True
         self.weight = nn.Parameter(
             delta.add_(weight).to(weight.dtype), requires_grad=weight.requires_grad
         )  # fmt: skip
@@ -159,7 +157,7 @@ class LoRALinear(nn.Linear):
         if not self.merged:
             raise RuntimeError("expected a merged layer, got one that is not merged")
         self.weight = nn.Parameter(self.unmerged_weight, requires_grad=self.weight.requires_grad)
-        self.unmerged_weight = None
+        self.unmerged_weight, self.merged = None, False
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """A checkpoint holds the base weight and the adapter, merged or not."""

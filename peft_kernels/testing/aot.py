@@ -52,7 +52,9 @@ def compile_kernel(kernel, arguments: dict[str, Any], architecture: int | str, n
 
     for position, name in enumerate(kernel.arg_names):
         signature[name] = describe(arguments[name], (position,))
-    target = GPUTarget("hip", architecture, 64) if isinstance(architecture, str) else GPUTarget("cuda", architecture, 32)
+    target = (
+        GPUTarget("hip", architecture, 64) if isinstance(architecture, str) else GPUTarget("cuda", architecture, 32)
+    )
     source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
 

@@ -118,9 +118,7 @@ def run(case: LoRACase, expression: Expression = ours, autocast: torch.dtype | N
     with torch.autocast(device, dtype=autocast) if autocast else contextlib.nullcontext():
         ys = expression(case, x, projections)
     results = {f"y{j}": y.detach() for j, y in enumerate(ys)}
-    wanted = {"x": x} | {
-        f"{name}{j}": getattr(p, name) for j, p in enumerate(projections) for name in case.fields
-    }
+    wanted = {"x": x} | {f"{name}{j}": getattr(p, name) for j, p in enumerate(projections) for name in case.fields}
     wanted = {name: leaf for name, leaf in wanted.items() if leaf is not None and leaf.requires_grad}
     if wanted:
         grads = torch.autograd.grad(ys, list(wanted.values()), [g.to(y.dtype) for g, y in zip(case.grad_ys, ys)])

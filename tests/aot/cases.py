@@ -100,7 +100,7 @@ def _cases_of(architecture: int | str, v: Variant, M: int, N: int, R: int) -> li
         _reduce(v, R),
         _reduce(v, N),
     ]
-    if R <= configs.LARGEST_RANK_OF_DY_PASS[v.size]:
+    if configs.LARGEST_RANK_OF_DY_PASS[v.size] >= R:
         made.append(_dy_pass(v, M, N, R))
     if arch >= 90 and v.size == 2:
         tile = configs.gemm_tile(M, N, R, v.size, arch, True, masks, v.high)

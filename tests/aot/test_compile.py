@@ -32,11 +32,7 @@ def test_nvidia(architecture, case):
 
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(case, id=case.name)
-        for case in cases("gfx942", EVERYTHING)
-        if "desc" not in str(case.arguments)
-    ],
+    [pytest.param(case, id=case.name) for case in cases("gfx942", EVERYTHING) if "desc" not in str(case.arguments)],
 )
 def test_amd(case):
     """The pointer kernels are not CUDA only."""

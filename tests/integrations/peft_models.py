@@ -16,9 +16,7 @@ from peft_kernels.ops.common import dropout
 from peft_kernels.testing import ulp
 
 VOCABULARY = 32
-_SIZES = dict(
-    vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
-)
+_SIZES = dict(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
 _BERT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
 
@@ -45,18 +43,14 @@ def _gpt2():
 def _t5():
     sizes = dict(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2)
     return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(
-            **sizes, feed_forward_proj="gated-gelu", dropout_rate=0.0, decoder_start_token_id=0
-        )
+        transformers.T5Config(**sizes, feed_forward_proj="gated-gelu", dropout_rate=0.0, decoder_start_token_id=0)
     )
 
 
 KINDS = {"llama": _llama, "bert": _bert, "bert_decoder": _bert_decoder, "gpt2": _gpt2, "t5": _t5}
 
 
-def make(
-    kind: str = "llama", dtype: torch.dtype = torch.float32, adapters: torch.dtype | None = None, **lora
-):
+def make(kind: str = "llama", dtype: torch.dtype = torch.float32, adapters: torch.dtype | None = None, **lora):
     """A PEFT model of two blocks with LoRA in every linear layer and B ≠ 0, in train mode."""
     torch.manual_seed(0)
     settings = dict(r=3, lora_alpha=6, target_modules="all-linear", init_lora_weights=False)
@@ -148,9 +142,7 @@ def replay_dropout(model, report: Report):
             layer = model.get_submodule(name)
             for adapter, module in layer.lora_dropout.items():
                 if isinstance(module, nn.Dropout):
-                    layer.lora_dropout[adapter] = _ReplayedDropout(
-                        module.p, seeds, number, stream, len(names)
-                    )
+                    layer.lora_dropout[adapter] = _ReplayedDropout(module.p, seeds, number, stream, len(names))
     return model
 
 
@@ -165,8 +157,6 @@ class _ReplayedDropout(nn.Module):
         if self.stream == 0:
             self.seeds[self.group] = dropout.draw_seed(x.device)
         columns = x.shape[-1]
-        packed = dropout.draw_mask(
-            self.seeds[self.group], x.numel() // columns, columns, self.p, self.streams
-        )
+        packed = dropout.draw_mask(self.seeds[self.group], x.numel() // columns, columns, self.p, self.streams)
         kept = dropout.unpack_mask(packed[self.stream], columns).view(x.shape)
         return x * kept.to(x.dtype) * dropout.rescale(self.p)

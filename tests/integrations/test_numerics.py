@@ -58,16 +58,12 @@ def run_layer(layer, x, grad, autocast=None):
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize(
-    "base", [lambda: nn.Linear(48, 40), lambda: Conv1D(40, 48)], ids=["Linear", "Conv1D"]
-)
+@pytest.mark.parametrize("base", [lambda: nn.Linear(48, 40), lambda: Conv1D(40, 48)], ids=["Linear", "Conv1D"])
 def test_layer(base, precision, p, taken):
     dtype, adapters, autocast = PRECISIONS[precision]
     layer = layer_of(base(), dtype, adapters, p)
     x, grad = torch.randn(3, 11, 48).to(dtype), torch.randn(3, 11, 40).to(autocast or dtype)
-    eager = (
-        replay_dropout(nn.ModuleDict({"layer": layer}), Report(("layer",), (), {})) if p else {"layer": layer}
-    )
+    eager = replay_dropout(nn.ModuleDict({"layer": layer}), Report(("layer",), (), {})) if p else {"layer": layer}
     wide = copy.deepcopy(eager["layer"]).double()
     expected = run_layer(eager["layer"], x, grad, autocast)
     truth = run_layer(wide, x.double(), grad.double())

@@ -74,9 +74,7 @@ def test_disable_adapter(models, taken):
 
 
 def with_second_adapter(model, **lora):
-    config = LoraConfig(
-        r=5, lora_alpha=3, target_modules=["q_proj", "up_proj"], init_lora_weights=False, **lora
-    )
+    config = LoraConfig(r=5, lora_alpha=3, target_modules=["q_proj", "up_proj"], init_lora_weights=False, **lora)
     model.add_adapter("second", config)
     for index, (name, parameter) in enumerate(model.named_parameters()):
         if "second" in name:
@@ -159,9 +157,7 @@ def test_scaling_that_changes(models, taken):
     for model in models:
         for name, module in model.named_modules():
             if name.endswith("q_proj"):
-                module.scaling["default"] = torch.full(
-                    (1, 1, 1), 0.25
-                )  # broadcasts in PEFT; no scaling of the op
+                module.scaling["default"] = torch.full((1, 1, 1), 0.25)  # broadcasts in PEFT; no scaling of the op
     taken.clear()
     assert_equal(run(ours), run(plain))
     assert taken.count(3) == 0 and taken.count(2) == 4
@@ -229,9 +225,7 @@ def test_lora_layers_injected_without_a_peft_model():
         def forward(self, x):
             return self.w2(torch.relu(self.w1(x)) * self.w3(x))
 
-    model = get_peft_model(
-        Block(), LoraConfig(r=2, target_modules=["w1", "w2", "w3"], init_lora_weights=False)
-    )
+    model = get_peft_model(Block(), LoraConfig(r=2, target_modules=["w1", "w2", "w3"], init_lora_weights=False))
     x = torch.randn(3, 8)
     expected = model(x)
     report = accelerate(model.base_model.model)

@@ -21,9 +21,7 @@ BLOCK = "base_model.model.model.layers.0"
 
 
 def test_importing_the_package_does_not_import_peft():
-    program = (
-        "import sys, peft_kernels as pk; assert 'peft' not in sys.modules; pk.integrations.peft.accelerate"
-    )
+    program = "import sys, peft_kernels as pk; assert 'peft' not in sys.modules; pk.integrations.peft.accelerate"
     subprocess.run([sys.executable, "-c", program], check=True)
     assert "peft" in dir(pk.integrations)
     with pytest.raises(AttributeError, match="no attribute 'pfet'"):
@@ -307,9 +305,7 @@ def test_errors_in_one_line_and_nothing_changed():
     with pytest.raises(ValueError, match="got one that is accelerated already"):
         accelerate(model)
     assert snapshot(model) == before
-    other = get_peft_model(
-        nn.Sequential(nn.Linear(4, 4)), IA3Config(target_modules=["0"], feedforward_modules=[])
-    )
+    other = get_peft_model(nn.Sequential(nn.Linear(4, 4)), IA3Config(target_modules=["0"], feedforward_modules=[]))
     with pytest.raises(ValueError, match="LoRA layers of PEFT, got PeftModel without"):
         accelerate(other)
 

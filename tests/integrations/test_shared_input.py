@@ -380,9 +380,7 @@ def backward(model):
     x = X.clone().requires_grad_()
     y = model(x)
     y.square().sum().backward()
-    return {"y": y.detach(), "x": x.grad} | {
-        n: p.grad for n, p in model.named_parameters() if p.requires_grad
-    }
+    return {"y": y.detach(), "x": x.grad} | {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
 def test_a_layer_with_two_parents_is_in_one_group():

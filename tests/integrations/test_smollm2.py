@@ -43,9 +43,7 @@ def base():
 
 def with_lora(base, p):
     torch.manual_seed(0)
-    config = LoraConfig(
-        r=16, lora_alpha=32, lora_dropout=p, target_modules="all-linear", init_lora_weights="gaussian"
-    )
+    config = LoraConfig(r=16, lora_alpha=32, lora_dropout=p, target_modules="all-linear", init_lora_weights="gaussian")
     model = get_peft_model(copy.deepcopy(base), config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

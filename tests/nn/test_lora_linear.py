@@ -86,7 +86,10 @@ def test_merge_and_unmerge(dtype):
     linear = nn.Linear(24, 16, dtype=dtype)
     layer = pk.nn.LoRALinear.from_linear(linear, 4)
     nn.init.normal_(layer.lora_B)
-    before, y = linear.weight.detach().clone(), layer.double()(X.double()) if dtype == torch.float64 else layer(X.to(dtype))
+    before, y = (
+        linear.weight.detach().clone(),
+        layer.double()(X.double()) if dtype == torch.float64 else layer(X.to(dtype)),
+    )
     layer.merge()
     assert layer.merged
     assert layer.weight is not linear.weight

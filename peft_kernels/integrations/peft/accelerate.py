@@ -38,9 +38,7 @@ def accelerate(model: nn.Module) -> Report:
     """
     layers = _lora_layers(model)
     if not layers:
-        raise ValueError(
-            f"accelerate: expected a model with LoRA layers of PEFT, got {type(model).__name__} without"
-        )
+        raise ValueError(f"accelerate: expected a model with LoRA layers of PEFT, got {type(model).__name__} without")
     if any(isinstance(layer, FusedLoraLinear) for layer in layers.values()):
         raise ValueError("accelerate: expected a model as PEFT made it, got one that is accelerated already")
     kept = {name: reason for name, layer in layers.items() if (reason := why_not(layer))}
@@ -61,9 +59,7 @@ def restore(model: nn.Module) -> None:
     changed = [layer for layer in changed.values() if isinstance(layer, FusedLoraLinear)]
     hooked = [module for module in model.modules() if any(map(_is_ours, module._forward_hooks.values()))]
     if not changed and not hooked:
-        raise ValueError(
-            "restore: expected a model that `accelerate` took layers of, got one without such layers"
-        )
+        raise ValueError("restore: expected a model that `accelerate` took layers of, got one without such layers")
     for layer in changed:
         layer.__dict__.pop("_shared_input", None)
         layer.__class__ = lora.Linear

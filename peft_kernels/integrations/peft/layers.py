@@ -38,7 +38,7 @@ class FusedLoraLinear(lora.Linear):
             call = group.calls.get(threading.get_ident())
             if call is not None and (y := call.computed(name, x)) is not None:
                 return y
-        autocast = torch.is_autocast_enabled(x.device.type)
+        autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
         taken = read(self, x, autocast)
         if taken is None:
             return super().forward(x)
@@ -77,11 +77,7 @@ def read(layer: lora.Linear, x: torch.Tensor, autocast: bool) -> tuple[tuple, fl
     base = modules["base_layer"]
     lora_B, dropout = modules["lora_B"]._modules[active], modules["lora_dropout"]._modules[active]
     kind = type(base)
-    if (
-        (kind is not Linear and kind is not Conv1D)
-        or type(lora_A) is not Linear
-        or type(lora_B) is not Linear
-    ):
+    if (kind is not Linear and kind is not Conv1D) or type(lora_A) is not Linear or type(lora_B) is not Linear:
         return None
     if is_watched(base) or is_watched(lora_A) or is_watched(lora_B) or is_watched(dropout):
         return None
@@ -137,8 +133,5 @@ def _is_scalar(scaling: object, x: torch.Tensor) -> bool:
     if not isinstance(scaling, torch.Tensor):
         return isinstance(scaling, (float, int))
     return (
-        scaling.dim() == 0
-        and scaling.is_floating_point()
-        and not scaling.requires_grad
-        and scaling.device == x.device
+        scaling.dim() == 0 and scaling.is_floating_point() and not scaling.requires_grad and scaling.device == x.device
     )

@@ -34,9 +34,7 @@ class Report:
             lines += _row(count, pattern, "")
         if self.kept:
             lines.append(f"{len(self.kept)} keep PEFT's own forward")
-        for (pattern, reason), count in Counter(
-            (_pattern(n), reason) for n, reason in self.kept.items()
-        ).items():
+        for (pattern, reason), count in Counter((_pattern(n), reason) for n, reason in self.kept.items()).items():
             lines += _row(count, pattern, reason)
         return "\n".join(lines)
 

@@ -145,9 +145,7 @@ def siblings_of_one_input(parent: nn.Module, children: set[str]) -> list[tuple[s
     """The groups of two or more among `children` of `parent` that its forward calls on one variable."""
     if "forward" in parent.__dict__:  # not the class's forward: its source says nothing
         return []
-    groups = (
-        tuple(n for n in group if n in children) for group in _calls_on_one_variable(type(parent).forward)
-    )
+    groups = (tuple(n for n in group if n in children) for group in _calls_on_one_variable(type(parent).forward))
     return [group for group in groups if len(group) > 1]
 
 
@@ -182,12 +180,7 @@ def _calls_on_one_variable(forward: Callable) -> tuple[tuple[str, ...], ...]:
 
 def _call_of_child(node: ast.AST, this: str) -> tuple[str, str] | None:
     """(child, variable) if the node is `self.child(variable)`."""
-    if (
-        not isinstance(node, ast.Call)
-        or node.keywords
-        or len(node.args) != 1
-        or not isinstance(node.args[0], ast.Name)
-    ):
+    if not isinstance(node, ast.Call) or node.keywords or len(node.args) != 1 or not isinstance(node.args[0], ast.Name):
         return None
     target = node.func
     if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == this:
@@ -200,9 +193,7 @@ def _uses_of_children(function: ast.FunctionDef, this: str) -> Counter:
     nodes = list(ast.walk(function))
     opened = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
     attributes = (node for node in nodes if isinstance(node, ast.Attribute) and id(node) not in opened)
-    return Counter(
-        node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id == this
-    )
+    return Counter(node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id == this)
 
 
 def _blocks(function: ast.FunctionDef) -> Iterator[list[ast.stmt]]:

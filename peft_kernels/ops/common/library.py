@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -10,30 +10,33 @@ import torch
 LIBRARY = torch.library.Library("peft_kernels", "DEF")
 
 
-def without_autocast(implementation: Callable) -> Callable:
-    """Autocast is applied outside of the ops: inside, it would change the dtypes that the fakes promise."""
-
-    @functools.wraps(implementation)
-    def wrapped(*args, **kwargs):
-        if not torch._C._is_any_autocast_enabled():
-            return implementation(*args, **kwargs)
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return implementation(*args, **kwargs)
-
-    return wrapped
-
-
-def eager_or_traced(implementation: Callable, op: torch._ops.OpOverload) -> Callable:
-    """Call the implementation as it is in eager mode, and the registered op wherever somebody is watching
+def register(name: str, implementation: Callable) -> Callable:
+    """Register the implementation of an op that is defined, for every backend key, and return what the autograd
+    Function calls: the implementation itself in eager mode, and the registered op wherever somebody is watching
     (torch.compile, export, fake tensors, any dispatch mode).
 
     The dispatcher boxes each of the op's arguments to pass it from Python through C++ to Python: about 10 µs a
     call on one core, more than the host spends on the three products of a small layer.
     """
 
+    def run(*args):
+        # Autocast is applied outside of the ops: inside, it would change the dtypes that the fakes promise.
+        if torch._C._is_any_autocast_enabled():
+            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                return implementation(*args)
+        return implementation(*args)
+
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    op = getattr(torch.ops.peft_kernels, name).default
+
     def call(*args):
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return op(*args)
-        return implementation(*args)
+        return run(*args)
 
     return call
+
+
+def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, wherever its arguments are."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()

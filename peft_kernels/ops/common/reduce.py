@@ -36,9 +36,7 @@ def split_reduce_kernel(
     for _ in range(splits):
         total += tl.load(pointers, mask=inside, other=0.0)
         pointers += stride_split
-    total *= scaling_of(
-        rows, columns, rows < rows_total, scales, row_scale_ptrs, row_scale_strides, R, NUM
-    )
+    total *= scaling_of(rows, columns, rows < rows_total, scales, row_scale_ptrs, row_scale_strides, R, NUM)
     out = out_ptr + rows[:, None] * stride_om + columns[None, :].to(tl.int64) * stride_on
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
 

@@ -128,9 +128,9 @@ FUSED_FROM: dict[tuple[int, int], int] = {}
 
 
 def expand_path(M: int, N: int, K: int, R: int, dtype: torch.dtype, arch: int, backend: str) -> str:
-    """"fused" (the rank inside the GEMM) or "blas" (low-rank product first, then the vendor's GEMM added onto it)."""
+    """ "fused" (the rank inside the GEMM) or "blas" (low-rank product first, then the vendor's GEMM added onto it)."""
     forced = backend.partition(":")[2]
     if forced:
         return forced
     smallest = FUSED_FROM.get((arch, dtype.itemsize))
-    return "fused" if smallest is not None and M * N * K >= smallest else "blas"
+    return "fused" if smallest is not None and smallest <= M * N * K else "blas"

@@ -13,8 +13,9 @@ import torch
 
 from ... import backends
 from ..common import dropout
-from ..common.library import LIBRARY, eager_or_traced, without_autocast
+from ..common.library import LIBRARY, on_device_of, register
 from . import reference
+from .checks import check
 
 
 class Projection(NamedTuple):
@@ -118,7 +119,7 @@ def _run(
 ) -> tuple[torch.Tensor, ...]:
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         x, projections = _autocast(x, projections)
-    _check(op, x, projections, dropout_p, adapter_precision)
+    check(op, x, projections, dropout_p, adapter_precision)
     backend = backends.choose(op, x)
     p = dropout_p if training else 0.0
     seed = dropout.draw_seed(x.device) if p > 0.0 else None
@@ -128,17 +129,18 @@ def _run(
     scalings: list[float] = []
     needs: list[bool] = []
     for weight, lora_A, lora_B, scaling, bias in projections:
-        row_scaling = scaling if isinstance(scaling, torch.Tensor) else None
-        flat += (weight, bias, lora_A, lora_B, row_scaling)
-        scalings.append(float(scaling) if row_scaling is None else 1.0)
-        needs += (
-            weight.requires_grad, bias is not None and bias.requires_grad, lora_A.requires_grad, lora_B.requires_grad,
-        )  # fmt: skip
-    if torch.is_grad_enabled() and (x.requires_grad or True in needs):
-        options = Options(scalings, p, shared_dropout, high, backend, x.requires_grad, needs)
+        is_tensor = isinstance(scaling, torch.Tensor)
+        flat += (weight, bias, lora_A, lora_B, scaling if is_tensor else None)
+        scalings.append(1.0 if is_tensor else float(scaling))
+        trains_bias = bias is not None and bias.requires_grad
+        needs += (weight.requires_grad, trains_bias, lora_A.requires_grad, lora_B.requires_grad)
+    needs_x = x.requires_grad
+    if torch.is_grad_enabled() and (needs_x or True in needs):
+        options = Options(scalings, p, shared_dropout, high, backend, needs_x, needs)
         if torch._C._are_functorch_transforms_active():
             return TransformableLoRALinearFunction.apply(options, seed, x, *flat)[: len(projections)]
-        return LoRALinearFunction.apply(options, seed, x, *flat)
+        apply = LoRALinearFunction.apply if torch.compiler.is_compiling() else _apply_eagerly
+        return apply(options, seed, x, *flat)
     keep_nothing = [False] * len(projections)
     return tuple(_forward_op(x, flat, scalings, seed, p, shared_dropout, keep_nothing, False, high, backend))
 
@@ -158,54 +160,6 @@ def _autocast(x: torch.Tensor, projections: tuple[Projection, ...]) -> tuple[tor
         Projection(cast(p.weight), cast_adapter(p.lora_A), cast_adapter(p.lora_B), p.scaling, cast(p.bias))
         for p in projections
     )
-
-
-def _check(
-    op: str, x: torch.Tensor, projections: tuple[Projection, ...], dropout_p: float, adapter_precision: str
-) -> None:
-    if not projections:
-        raise ValueError(f"{op}: expected at least one projection, got none")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"{op}: expected dropout_p between 0 and 1, got {dropout_p}")
-    if adapter_precision not in ("default", "high"):
-        raise ValueError(f"{op}: expected adapter_precision 'default' or 'high', got {adapter_precision!r}")
-    if x.dim() < 1 or not x.is_floating_point():
-        raise ValueError(f"{op}: expected a floating-point x of shape [..., K], got {_describe(x)}")
-    shape, dtype, device = x.shape, x.dtype, x.device
-    adapter_dtype = projections[0].lora_A.dtype
-    if adapter_dtype != dtype and (adapter_dtype != torch.float32 or dtype == torch.float64):
-        raise ValueError(f"{op}: expected lora_A in x's dtype {dtype} or float32, got {adapter_dtype}")
-    for weight, lora_A, lora_B, scaling, bias in projections:
-        if weight.dim() != 2 or weight.shape[1] != shape[-1] or weight.dtype != dtype:
-            raise ValueError(f"{op}: expected weight [N, {shape[-1]}] in x's dtype {dtype}, got {_describe(weight)}")
-        if lora_A.dim() != 2 or lora_A.shape[1] != shape[-1] or lora_A.shape[0] < 1:
-            raise ValueError(f"{op}: expected lora_A [R, {shape[-1]}] with R ≥ 1, got {_describe(lora_A)}")
-        if lora_B.shape != (weight.shape[0], lora_A.shape[0]):
-            raise ValueError(f"{op}: expected lora_B [{weight.shape[0]}, {lora_A.shape[0]}], got {_describe(lora_B)}")
-        if lora_A.dtype != adapter_dtype or lora_B.dtype != adapter_dtype:
-            raise ValueError(f"{op}: expected adapters of one dtype, got {_describe(lora_A)} and {_describe(lora_B)}")
-        if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != dtype):
-            raise ValueError(f"{op}: expected bias [{weight.shape[0]}] in x's dtype {dtype}, got {_describe(bias)}")
-        if isinstance(scaling, torch.Tensor):
-            _check_scaling(op, x, scaling)
-        elif not isinstance(scaling, (float, int)):
-            raise ValueError(f"{op}: expected scaling as a float or a tensor, got {type(scaling).__name__}")
-        if not (weight.device == lora_A.device == lora_B.device == device) or bias is not None and bias.device != device:
-            raise ValueError(f"{op}: expected every tensor on x's device {device}, got {_describe(weight)}, "
-                             f"{_describe(lora_A)}, {_describe(lora_B)}")  # fmt: skip
-
-
-def _check_scaling(op: str, x: torch.Tensor, scaling: torch.Tensor) -> None:
-    if scaling.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{op}: expected a scaling that takes no gradient, got one that requires it")
-    if scaling.dim() and scaling.shape != x.shape[:-1]:
-        raise ValueError(f"{op}: expected scaling of shape [] or {list(x.shape[:-1])}, got {_describe(scaling)}")
-    if scaling.device != x.device or not scaling.is_floating_point():
-        raise ValueError(f"{op}: expected a floating-point scaling on x's device {x.device}, got {_describe(scaling)}")
-
-
-def _describe(tensor: torch.Tensor) -> str:
-    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
 class Options(NamedTuple):
@@ -239,6 +193,11 @@ class LoRALinearFunction(torch.autograd.Function):
         return _call_backward(ctx, grad_ys)
 
 
+# What `LoRALinearFunction.apply` calls in the end. The Python around it asks of every argument whether it escaped from
+# a torch.func transform, which costs the host as much as a product; no transform is active where this is called.
+_apply_eagerly = super(torch.autograd.Function, LoRALinearFunction).apply
+
+
 class TransformableLoRALinearFunction(torch.autograd.Function):
     """The same for `torch.func`, which wants `setup_context` and all that is kept among the outputs. Not used
     elsewhere: torch then binds the arguments by `inspect` at every call, which costs more than the op itself."""
@@ -270,10 +229,10 @@ def _call_forward(options: Options, seed: torch.Tensor | None, x: torch.Tensor, 
 
 def _save_for_backward(ctx, options: Options, x: torch.Tensor, flat, kept) -> None:
     needs_x, needs = options.needs_x, options.needs
-    needs_A, needs_B = True in needs[2::4], True in needs[3::4]
+    needs_A = True in needs[2::4]
     saved = [
         x if needs_A or True in needs[0::4] else None,
-        kept[0] if needs_B else None,
+        kept[0] if True in needs[3::4] else None,
         kept[-1] if options.dropout_p > 0.0 and (needs_x or needs_A) else None,
     ]
     for j in range(0, len(flat), 5):
@@ -283,33 +242,40 @@ def _save_for_backward(ctx, options: Options, x: torch.Tensor, flat, kept) -> No
     ctx.save_for_backward(*saved)
     ctx.set_materialize_grads(False)
     ctx.options = options
-    ctx.shapes = [lora_B.shape for lora_B in flat[3::5]]
+    ctx.ranks = [lora_A.shape[0] for lora_A in flat[2::5]]
     ctx.adapter_dtype = flat[2].dtype
 
 
 def _call_backward(ctx, grad_ys: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
-    options: Options = ctx.options
-    given = [grad for grad in grad_ys if grad is not None]
-    if not given:
-        return (None,) * (3 + 5 * len(grad_ys))
-    if len(given) < len(grad_ys):
-        batch = given[0].shape[:-1]
-        given = [
-            given[0].new_zeros(*batch, shape[0]) if grad is None else grad
-            for grad, shape in zip(grad_ys, ctx.shapes)
-        ]
-    x, s, mask, *flat = ctx.saved_tensors
+    scalings, dropout_p, _, high_precision, backend, needs_x, needs = ctx.options
+    ranks, count = ctx.ranks, len(grad_ys)
+    result: list[torch.Tensor | None] = [None] * (3 + 5 * count)
+    used = [j for j, grad_y in enumerate(grad_ys) if grad_y is not None]
+    if not used:
+        return tuple(result)
+    x, s, masks, *flat = ctx.saved_tensors
+    if len(used) < count:  # an output that took no part in the loss: its projection gets no gradient, not zeros
+        if s is not None:
+            columns = iter(s.split([rank for rank, needed in zip(ranks, needs[3::4]) if needed], dim=1))
+            pieces = [next(columns) if needed else None for needed in needs[3::4]]
+            pieces = [pieces[j] for j in used if pieces[j] is not None]
+            s = torch.cat(pieces, dim=1) if pieces else None
+        masks = masks[used] if masks is not None and len(masks) > 1 else masks
+        grad_ys, scalings, ranks = ([values[j] for j in used] for values in (grad_ys, scalings, ranks))
+        flat = [tensor for j in used for tensor in flat[4 * j : 4 * j + 4]]
+        needs = [needed for j in used for needed in needs[4 * j : 4 * j + 4]]
     grads = iter(
         _backward_op(
-            given, x, s, mask, flat, options.scalings, [shape[1] for shape in ctx.shapes], options.dropout_p,
-            options.needs_x, options.needs, ctx.adapter_dtype, options.high_precision, options.backend,
-        )  # fmt: skip
-    )
-    result = [None, None, next(grads) if options.needs_x else None]
-    for position, needed in enumerate(options.needs):
-        result.append(next(grads) if needed else None)
-        if position % 4 == 3:
-            result.append(None)  # scaling takes no gradient
+            grad_ys, x, s, masks, flat, scalings, ranks, dropout_p, needs_x, needs, ctx.adapter_dtype, high_precision,
+            backend,
+        )
+    )  # fmt: skip
+    if needs_x:
+        result[2] = next(grads)
+    for number, j in enumerate(used):
+        for position in range(4):  # weight, bias, lora_A, lora_B; a scaling takes no gradient
+            if needs[4 * number + position]:
+                result[3 + 5 * j + position] = next(grads)
     return tuple(result)
 
 
@@ -331,30 +297,26 @@ LIBRARY.define(
 )
 
 
-@without_autocast
 def _forward(*args):
-    *given, backend = args
-    if backend == "reference":
-        return reference.forward(*given)
+    if args[-1] == "reference":
+        return reference.forward(*args)
     from . import triton_forward  # needs Triton, which the package does not
 
-    return triton_forward.forward(*given, backend)
+    with on_device_of(args[0]):
+        return triton_forward.forward(*args)
 
 
-@without_autocast
 def _backward(*args):
-    *given, backend = args
-    if backend == "reference":
-        return reference.backward(*given)
+    if args[-1] == "reference":
+        return reference.backward(*args)
     from . import triton_backward
 
-    return triton_backward.backward(*given, backend)
+    with on_device_of(args[0][0]):
+        return triton_backward.backward(*args)
 
 
-LIBRARY.impl("lora_linear_forward", _forward, "CompositeExplicitAutograd")
-LIBRARY.impl("lora_linear_backward", _backward, "CompositeExplicitAutograd")
-_forward_op = eager_or_traced(_forward, torch.ops.peft_kernels.lora_linear_forward.default)
-_backward_op = eager_or_traced(_backward, torch.ops.peft_kernels.lora_linear_backward.default)
+_forward_op = register("lora_linear_forward", _forward)
+_backward_op = register("lora_linear_backward", _backward)
 
 
 @torch.library.register_fake("peft_kernels::lora_linear_forward", lib=LIBRARY)

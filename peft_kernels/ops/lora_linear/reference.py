@@ -22,6 +22,7 @@ def forward(
     save_s: list[bool],
     save_mask: bool,
     high_precision: bool,
+    backend: str = "reference",
 ) -> list[torch.Tensor]:
     """y_j = x·W_jᵀ + bias_j + S_j·B_jᵀ with S_j = scaling_j · D_j(x)·A_jᵀ, for every projection j.
 
@@ -62,6 +63,7 @@ def backward(
     needs: list[bool],
     adapter_dtype: torch.dtype,
     high_precision: bool,
+    backend: str = "reference",
 ) -> list[torch.Tensor]:
     """The gradients that are needed, in this order: x; then for each projection its weight, bias, A and B.
 
@@ -114,9 +116,7 @@ def add_base(
     return y.addmm_(x, weight.t())
 
 
-def _scaled_mm(
-    left: torch.Tensor, right: torch.Tensor, scale: float, row_scaling: torch.Tensor | None
-) -> torch.Tensor:
+def _scaled_mm(left: torch.Tensor, right: torch.Tensor, scale: float, row_scaling: torch.Tensor | None) -> torch.Tensor:
     """scale · row_scaling · left·right; the scale is applied before the product is rounded."""
     product = torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
     if row_scaling is None:

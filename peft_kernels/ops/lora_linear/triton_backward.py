@@ -82,9 +82,13 @@ def x_pass_kernel(
     for start in range(0, rows_per_chunk, BLOCK_M):
         rows = first + start + tl.arange(0, BLOCK_M)
         inside = (rows < M)[:, None] & (columns < K)[None, :]
-        x = tl.load(x_ptr + rows[:, None] * stride_xm + columns.to(tl.int64)[None, :] * stride_xk, mask=inside, other=0.0)
+        x = tl.load(
+            x_ptr + rows[:, None] * stride_xm + columns.to(tl.int64)[None, :] * stride_xk, mask=inside, other=0.0
+        )
         if mask_ptr is not None:
-            kept = load_mask(mask_ptr + group * mask_stride_stream, rows, k_block * BLOCK_K, M, mask_stride_row, BLOCK_K)
+            kept = load_mask(
+                mask_ptr + group * mask_stride_stream, rows, k_block * BLOCK_K, M, mask_stride_row, BLOCK_K
+            )
             x = tl.where(kept, x, 0.0)
         dh = tl.load(
             dh_ptr + rows[None, :] * stride_dhm + dh_columns[:, None],
@@ -108,7 +112,7 @@ def grad_low_rank(
     """dH = scale · dy·B into `dh` [M, R] if given, and dB = dyᵀ·S [N, R] if `s` is given: one pass over dy [M, N]."""
     M, N = dy.shape
     R = lora_B.shape[1] if lora_B is not None else s.shape[1]
-    if R > configs.LARGEST_RANK_OF_DY_PASS[dy.element_size()]:
+    if configs.LARGEST_RANK_OF_DY_PASS[dy.element_size()] < R:
         return _grad_low_rank_blas(dy, lora_B, s, dh, scale, row_scaling, adapter_dtype, high_precision)
     tile = configs.dy_pass_tile(M, N, R, dy.element_size(), high_precision)
     n_blocks = triton.cdiv(N, tile.block_n)
@@ -216,9 +220,7 @@ def backward(
             else None
         )  # fmt: skip
     rows = x if x is None or x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    grad_As = iter(
-        grad_lora_A(rows, dh, masks, ranks, needs_A, adapter_dtype, high_precision) if any(needs_A) else ()
-    )
+    grad_As = iter(grad_lora_A(rows, dh, masks, ranks, needs_A, adapter_dtype, high_precision) if any(needs_A) else ())
     grads = []
     if needs_x:
         grad_x = _grad_x(dys, projections, dh, masks, ranks, high_precision, backend)

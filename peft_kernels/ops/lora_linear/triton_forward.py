@@ -140,7 +140,11 @@ def forward(
         weight, bias, _, lora_B, _ = projections[5 * j : 5 * j + 5]
         N = weight.shape[0]
         y = x.new_empty(M, N)
-        s_j = s[:, j * R : j * R + rank] if M else x.new_empty(0, rank, dtype=torch.float32 if high_precision else x.dtype)
+        s_j = (
+            s[:, j * R : j * R + rank]
+            if M
+            else x.new_empty(0, rank, dtype=torch.float32 if high_precision else x.dtype)
+        )
         if configs.expand_path(M, N, K, rank, x.dtype, architecture(x.device), backend) == "fused":
             extended_gemm([rows], [weight.t()], [s_j], [lora_B.t()], y, bias=contiguous(bias))
         else:

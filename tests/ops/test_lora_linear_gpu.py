@@ -1,0 +1,161 @@
+"""The LoRA linear op on a CUDA GPU: every backend, in the dtypes that people train in."""
+
+import pytest
+import torch
+
+import peft_kernels as pk
+from peft_kernels.ops.common import dropout
+from peft_kernels.testing import make_case
+from tests.checks import lora_linear as checks
+
+pytestmark = pytest.mark.gpu
+BACKENDS = ["triton:fused", "triton:blas", "reference"]
+DTYPES = {
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float16": {"dtype": torch.float16},
+    "float32": {"dtype": torch.float32},
+    "float32-adapters": {"dtype": torch.bfloat16, "adapter_dtype": torch.float32, "autocast": torch.bfloat16},
+    "float32-adapters-high": {"dtype": torch.bfloat16, "adapter_dtype": torch.float32, "adapter_precision": "high"},
+}
+SHAPES = checks.SHAPES | {
+    "large": {"batch": (2, 700), "in_features": 1024, "out_features": (1536,), "rank": 16},
+    "large-qkv": {"batch": (1100,), "in_features": 1024, "out_features": (1024, 256, 256), "rank": 16},
+    "large-odd": {"batch": (1037,), "in_features": 1032, "out_features": (1160,), "rank": 24},
+}
+
+
+@pytest.fixture(autouse=True)
+def exact_float32():
+    """Eager float32 on a GPU without tf32, as the kernels follow torch's own setting."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("setting", checks.SETTINGS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_within_eager(backend, dtype, setting, shape):
+    checks.check_within_eager(
+        backend, device="cuda", **SHAPES[shape], **checks.SETTINGS[setting], **DTYPES[dtype]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_subsets(backend, dropout_p):
+    checks.check_subsets(backend, dropout_p, device="cuda", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+def test_runs(backend, monkeypatch):
+    checks.check_runs(backend, "cuda", monkeypatch)
+
+
+def test_auto_takes_triton():
+    assert pk.backends.choose("lora_linear", torch.ones(1, device="cuda", dtype=torch.bfloat16)) == "triton"
+    assert pk.backends.choose("lora_linear", torch.ones(1, device="cuda", dtype=torch.float64)) == "reference"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layouts(backend):
+    checks.check_layouts(backend, "cuda")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty(backend):
+    checks.check_empty(backend, "cuda")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_same_mask(backend):
+    checks.check_same_mask(backend, "cuda")
+
+
+def test_same_mask_as_the_cpu():
+    seed = torch.tensor([123456789])
+    on_cpu = dropout.draw_mask(seed, 100, 333, 0.3, 2)
+    assert torch.equal(dropout.draw_mask(seed.cuda(), 100, 333, 0.3, 2).cpu(), on_cpu)
+
+
+@pytest.mark.parametrize("backend", ["triton:fused", "triton:blas"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_cuda_graph(backend, dropout_p):
+    """A captured forward and backward replays on new inputs, with a new mask at every replay."""
+    case = make_case((64,), 128, (96,), 8, torch.bfloat16, device="cuda")
+    weight, lora_A, lora_B, scaling, bias = case.projections[0]
+    x, lora_A, lora_B = (t.clone().requires_grad_() for t in (case.x, lora_A, lora_B))
+
+    def step():
+        with pk.use_backend(backend):
+            y = pk.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p=dropout_p, training=True)
+        return [y, *torch.autograd.grad(y, (x, lora_A, lora_B), case.grad_ys[0])]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    first = [value.clone() for value in captured]
+    graph.replay()
+    if dropout_p:
+        assert not torch.equal(first[0], captured[0])
+    else:
+        for one, other, eager in zip(first, captured, step()):
+            assert torch.equal(one, other)
+            assert torch.equal(one, eager)
+
+
+def test_compile():
+    torch._dynamo.reset()
+    case = make_case((33,), 128, (96, 32), 8, torch.bfloat16, device="cuda")
+    given = [p._replace(lora_A=p.lora_A.requires_grad_(), lora_B=p.lora_B.requires_grad_()) for p in case.projections]
+    leaves = [t for p in given for t in (p.lora_A, p.lora_B)]
+
+    def function(x):
+        return sum(y.float().square().sum() for y in pk.lora_linear_shared_input(x, given))
+
+    compiled = torch.compile(function, fullgraph=True)
+    for rows in (33, 40, 57):
+        x = torch.randn(rows, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        found = torch.autograd.grad(compiled(x), [x, *leaves])
+        for one, other in zip(found, torch.autograd.grad(function(x), [x, *leaves])):
+            torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+
+
+def test_more_than_2_to_the_31_elements():
+    """A row past 2³¹ elements of x comes out as if it were computed alone."""
+    M, K, N = (1 << 19) + 64, 4096 + 64, 64
+    if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
+        pytest.skip("needs 40 GiB of GPU memory")
+    x = torch.empty(M, K, device="cuda", dtype=torch.bfloat16).normal_()
+    assert x.numel() > 2**31
+    case = make_case((1,), K, (N,), 8, torch.bfloat16, device="cuda")
+    weight, lora_A, lora_B, scaling, bias = case.projections[0]
+    leaves = [x.requires_grad_(), lora_A.requires_grad_(), lora_B.requires_grad_()]
+    for backend in ("triton:fused", "triton:blas"):
+        with pk.use_backend(backend):
+            y = pk.lora_linear(x, weight, lora_A, lora_B, scaling, bias)
+            tail = pk.lora_linear(x[-64:].clone(), weight, lora_A, lora_B, scaling, bias)
+        torch.testing.assert_close(y[-64:], tail, rtol=2e-2, atol=2e-2)
+        dx, dA, dB = torch.autograd.grad(y, leaves, torch.ones_like(y))
+        torch.testing.assert_close(dx[-1], dx[0], rtol=2e-2, atol=2e-2)
+        assert torch.isfinite(dA).all()
+        assert torch.isfinite(dB).all()
+        del y, tail, dx
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_device_than_the_current():
+    case = make_case((40,), 64, (48,), 8, torch.bfloat16, device="cuda:1")
+    with torch.cuda.device(0), pk.use_backend("triton:fused"):
+        y = pk.lora_linear(case.x, *case.projections[0])
+    assert y.device == torch.device("cuda:1")

@@ -86,7 +86,9 @@ define stage
 endef
 
 test: setup $(TRITON_STAMP)
-	$(call stage,the suite,$(XDIST) -rs tests --ignore=tests/interpret --ignore=tests/aot)
+	$(call stage,the suite,$(XDIST) -rs -m "not slow" tests --ignore=tests/interpret --ignore=tests/aot)
+	@# A real model wants all cores for itself.
+	$(call stage,a real model: SmolLM2 and the demo,$(PY) -m pytest -q -m slow tests --ignore=tests/interpret --ignore=tests/aot)
 	$(call stage,every Triton kernel in the interpreter,TRITON_INTERPRET=1 $(XDIST) tests/interpret)
 	$(call stage,kernels compiled ahead of time by the newest Triton,$(XDIST) tests/aot)
 	$(call stage,kernels compiled ahead of time by Triton $(OLDEST_TRITON),PYTHONPATH=$(OLD_TRITON) $(XDIST) tests/aot)

@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ def _bars(rows: list[dict], key: str, title: str, path: Path) -> Path:
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     providers = [name for name in dict.fromkeys(row["provider"] for row in rows) if name != "nn.Linear"]
     values = {(row["shape"], row["provider"]): row[key] for row in rows}
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.16 * len(shapes) * (len(providers) + 1)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 1.6 + 0.075 * len(shapes) * (len(providers) + 1)), layout="constrained")
     height = 1.0 / (len(providers) + 1)
     for number, provider in enumerate(providers):
         places = [index + number * height for index, shape in enumerate(shapes) if (shape, provider) in values]
@@ -37,7 +37,7 @@ def _bars(rows: list[dict], key: str, title: str, path: Path) -> Path:
         axes.barh(places, lengths, height, label=provider, color=COLOURS[(number + 1) % len(COLOURS)])
     middle = height * (len(providers) - 1) / 2
     axes.set_yticks([index + middle for index in range(len(shapes))], shapes, fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(shapes) - 0.1, -height)
     axes.axvline(1.0, color=COLOURS[0], linewidth=1)
     if values:
         longest = sorted(values.values())[-1]
@@ -45,7 +45,7 @@ def _bars(rows: list[dict], key: str, title: str, path: Path) -> Path:
     axes.set(xlabel="×, lower is better", title=title)
     axes.title.set_fontsize(10)
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.04), ncols=4)
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=4)
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path

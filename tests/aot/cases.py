@@ -155,15 +155,22 @@ def _gemm(v: Variant, tile: configs.GemmTile, base: bool) -> Case:
 
 def _gemm_tma(v: Variant, tile: configs.GemmTile, R: int, transposed: bool) -> Case:
     n, q_block = v.n, (tile.block_n, tile.block_k) if transposed else (tile.block_k, tile.block_n)
+
+    def descriptors(name: str, *block: int) -> dict[str, str | None]:
+        kind = f"tensordesc<{v.dtype}[{block[0]}, {block[1]}]>"
+        return {f"{name}{j}": kind if j < n else None for j in range(3)}
+
     out_columns = tile.block_n // 2 if tile.split_epilogue else tile.block_n
     arguments = {
-        "p_descs": (f"tensordesc<{v.dtype}[{tile.block_m}, {tile.block_k}]>",) * n,
-        "q_descs": (f"tensordesc<{v.dtype}[{q_block[0]}, {q_block[1]}]>",) * n,
+        **descriptors("p_desc", tile.block_m, tile.block_k),
+        **descriptors("q_desc", *q_block),
         "out_desc": f"tensordesc<{v.dtype}[{tile.block_m}, {out_columns}]>",
         "Q_TRANSPOSED": transposed,
         "PREFETCH": n == 1 and not v.dropout and not v.high and tile.block_r >= R,
         "SPLIT_EPILOGUE": tile.split_epilogue, **_gemm_common(v, tile),
     }  # fmt: skip
+    if not transposed:  # as for dx: F is A, row by row, and there is no bias
+        arguments |= {"strides_fr": (WIDE,) * n, "strides_fn": (1,) * n, "bias_ptr": None}
     return _case(extended_gemm_tma_kernel, v, tile, arguments)
 
 

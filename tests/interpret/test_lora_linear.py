@@ -90,13 +90,15 @@ def test_persistent_gemm():
         masks = dropout.draw_mask(torch.tensor([3]), M, N, 0.5, n) if masked else None
         out = torch.full((M, N), float("nan")).half()
         extended_gemm_tma_kernel[(3,)](
-            tuple(TensorDescriptor.from_tensor(p, [64, 16]) for p in ps),
-            tuple(
+            *(TensorDescriptor.from_tensor(p, [64, 16]) for p in ps),
+            *[None] * (3 - n),
+            *(
                 TensorDescriptor.from_tensor(q.t().contiguous(), [32, 16])
                 if transposed
                 else TensorDescriptor.from_tensor(q, [16, 32])
                 for q in qs
             ),
+            *[None] * (3 - n),
             TensorDescriptor.from_tensor(out, [64, 16 if split else 32]),
             tuple(es), tuple(fs), bias, masks, M, N, depths, R, (R,) * n, (N,) * n, (1,) * n,
             masks.stride(0) if masked else 0, masks.stride(1) if masked else 0,

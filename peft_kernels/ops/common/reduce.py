@@ -21,7 +21,7 @@ def scaling_of(rows, columns, rows_inside, scales, row_scale_ptrs, row_scale_str
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_total", "splits"])
 def split_reduce_kernel(
     partial_ptr, out_ptr, scales, row_scale_ptrs, row_scale_strides,
     rows_total, columns_total, splits, stride_split, stride_row, stride_om, stride_on, R,

@@ -1,7 +1,8 @@
 """Which tile and which way, as pure functions of shape, dtype and architecture: testable without a GPU.
 
-Shapes and scalings are never part of a compiled kernel beyond the power of two that a rank is rounded up to, so a
-new batch size compiles nothing.
+Shapes and scalings are never constants of a compiled kernel, beyond the power of two that a rank is rounded up to, and
+M is not even looked at by Triton's own specialisation (divisible by 16, equal to 1): a new batch size compiles anew
+only where it takes another tile, or makes a stride (in)divisible by 16.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 #: By element size: above, dH and dB come from the vendor's GEMM, since the partials of the pass over dy grow with R.
-LARGEST_RANK_OF_DY_PASS = {2: 64, 4: 32}
+LARGEST_RANK_OF_DY_PASS = {2: 32, 4: 16}
 _PROGRAMS_PER_SM = 2  # enough loads in flight for a kernel that only reads
 
 
@@ -82,7 +83,8 @@ def dy_pass_tile(M: int, N: int, R: int, element_size: int, high: bool) -> PassT
         return PassTile(32, 32, block_r, num_warps=4, num_stages=2)
     if high:
         return PassTile(32, 64, block_r, num_warps=4, num_stages=2)
-    return PassTile(64, 128 if block_r <= 32 else 64, block_r, num_warps=4, num_stages=3)
+    # Wide, since the partials of dH are written once for each block of columns.
+    return PassTile(64, 256 if block_r == 16 else 128, block_r, num_warps=8 if block_r == 16 else 4, num_stages=3)
 
 
 def x_pass_tile(M: int, K: int, width: int, element_size: int, high: bool) -> PassTile:

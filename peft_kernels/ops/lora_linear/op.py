@@ -260,7 +260,8 @@ def _call_backward(ctx, grad_ys: tuple[torch.Tensor | None, ...]) -> tuple[torch
             pieces = [next(columns) if needed else None for needed in needs[3::4]]
             pieces = [pieces[j] for j in used if pieces[j] is not None]
             s = torch.cat(pieces, dim=1) if pieces else None
-        masks = masks[used] if masks is not None and len(masks) > 1 else masks
+        if masks is not None and len(masks) > 1:
+            masks = torch.stack([masks[j] for j in used])  # an index from the host could not be captured in a graph
         grad_ys, scalings, ranks = ([values[j] for j in used] for values in (grad_ys, scalings, ranks))
         flat = [tensor for j in used for tensor in flat[4 * j : 4 * j + 4]]
         needs = [needed for j in used for needed in needs[4 * j : 4 * j + 4]]

@@ -37,7 +37,8 @@ def forward(
     for j, scaling in enumerate(scalings):
         weight, bias, lora_A, lora_B, row_scaling = projections[5 * j : 5 * j + 5]
         if masks is not None and (j == 0 or not shared_dropout):
-            dropped = _as(_drop(rows, masks[j]), torch.float32 if high_precision else x.dtype)
+            kept = _factor(masks[j], rows.shape[1], x.dtype)
+            dropped = _as(rows * kept, torch.float32 if high_precision else x.dtype)
         s = _scaled_mm(dropped, _as(lora_A, dropped.dtype).t(), scaling * dropout.rescale(dropout_p), row_scaling)
         y = add_base(s, lora_B, rows, weight, bias, high_precision)
         ys.append(y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0]))
@@ -71,32 +72,36 @@ def backward(
     """
     rows = x if x is None or x.dim() == 2 else x.reshape(-1, x.shape[-1])
     rescale = dropout.rescale(dropout_p)
-    grad_x, grads, column = None, [], 0
+    grad_x, grads, column, kept = None, [], 0, None
     for j, grad_y in enumerate(grad_ys):
         weight, lora_A, lora_B, row_scaling = projections[4 * j : 4 * j + 4]
         needs_weight, needs_bias, needs_A, needs_B = needs[4 * j : 4 * j + 4]
         dy = grad_y if grad_y.dim() == 2 else grad_y.reshape(-1, grad_y.shape[-1])
         low = dy.float() if high_precision else dy
-        mask = None if masks is None else masks[min(j, len(masks) - 1)]
+        if masks is not None and j < len(masks):  # else the mask of the projection before is for all
+            kept = _factor(masks[j], (lora_A if needs_x else rows).shape[1], dy.dtype)
         if needs_x or needs_A:
             dh = _scaled_mm(low, _as(lora_B, low.dtype), scalings[j] * rescale, row_scaling)
         if needs_x:
             low_rank = dh.mm(_as(lora_A, low.dtype))
-            low_rank = _as(low_rank if mask is None else _drop(low_rank, mask), dy.dtype)
+            low_rank = _as(low_rank if kept is None else low_rank.mul_(kept), dy.dtype)
             grad_x = (low_rank if grad_x is None else grad_x.add_(low_rank)).addmm_(dy, weight)
         if needs_weight:
             grads.append(dy.t().mm(rows))
         if needs_bias:
             grads.append(dy.sum(0))
         if needs_A:
-            dropped = _as(rows if mask is None else _drop(rows, mask), low.dtype)
+            dropped = _as(rows if kept is None else rows * kept, low.dtype)
             grads.append(_as(dh.t().mm(dropped), adapter_dtype))
         if needs_B:
-            grads.append(_as(low.t().mm(s[:, column : column + ranks[j]]), adapter_dtype))
+            kept_s = s if s.shape[1] == ranks[j] else s[:, column : column + ranks[j]]
+            grads.append(_as(low.t().mm(kept_s), adapter_dtype))
             column += ranks[j]
     if not needs_x:
         return grads
-    return [grad_x.view(*grad_ys[0].shape[:-1], grad_x.shape[1]), *grads]
+    if grad_ys[0].dim() != 2:
+        grad_x = grad_x.view(*grad_ys[0].shape[:-1], grad_x.shape[1])
+    return [grad_x, *grads]
 
 
 def add_base(
@@ -124,8 +129,10 @@ def _scaled_mm(left: torch.Tensor, right: torch.Tensor, scale: float, row_scalin
     return product.mul_(row_scaling.reshape(-1, 1) if row_scaling.dim() else row_scaling)
 
 
-def _drop(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return values * dropout.unpack_mask(mask, values.shape[1])
+def _factor(mask: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """0 or 1 for each element of x; torch multiplies 16-bit numbers by a bool without vector instructions."""
+    kept = dropout.unpack_mask(mask, columns)
+    return kept.to(dtype) if dtype.itemsize == 2 else kept
 
 
 def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

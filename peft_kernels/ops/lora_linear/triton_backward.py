@@ -17,7 +17,7 @@ from .triton_forward import flat, stack
 from .triton_gemm import extended_gemm
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "rows_per_chunk"])
 def dy_pass_kernel(
     dy_ptr, b_ptr, s_ptr, dh_ptr, db_ptr, M, N, R, rows_per_chunk, stride_dym, stride_dyn, stride_bn, stride_br,
     stride_sm,
@@ -60,7 +60,7 @@ def dy_pass_kernel(
         tl.store(target, db, mask=column_inside[:, None] & rank_inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "rows_per_chunk", "mask_stride_stream"])
 def x_pass_kernel(
     x_ptr, dh_ptr, da_ptr, mask_ptr, M, K, C, width, rows_per_chunk, stride_xm, stride_xk, stride_dhm,
     mask_stride_stream, mask_stride_row,
@@ -87,7 +87,7 @@ def x_pass_kernel(
         )
         if mask_ptr is not None:
             kept = load_mask(
-                mask_ptr + group * mask_stride_stream, rows, k_block * BLOCK_K, M, mask_stride_row, BLOCK_K
+                mask_ptr + group.to(tl.int64) * mask_stride_stream, rows, k_block * BLOCK_K, M, mask_stride_row, BLOCK_K
             )
             x = tl.where(kept, x, 0.0)
         dh = tl.load(
@@ -136,7 +136,7 @@ def grad_low_rank(
 
 
 def _grad_low_rank_blas(dy, lora_B, s, dh, scale, row_scaling, adapter_dtype, high_precision):
-    """The same by the vendor's GEMM: the partials of the pass over dy grow with R, and above a rank of about 64
+    """The same by the vendor's GEMM: the partials of the pass over dy grow with R, and above a rank of about 32
     they cost more than reading dy twice."""
     low = dy.float() if high_precision else dy
     if dh is not None:
@@ -266,6 +266,6 @@ def _dense(grad_y: torch.Tensor) -> torch.Tensor:
 
 def matmul_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left·right accumulated and returned in float32."""
-    if left.is_cuda and left.dtype != torch.float32:
+    if left.is_cuda and left.dtype != torch.float32 and torch.version.hip is None:
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.float().mm(right.float())

@@ -3,6 +3,8 @@ then one GEMM a projection that takes the low-rank product in (expand)."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +19,7 @@ from .reference import add_base
 from .triton_gemm import extended_gemm
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "mask_stride_stream"])
 def shrink_kernel(
     x_ptr, a_ptr, s_ptr, mask_ptr, seed_ptr, scales, row_scale_ptrs, row_scale_strides,
     M, K, C, R, width, k_per_split, stride_xm, stride_xk, stride_ac, stride_ak, stride_split,
@@ -54,12 +56,17 @@ def shrink_kernel(
             kept = draw_mask_bytes(seed, rows, groups, group, threshold)
             x_tile = tl.where(spread_mask_bytes(kept, BLOCK_K), x_tile, 0.0)
             if mask_ptr is not None:
-                target = mask_ptr + group * mask_stride_stream + rows[:, None] * mask_stride_row + groups[None, :]
-                # Blocks of one group write the same bytes: only beyond rank 128 are there two of them.
+                target = (
+                    mask_ptr
+                    + group.to(tl.int64) * mask_stride_stream
+                    + rows[:, None] * mask_stride_row
+                    + groups[None, :]
+                )
+                # Where a group has several blocks (a large rank) they all write the same bytes.
                 tl.store(target, kept.to(tl.uint8), mask=(rows < M)[:, None] & (groups < mask_stride_row)[None, :])
         acc = dot_high(x_tile, a_tile, acc, HIGH) if HIGH is not None else dot(x_tile, a_tile, acc, PRECISION)
-        x += BLOCK_K * stride_xk
-        a += BLOCK_K * stride_ak
+        x += tl.full((), BLOCK_K, tl.int64) * stride_xk
+        a += tl.full((), BLOCK_K, tl.int64) * stride_ak
     if not SPLIT:
         acc *= scaling_of(rows, columns, rows < M, scales, row_scale_ptrs, row_scale_strides, R, NUM)
     out = s_ptr + tl.program_id(1).to(tl.int64) * stride_split + rows[:, None] * C + columns[None, :]
@@ -122,7 +129,7 @@ def forward(
     backend: str,
 ) -> list[torch.Tensor]:
     """As `reference.forward`; `backend` may force the way to expand ("triton:fused", "triton:blas")."""
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     (M, K), num = rows.shape, len(scalings)
     ranks = [lora_A.shape[0] for lora_A in projections[2::5]]
     R = max(ranks)
@@ -139,14 +146,13 @@ def forward(
     for j, rank in enumerate(ranks):
         weight, bias, _, lora_B, _ = projections[5 * j : 5 * j + 5]
         N = weight.shape[0]
-        y = x.new_empty(M, N)
         s_j = (
             s[:, j * R : j * R + rank]
             if M
             else x.new_empty(0, rank, dtype=torch.float32 if high_precision else x.dtype)
         )
         if configs.expand_path(M, N, K, rank, x.dtype, architecture(x.device), backend) == "fused":
-            extended_gemm([rows], [weight.t()], [s_j], [lora_B.t()], y, bias=contiguous(bias))
+            y = extended_gemm([rows], [weight.t()], [s_j], [lora_B.t()], x.new_empty(M, N), contiguous(bias))
         else:
             y = add_base(s_j, lora_B, rows, weight, bias, high_precision)
         ys.append(y if x.dim() == 2 else y.view(*x.shape[:-1], N))

@@ -64,13 +64,13 @@ def _dropped_low_rank(
             HIGH, BLOCK_N, BLOCK_R, PRECISION,
         )  # fmt: skip
         if mask_ptr is not None:
-            mask = mask_ptr + j * mask_stride_stream
+            mask = mask_ptr + tl.full((), j, tl.int64) * mask_stride_stream
             product = tl.where(load_mask(mask, rows, first_column, M, mask_stride_row, BLOCK_N), product, 0.0)
         acc = product if mask_ptr is None or j == 0 else acc + product
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "mask_stride_stream"])
 def extended_gemm_kernel(
     p_ptrs, q_ptrs, e_ptrs, f_ptrs, bias_ptr, mask_ptr, out_ptr, M, N, Ks, R,
     strides_pm, strides_pk, strides_qk, strides_qn, strides_em, strides_fr, strides_fn, stride_om, stride_on,
@@ -100,17 +100,17 @@ def extended_gemm_kernel(
                 acc = dot(
                     tl.load(p, mask=p_inside, other=0.0), tl.load(q, mask=q_inside, other=0.0), acc, PRECISION
                 )  # fmt: skip
-                p += BLOCK_K * strides_pk[j]
-                q += BLOCK_K * strides_qk[j]
+                p += tl.full((), BLOCK_K, tl.int64) * strides_pk[j]
+                q += tl.full((), BLOCK_K, tl.int64) * strides_qk[j]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     out = out_ptr + rows[:, None] * stride_om + columns.to(tl.int64)[None, :] * stride_on
     tl.store(out, acc.to(dtype), mask=(rows < M)[:, None] & (columns < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "mask_stride_stream"])
 def extended_gemm_tma_kernel(
-    p_descs, q_descs, out_desc, e_ptrs, f_ptrs, bias_ptr, mask_ptr, M, N, Ks, R,
+    p_desc0, p_desc1, p_desc2, q_desc0, q_desc1, q_desc2, out_desc, e_ptrs, f_ptrs, bias_ptr, mask_ptr, M, N, Ks, R,
     strides_em, strides_fr, strides_fn, mask_stride_stream, mask_stride_row,
     NUM: tl.constexpr, Q_TRANSPOSED: tl.constexpr, HIGH: tl.constexpr, PREFETCH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -119,6 +119,8 @@ def extended_gemm_tma_kernel(
     """Persistent: a program takes every num_programs-th tile; P, Q and `out` go through TMA, which also cuts off
     what lies outside. With PREFETCH (one projection, no mask, R in one block) the low-rank operands are asked for
     before the loop over K, which hides their latency, and multiplied after it."""
+    # Triton 3.6's launcher knows no descriptors inside a tuple: they come one by one, None from the last on.
+    p_descs, q_descs = (p_desc0, p_desc1, p_desc2), (q_desc0, q_desc1, q_desc2)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     dtype: tl.constexpr = out_desc.dtype
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
@@ -198,8 +200,8 @@ def extended_gemm(
         q_block = [tile.block_n, tile.block_k] if transposed else [tile.block_k, tile.block_n]
         out_block = [tile.block_m, tile.block_n // 2 if tile.split_epilogue else tile.block_n]
         extended_gemm_tma_kernel[(min(tiles, sm_count(out.device)),)](
-            tuple(TensorDescriptor.from_tensor(p, [tile.block_m, tile.block_k]) for p in ps),
-            tuple(TensorDescriptor.from_tensor(q.t() if transposed else q, q_block) for q in qs),
+            *_descriptors(ps, [tile.block_m, tile.block_k]),
+            *_descriptors([q.t() if transposed else q for q in qs], q_block),
             TensorDescriptor.from_tensor(out, out_block),
             tuple(es), tuple(fs), bias, masks, M, N, tuple(p.shape[1] for p in ps), R,
             strides_em, strides_fr, strides_fn, stream_stride, row_stride,
@@ -217,9 +219,17 @@ def extended_gemm(
     return out
 
 
+_MOST_DESCRIPTORS = 3  # of P and of Q: query, key and value
+
+
+def _descriptors(matrices: list[torch.Tensor], block: list[int]) -> list[TensorDescriptor | None]:
+    made = [TensorDescriptor.from_tensor(matrix, block) for matrix in matrices]
+    return made + [None] * (_MOST_DESCRIPTORS - len(made))
+
+
 def _tma_layout(ps: list[torch.Tensor], qs: list[torch.Tensor], out: torch.Tensor) -> str | None:
     """How Q lies in memory ("natural" [K, N], "transposed" [N, K]), or None where TMA cannot take an operand."""
-    if not all(map(_tma_takes, [*ps, out])):
+    if len(ps) > _MOST_DESCRIPTORS or not all(map(_tma_takes, [*ps, out])):
         return None
     if all(_tma_takes(q.t()) for q in qs):
         return "transposed"

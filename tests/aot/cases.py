@@ -101,7 +101,7 @@ def _cases_of(architecture: int | str, v: Variant, M: int, N: int, R: int) -> li
         _reduce(v, N),
     ]
     if configs.LARGEST_RANK_OF_DY_PASS[v.size] >= R:
-        made.append(_dy_pass(v, M, N, R))
+        made.append(_dy_pass(v, M, N, R, arch))
     if arch >= 90 and v.size == 2:
         tile = configs.gemm_tile(M, N, R, v.size, arch, True, masks, v.high)
         made += [_gemm_tma(v, tile, R, transposed) for transposed in (True, False)]
@@ -174,8 +174,8 @@ def _gemm_tma(v: Variant, tile: configs.GemmTile, R: int, transposed: bool) -> C
     return _case(extended_gemm_tma_kernel, v, tile, arguments)
 
 
-def _dy_pass(v: Variant, M: int, N: int, R: int) -> Case:
-    tile = configs.dy_pass_tile(M, N, R, v.size, v.high)
+def _dy_pass(v: Variant, M: int, N: int, R: int, arch: int) -> Case:
+    tile = configs.dy_pass_tile(M, N, R, v.size, v.high, arch)
     arguments = {
         "dy_ptr": v.pointer, "b_ptr": f"*{v.adapter}:16", "s_ptr": v.low_rank_pointer,
         "dh_ptr": FLOAT32, "db_ptr": FLOAT32, "M": INT, "N": WIDE, "R": WIDE, "rows_per_chunk": WIDE,

@@ -77,14 +77,15 @@ def shrink_tile(M: int, K: int, width: int, element_size: int, dropping: bool, h
     )  # fmt: skip
 
 
-def dy_pass_tile(M: int, N: int, R: int, element_size: int, high: bool) -> PassTile:
+def dy_pass_tile(M: int, N: int, R: int, element_size: int, high: bool, arch: int) -> PassTile:
     block_r = rank_block(R, LARGEST_RANK_OF_DY_PASS[element_size])
     if element_size == 4:
         return PassTile(32, 32, block_r, num_warps=4, num_stages=2)
     if high:
         return PassTile(32, 64, block_r, num_warps=4, num_stages=2)
     # Wide, since the partials of dH are written once for each block of columns.
-    return PassTile(64, 256 if block_r == 16 else 128, block_r, num_warps=8 if block_r == 16 else 4, num_stages=3)
+    block_n, num_warps = (256, 8) if block_r == 16 else (128, 4)
+    return PassTile(64, block_n, block_r, num_warps, num_stages=3 if arch else 2)
 
 
 def x_pass_tile(M: int, K: int, width: int, element_size: int, high: bool) -> PassTile:
@@ -111,7 +112,9 @@ def gemm_tile(
     crowded = masks > 1 or high
     block_r = rank_block(R, 16 if crowded else 32)
     if tma:
-        if M <= 512 or N <= 512 or (masks > 1 and high):
+        if masks > 1 and high:
+            return GemmTile(64, 64, 64, block_r, 8, 4, 4)
+        if M <= 512 or N <= 512:
             return GemmTile(64, 128, 64, block_r, 8, 8 if crowded else 4, 4)
         if arch >= 100 or crowded:
             return GemmTile(128, 128, 64, block_r, 8, 8, 4)

@@ -114,7 +114,7 @@ def grad_low_rank(
     R = lora_B.shape[1] if lora_B is not None else s.shape[1]
     if configs.LARGEST_RANK_OF_DY_PASS[dy.element_size()] < R:
         return _grad_low_rank_blas(dy, lora_B, s, dh, scale, row_scaling, adapter_dtype, high_precision)
-    tile = configs.dy_pass_tile(M, N, R, dy.element_size(), high_precision)
+    tile = configs.dy_pass_tile(M, N, R, dy.element_size(), high_precision, architecture(dy.device))
     n_blocks = triton.cdiv(N, tile.block_n)
     chunks, rows_per_chunk = configs.split(M, tile.block_m, n_blocks, sm_count(dy.device))
     dh_partials = dy.new_empty(n_blocks, M, R, dtype=torch.float32) if dh is not None else None

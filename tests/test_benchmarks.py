@@ -79,7 +79,7 @@ def test_a_wrong_provider_is_caught():
 def test_interleaving():
     called = []
     calls = {name: lambda name=name: called.append(name) for name in "ab"}
-    times = interleaved(calls, lambda call: call() or 1.0, seconds=0.0, least=3)
+    times = interleaved(calls, lambda call, repeats: call() or 1e6, seconds=0.0, least=3)
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
     assert called == ["a", "a", "b", "b"] * 5
     assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import statistics
 
 import torch
@@ -97,8 +98,7 @@ def assert_as_close_as_peft(ours: list[dict], eager: list[dict], truth: list[dic
     """Logits and gradients: the norm of the error against PEFT's own, geometric mean over several runs, at
     most twice for each tensor and 1.25 times for half of them. One run would prove little: all its gradients
     carry the rounding errors of one loss, and the ratio of two such errors is a matter of luck. (One layer is
-    held to the strict rule.) The loss, a single number: its largest error within twice PEFT's largest and one
-    ulp."""
+    held to the strict rule.) The loss, a single number: the rms of its errors within twice PEFT's and one ulp."""
     ratios = {}
     for name in truth[0]:
         errors, yardsticks = [], []
@@ -108,8 +108,9 @@ def assert_as_close_as_peft(ours: list[dict], eager: list[dict], truth: list[dic
             errors.append(max((one[name].double() - true[name]).norm().item(), once_rounded))
             yardsticks.append(max((other[name].double() - true[name]).norm().item(), once_rounded))
         if name == "loss":
-            bound = 2.0 * max(yardsticks) + ulp(true["loss"].item(), one["loss"].dtype)
-            assert max(errors) <= bound, f"loss: error {max(errors):.3e} > {bound:.3e}"
+            rms, allowed = (math.sqrt(statistics.fmean(e * e for e in values)) for values in (errors, yardsticks))
+            bound = 2.0 * allowed + ulp(true["loss"].item(), one["loss"].dtype)
+            assert rms <= bound, f"loss: rms error {rms:.3e} > {bound:.3e}"
         else:
             ratios[name] = statistics.geometric_mean(errors) / statistics.geometric_mean(yardsticks)
     worst = max(ratios, key=ratios.get)

@@ -85,7 +85,7 @@ def test_any_leading_dimensions(leading):
     torch.testing.assert_close(run_layer(layer, x, grad), expected)
 
 
-def runs(model, autocast=None, count=12):
+def runs(model, autocast=None, count=24):
     return [run(model, batch_for(model, seed=seed), autocast, seed) for seed in range(count)]
 
 

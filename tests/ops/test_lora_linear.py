@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import peft_kernels as pk
@@ -232,7 +233,7 @@ class TestTorch:
     def test_compile_with_dynamic_rows(self, projections):
         """fullgraph; one more graph when the rows turn out to be dynamic, none after that; eager's numbers."""
         torch._dynamo.reset()
-        graphs = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+        graphs = CompileCounterWithBackend("inductor")
         case = make_case((4,), 24, (16, 8)[:projections], 3)
         given = [
             p._replace(lora_A=p.lora_A.requires_grad_(), lora_B=p.lora_B.requires_grad_()) for p in case.projections
@@ -270,7 +271,7 @@ class TestTorch:
 
     def test_a_scaling_that_is_a_tensor_recompiles_nothing(self):
         torch._dynamo.reset()
-        graphs = torch._dynamo.testing.CompileCounter()
+        graphs = CompileCounter()
         case = make_case((6,), 16, (8,), 2)
         weight, lora_A, lora_B, _, _ = case.projections[0]
         compiled = torch.compile(pk.lora_linear, fullgraph=True, backend=graphs)

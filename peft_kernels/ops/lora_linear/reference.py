@@ -7,9 +7,13 @@ functions are those of the registered ops (`op.py`).
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..common import dropout
+
+_TINY_PRODUCT = 1 << 16  # multiply-adds
 
 
 def forward(
@@ -30,7 +34,8 @@ def forward(
     then, if it is to be kept, the packed mask [streams, M, ceil(K / 8)].
     """
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    masks, dropped = None, rows.float() if high_precision else rows
+    low_dtype = _low_rank_dtype(rows, projections[2].shape[0], high_precision)
+    masks, dropped = None, _as(rows, low_dtype)
     if seed is not None:
         masks = dropout.draw_mask(seed, *rows.shape, dropout_p, 1 if shared_dropout else len(scalings))
     ys, kept_s = [], []
@@ -38,12 +43,12 @@ def forward(
         weight, bias, lora_A, lora_B, row_scaling = projections[5 * j : 5 * j + 5]
         if masks is not None and (j == 0 or not shared_dropout):
             kept = _factor(masks[j], rows.shape[1], x.dtype)
-            dropped = _as(rows * kept, torch.float32 if high_precision else x.dtype)
-        s = _scaled_mm(dropped, _as(lora_A, dropped.dtype).t(), scaling * dropout.rescale(dropout_p), row_scaling)
-        y = add_base(s, lora_B, rows, weight, bias, high_precision)
+            dropped = _as(rows * kept, low_dtype)
+        s = _scaled_mm(dropped, _as(lora_A, low_dtype).t(), scaling * dropout.rescale(dropout_p), row_scaling)
+        y = add_base(s, lora_B, rows, weight, bias)
         ys.append(y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0]))
         if save_s[j]:
-            kept_s.append(s)
+            kept_s.append(s if high_precision else _as(s, x.dtype))
     if kept_s:
         ys.append(kept_s[0] if len(kept_s) == 1 else torch.cat(kept_s, dim=1))
     if save_mask and masks is not None:
@@ -77,7 +82,7 @@ def backward(
         weight, lora_A, lora_B, row_scaling = projections[4 * j : 4 * j + 4]
         needs_weight, needs_bias, needs_A, needs_B = needs[4 * j : 4 * j + 4]
         dy = grad_y if grad_y.dim() == 2 else grad_y.reshape(-1, grad_y.shape[-1])
-        low = dy.float() if high_precision else dy
+        low = _as(dy, _low_rank_dtype(dy, ranks[j], high_precision))
         if masks is not None and j < len(masks):  # else the mask of the projection before is for all
             kept = _factor(masks[j], (lora_A if needs_x else rows).shape[1], dy.dtype)
         if needs_x or needs_A:
@@ -95,7 +100,7 @@ def backward(
             grads.append(_as(dh.t().mm(dropped), adapter_dtype))
         if needs_B:
             kept_s = s if s.shape[1] == ranks[j] else s[:, column : column + ranks[j]]
-            grads.append(_as(low.t().mm(kept_s), adapter_dtype))
+            grads.append(_as(low.t().mm(_as(kept_s, low.dtype)), adapter_dtype))
             column += ranks[j]
     if not needs_x:
         return grads
@@ -110,20 +115,31 @@ def add_base(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    high_precision: bool,
 ) -> torch.Tensor:
     """S·Bᵀ + bias + x·Wᵀ [M, N] in x's dtype. The large product is added onto the small one: it reads y in its
     epilogue, and the low-rank term is rounded where it is small."""
     lora_Bt = _as(lora_B, s.dtype).t()
     y = s.mm(lora_Bt) if bias is None else torch.addmm(_as(bias, s.dtype), s, lora_Bt)
-    if high_precision:
+    if s.dtype != x.dtype:
         return y.add_(x.mm(weight.t())).to(x.dtype)
     return y.addmm_(x, weight.t())
 
 
+def _low_rank_dtype(rows: torch.Tensor, rank: int, high_precision: bool) -> torch.dtype:
+    """What low-rank products are computed in. At 16 bits oneDNN sets up a primitive at every call, 15 µs on a CPU: for
+    a token or few, casts to float32 cost less."""
+    tiny = rows.dtype.itemsize == 2 and rows.numel() * rank < _TINY_PRODUCT and rows.is_cpu
+    return torch.float32 if high_precision or tiny else rows.dtype
+
+
 def _scaled_mm(left: torch.Tensor, right: torch.Tensor, scale: float, row_scaling: torch.Tensor | None) -> torch.Tensor:
     """scale · row_scaling · left·right; the scale is applied before the product is rounded."""
-    product = torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
+    if math.frexp(scale)[0] == 0.5:  # a power of two rounds nothing, and an alpha makes oneDNN's primitive dearer
+        product = left.mm(right)
+        if scale != 1.0:
+            product.mul_(scale)
+    else:
+        product = torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
     if row_scaling is None:
         return product
     return product.mul_(row_scaling.reshape(-1, 1) if row_scaling.dim() else row_scaling)

@@ -154,7 +154,7 @@ def forward(
         if configs.expand_path(M, N, K, rank, x.dtype, architecture(x.device), backend) == "fused":
             y = extended_gemm([rows], [weight.t()], [s_j], [lora_B.t()], x.new_empty(M, N), contiguous(bias))
         else:
-            y = add_base(s_j, lora_B, rows, weight, bias, high_precision)
+            y = add_base(s_j, lora_B, rows, weight, bias)
         ys.append(y if x.dim() == 2 else y.view(*x.shape[:-1], N))
         if save_s[j]:
             kept_s.append(s_j)

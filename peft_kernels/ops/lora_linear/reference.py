@@ -42,7 +42,7 @@ def forward(
     for j, scaling in enumerate(scalings):
         weight, bias, lora_A, lora_B, row_scaling = projections[5 * j : 5 * j + 5]
         if masks is not None and (j == 0 or not shared_dropout):
-            kept = _factor(masks[j], rows.shape[1], x.dtype)
+            kept = dropout.unpack_mask(masks[j], rows.shape[1], x.dtype)
             dropped = _as(rows * kept, low_dtype)
         s = _scaled_mm(dropped, _as(lora_A, low_dtype).t(), scaling * dropout.rescale(dropout_p), row_scaling)
         y = add_base(s, lora_B, rows, weight, bias)
@@ -84,7 +84,7 @@ def backward(
         dy = grad_y if grad_y.dim() == 2 else grad_y.reshape(-1, grad_y.shape[-1])
         low = _as(dy, _low_rank_dtype(dy, ranks[j], high_precision))
         if masks is not None and j < len(masks):  # else the mask of the projection before is for all
-            kept = _factor(masks[j], (lora_A if needs_x else rows).shape[1], dy.dtype)
+            kept = dropout.unpack_mask(masks[j], (lora_A if needs_x else rows).shape[1], dy.dtype)
         if needs_x or needs_A:
             dh = _scaled_mm(low, _as(lora_B, low.dtype), scalings[j] * rescale, row_scaling)
         if needs_x:
@@ -143,12 +143,6 @@ def _scaled_mm(left: torch.Tensor, right: torch.Tensor, scale: float, row_scalin
     if row_scaling is None:
         return product
     return product.mul_(row_scaling.reshape(-1, 1) if row_scaling.dim() else row_scaling)
-
-
-def _factor(mask: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """0 or 1 for each element of x; torch multiplies 16-bit numbers by a bool without vector instructions."""
-    kept = dropout.unpack_mask(mask, columns)
-    return kept.to(dtype) if dtype.itemsize == 2 else kept
 
 
 def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

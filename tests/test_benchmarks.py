@@ -81,7 +81,7 @@ def test_interleaving():
     calls = {name: lambda name=name: called.append(name) for name in "ab"}
     times = interleaved(calls, lambda call, repeats: call() or 1e6, seconds=0.0, least=3)
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
-    assert called == ["a", "a", "b", "b"] * 5
+    assert called == ["a", "a", "b", "b", "b", "b", "a", "a"] * 2 + ["a", "a", "b", "b"]
     assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0
 
 

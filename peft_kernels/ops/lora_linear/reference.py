@@ -134,10 +134,10 @@ def _low_rank_dtype(rows: torch.Tensor, rank: int, high_precision: bool) -> torc
 
 def _scaled_mm(left: torch.Tensor, right: torch.Tensor, scale: float, row_scaling: torch.Tensor | None) -> torch.Tensor:
     """scale · row_scaling · left·right; the scale is applied before the product is rounded."""
-    if math.frexp(scale)[0] == 0.5:  # a power of two rounds nothing, and an alpha makes oneDNN's primitive dearer
+    if scale == 1.0:
         product = left.mm(right)
-        if scale != 1.0:
-            product.mul_(scale)
+    elif left.dtype.itemsize == 2 and math.frexp(scale)[0] == 0.5:
+        product = left.mm(right).mul_(scale)  # a power of two rounds nothing, and an alpha makes oneDNN's primitive dear
     else:
         product = torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
     if row_scaling is None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def test_both_runs_compute_the_same(finished):
 def test_plot_and_adapter_are_written(finished):
     _, output = finished
     assert (output / "losses.png").read_bytes().startswith(b"\x89PNG")
-    adapter = load_file(output / "adapter" / "adapter_model.safetensors")
+    adapter = load_file(output / "accelerated" / "adapter_model.safetensors")
     assert len(adapter) == 2 * 210
     assert not any("base_layer" in name for name in adapter)
 
@@ -51,9 +52,10 @@ def test_plot_and_adapter_are_written(finished):
 def test_tasks():
     from examples.finetune_smollm2 import make_tasks
 
-    train, held_out = make_tasks(3, 100, 40)
-    again, _ = make_tasks(3, 100, 40)
+    options = Namespace(seed=3, steps=25, batch_size=4, held_out=40)
+    train, held_out = make_tasks(options)
+    again, _ = make_tasks(options)
     assert len(train) == 100
-    assert len(held_out) == 40
+    assert len({task["question"] for task in held_out}) == 40
     assert [task["question"] for task in train] == [task["question"] for task in again]
     assert not {task["question"] for task in train} & {task["question"] for task in held_out}

@@ -137,7 +137,9 @@ def _scaled_mm(left: torch.Tensor, right: torch.Tensor, scale: float, row_scalin
     if scale == 1.0:
         product = left.mm(right)
     elif left.dtype.itemsize == 2 and math.frexp(scale)[0] == 0.5:
-        product = left.mm(right).mul_(scale)  # a power of two rounds nothing, and an alpha makes oneDNN's primitive dear
+        product = left.mm(right).mul_(
+            scale
+        )  # a power of two rounds nothing, and an alpha makes oneDNN's primitive dear
     else:
         product = torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
     if row_scaling is None:

@@ -4,7 +4,7 @@ Importing this package has no side effect beyond registering its ops with torch,
 and no Triton.
 """
 
-from . import integrations, nn
+from . import integrations, ist, nn
 from .backends import use_backend
 from .ops.lora_linear import Projection, lora_linear, lora_linear_shared_input
 
@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Projection",
     "integrations",
+    "ist",
     "lora_linear",
     "lora_linear_shared_input",
     "nn",

@@ -1,0 +1,91 @@
+"""IST in transformers' Trainer, and in whatever trains by its loop (TRL's SFTTrainer)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from .config import ISTConfig
+from .ist import IST
+
+
+class ISTCallback(TrainerCallback, ExportableState):
+    """`Trainer(…, callbacks=[ISTCallback()])`: before every step of the optimizer, the layers that train in it.
+
+    The estimate's batch comes from the training dataset and its collator, by an order of its own seed, so that the
+    order of training is what it would have been. The state goes into Trainer's checkpoints and comes back from them.
+
+    Args:
+        config: the quantities of the algorithm.
+        layers, is_adapter, loss_of: as :class:`IST` has them.
+        batch_source: returns the batch of an estimate, instead.
+
+    Attributes:
+        ist: the :class:`IST`, from the beginning of training on; `print(callback.ist)`, `callback.ist.plot(path)`.
+    """
+
+    def __init__(
+        self,
+        config: ISTConfig | None = None,
+        *,
+        layers: Sequence[str] | None = None,
+        is_adapter: Callable[[str, nn.Parameter], bool] | None = None,
+        loss_of: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor] | None = None,
+        batch_source: Callable[[], Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.config = config or ISTConfig()
+        self.arguments = {"layers": layers, "is_adapter": is_adapter, "loss_of": loss_of}
+        self.batch_source = batch_source
+        self.ist: IST | None = None
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs) -> None:
+        if self.ist is not None:  # an earlier training that was interrupted left some of them frozen
+            self.ist.set_active(range(len(self.ist.layers)))
+        self.ist = IST(model, self.config, optimizer=optimizer, **self.arguments)
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step > 0 and saved and saved["attributes"]["ist"]:
+            self.ist.load_state_dict(_from_json(saved["attributes"]["ist"]))
+        self.source = self.batch_source or self._from_dataset(train_dataloader)
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self.ist.before_step(self.source)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Every adapter trains again: evaluation and saving find the model as it came."""
+        self.ist.set_active(range(len(self.ist.layers)))
+
+    def state(self) -> dict[str, dict]:
+        """What Trainer writes into a checkpoint, as JSON can hold it."""
+        return {"args": {}, "attributes": {"ist": _to_json(self.ist.state_dict()) if self.ist else None}}
+
+    def _from_dataset(self, loader) -> Callable[[], Mapping[str, Any]]:
+        """Examples number (estimate · n … ) of an order drawn from the seed: a function of the estimate's number
+        alone, so that a resumed run goes on with the same examples."""
+        dataset, collate, config = loader.dataset, loader.collate_fn, self.config
+        if not hasattr(dataset, "__len__"):
+            kind = type(dataset).__name__
+            raise ValueError(f"ISTCallback: expected a dataset with a length or a batch_source, got {kind}")
+
+        def batch() -> Mapping[str, Any]:
+            generator = torch.Generator().manual_seed(config.seed + len(self.ist.history))
+            chosen = torch.randint(len(dataset), (config.examples,), generator=generator)
+            return collate([dataset[index] for index in chosen.tolist()])
+
+        return batch
+
+
+def _to_json(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
+
+
+def _from_json(state: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(
+        state,
+        unimportance=torch.tensor(state["unimportance"], dtype=torch.float32),
+        generator=torch.tensor(state["generator"], dtype=torch.uint8),
+    )

@@ -1,0 +1,79 @@
+"""The estimate of layer importance: damp the adapters of some layers, and see what it does to the loss."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .layers import Layer, damped
+
+#: Draws after which a further different set is no longer looked for: odds that are nearly 0 and 1 give the same one.
+MOST_DRAWS = 100
+
+
+def draw_suppress_sets(
+    unimportance: torch.Tensor, size: int, candidates: int, generator: torch.Generator
+) -> list[list[int]]:
+    """Up to `candidates` different sets of `size` layers, each without replacement with odds σ(I)."""
+    odds = torch.sigmoid(unimportance)
+    wanted = min(candidates, math.comb(len(unimportance), size))
+    sets: list[list[int]] = []
+    for _ in range(MOST_DRAWS):
+        drawn = sorted(torch.multinomial(odds, size, generator=generator).tolist())
+        if drawn not in sets:
+            sets.append(drawn)
+        if len(sets) == wanted:
+            break
+    return sets
+
+
+def losses_one_by_one(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    sets: Sequence[Sequence[int]],
+    damping: float,
+    batch: Mapping[str, Any],
+    loss_of: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor],
+) -> list[float]:
+    """The loss with each set of layers damped, a forward each: the plain way, that every other is tested against."""
+    losses = []
+    with evaluation(model):
+        for chosen in sets:
+            with damped([layers[index] for index in chosen], damping):
+                losses.append(float(loss_of(model, batch)))
+    return losses
+
+
+def updated(
+    unimportance: torch.Tensor, sets: Sequence[Sequence[int]], losses: Sequence[float], rate: float
+) -> tuple[torch.Tensor, list[float]]:
+    """I and the rewards, after one estimate: r_k = exp(−loss_k), and for every layer i of set k
+    I_i += rate · (r_k − mean r) · p_i·(1 − p_i), with p = σ(I) as it was before."""
+    rewards = torch.tensor([math.exp(-loss) for loss in losses])
+    p = torch.sigmoid(unimportance)
+    step = rate * p * (1.0 - p)
+    result = unimportance.clone()
+    for chosen, advantage in zip(sets, rewards - rewards.mean()):
+        result[list(chosen)] += advantage * step[list(chosen)]
+    return result, rewards.tolist()
+
+
+@contextlib.contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no autograd graph, the random state of training untouched; all as before afterwards, whatever
+    happens inside."""
+    training = [module for module in model.modules() if module.training]
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    try:
+        for module in training:
+            module.training = False
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,146 @@
+"""The layers of a model: what of each is switched on and off, and what can be damped."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+from ..nn import LoRALinear
+
+
+class Layer(NamedTuple):
+    """A block of the model that holds adapters.
+
+    Attributes:
+        name: its place, such as `model.layers.3`.
+        parameters: the adapters' parameters that trained when it was found.
+        scaled: the modules in it that scale an adapter: PEFT's tuner layers with scalings, `LoRALinear`.
+    """
+
+    name: str
+    parameters: list[nn.Parameter]
+    scaled: list[nn.Module]
+
+
+def find_layers(
+    model: nn.Module,
+    names: Sequence[str] | None = None,
+    is_adapter: Callable[[str, nn.Parameter], bool] | None = None,
+) -> list[Layer]:
+    """The blocks with adapters, in the model's order.
+
+    Args:
+        model: any module; wrappers (PEFT's, DDP's) make no difference.
+        names: modules to take as layers. By default the members of every outermost `nn.ModuleList` whose members
+            are of one class and hold adapters: the encoder's blocks and the decoder's, not the experts inside.
+        is_adapter: says of a parameter's full name and the parameter whether an adapter owns it. By default what
+            PEFT's tuner layers hold beside their base layer, and lora_A and lora_B of `LoRALinear`.
+
+    Only what requires a gradient now counts: norms, heads and biases stay as the user set them.
+
+    Raises:
+        ValueError: if no adapter is found, a name is not a module's, or two layers share an adapter's parameter.
+    """
+    adapters = _adapter_parameters(model, is_adapter)
+    if names is None:
+        names = [name for name in _blocks(model) if _within(name, adapters)]
+    modules = dict(model.named_modules())
+    layers, owners = [], {}
+    for name in names:
+        if name not in modules:
+            raise ValueError(f"IST: expected the name of a module, got {name!r}")
+        parameters = _within(name, adapters)
+        if not parameters:
+            raise ValueError(f"IST: expected adapters that require a gradient in {name!r}, found none")
+        for parameter in parameters:
+            if id(parameter) in owners:
+                other = owners[id(parameter)]
+                raise ValueError(f"IST: expected each adapter in one layer, got one that {other} and {name} share")
+        owners |= {id(parameter): name for parameter in parameters}
+        layers.append(Layer(name, parameters, [m for m in modules[name].modules() if scalings(m) is not None]))
+    if not layers:
+        raise ValueError("IST: expected a model with adapters that require a gradient in its blocks, found none")
+    return layers
+
+
+def scalings(module: nn.Module) -> dict | None:
+    """Where `module` keeps the scalings of its adapters that are active, by adapter; None if it has none. Attention
+    modules have an attribute of that name too: only tuner layers are asked."""
+    if isinstance(module, LoRALinear):
+        return vars(module)
+    if _is_tuner_layer(module) and isinstance(getattr(module, "scaling", None), dict):
+        return module.scaling
+    return None
+
+
+def _scaling_keys(module: nn.Module) -> list[str]:
+    if isinstance(module, LoRALinear):
+        return ["scaling"]
+    return [adapter for adapter in module.active_adapters if adapter in module.scaling]
+
+
+@contextlib.contextmanager
+def damped(layers: Sequence[Layer], factor: float) -> Iterator[None]:
+    """Every active adapter's scaling in `layers` multiplied by `factor`, and put back after."""
+    changed = []
+    try:
+        for layer in layers:
+            for module in layer.scaled:
+                kept = scalings(module)
+                for key in _scaling_keys(module):
+                    changed.append((kept, key, kept[key]))
+                    kept[key] = kept[key] * factor
+        yield
+    finally:
+        for kept, key, value in reversed(changed):
+            kept[key] = value
+
+
+def _adapter_parameters(
+    model: nn.Module, is_adapter: Callable[[str, nn.Parameter], bool] | None
+) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters, a shared one under each of its names."""
+    if is_adapter is None:
+        owned = set()
+        for name, module in model.named_modules(remove_duplicate=False):
+            for inner, _ in module.named_parameters(remove_duplicate=False):
+                own = inner in ("lora_A", "lora_B") if isinstance(module, LoRALinear) else _is_tuner_layer(module)
+                if own and inner.partition(".")[0] != "base_layer":
+                    owned.add(f"{name}.{inner}" if name else inner)
+
+        def is_adapter(name: str, parameter: nn.Parameter) -> bool:
+            return name in owned
+
+    return [
+        (name, parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.requires_grad and is_adapter(name, parameter)
+    ]
+
+
+def _is_tuner_layer(module: nn.Module) -> bool:
+    peft = sys.modules.get("peft.tuners.tuners_utils")  # not imported: then the model has none of its layers
+    return peft is not None and isinstance(module, peft.BaseTunerLayer)
+
+
+def _blocks(model: nn.Module) -> Iterator[str]:
+    """Names of the members of every outermost ModuleList of like modules."""
+
+    def visit(module: nn.Module, prefix: str) -> Iterator[str]:
+        for name, child in module.named_children():
+            path = f"{prefix}{name}"
+            if isinstance(child, nn.ModuleList) and len({type(member) for member in child}) == 1:
+                yield from (f"{path}.{index}" for index in range(len(child)))
+            else:
+                yield from visit(child, f"{path}.")
+
+    return visit(model, "")
+
+
+def _within(name: str, adapters: list[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
+    found = {id(parameter): parameter for path, parameter in adapters if path.startswith(f"{name}.")}
+    return list(found.values())

@@ -83,6 +83,7 @@ class IST:
         self.updates = [0] * count
         self.history: list[tuple[int, list[float], list[float]]] = []
         self._generator = torch.Generator().manual_seed(self.config.seed)
+        self._cut: torch.utils.hooks.RemovableHandle | None = None
 
     @property
     def importance(self) -> torch.Tensor:
@@ -127,7 +128,11 @@ class IST:
         self.history.append((self.step, self.importance.tolist(), rewards))
 
     def set_active(self, layers: Sequence[int]) -> None:
-        """Let the adapters of these layers train, and no others; what does not train has no gradient, not zeros."""
+        """Let the adapters of these layers train, and no others; what does not train has no gradient, not zeros.
+
+        The input of the lowest of them is detached, unless something below trains: some libraries make the input of the
+        model require a gradient (`enable_input_require_grads`, checkpointing), and backward would go down to it.
+        """
         self.active = checked(layers, len(self.layers))
         active = set(self.active)
         for index, layer in enumerate(self.layers):
@@ -135,6 +140,12 @@ class IST:
                 parameter.requires_grad_(index in active)
                 if index not in active:
                     parameter.grad = None
+        if self._cut is not None:
+            self._cut.remove()
+            self._cut = None
+        lowest = self.layers[self.active[0]].module
+        if len(active) < len(self.layers) and not _trains_below(self.model, lowest):
+            self._cut = lowest.register_forward_pre_hook(_detach_input, with_kwargs=True)
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise ValueError unless the optimizer holds every adapter."""
@@ -190,6 +201,23 @@ class IST:
         if not self.history:
             raise ValueError("IST.plot: expected at least one estimate of importance, got none")
         return draw(self, Path(path))
+
+
+def _trains_below(model: nn.Module, block: nn.Module) -> bool:
+    """Whether a parameter that comes before `block` in the model requires a gradient."""
+    for module in model.modules():
+        if module is block:
+            return False
+        if any(parameter.requires_grad for parameter in module._parameters.values() if parameter is not None):
+            return True
+    return True
+
+
+def _detach_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def detached(value: Any) -> Any:
+        return value.detach() if isinstance(value, torch.Tensor) else value
+
+    return tuple(map(detached, args)), {name: detached(value) for name, value in kwargs.items()}
 
 
 def _loss_of(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:

@@ -17,11 +17,13 @@ class Layer(NamedTuple):
 
     Attributes:
         name: its place, such as `model.layers.3`.
+        module: the block itself.
         parameters: the adapters' parameters that trained when it was found.
         scaled: the modules in it that scale an adapter: PEFT's tuner layers with scalings, `LoRALinear`.
     """
 
     name: str
+    module: nn.Module
     parameters: list[nn.Parameter]
     scaled: list[nn.Module]
 
@@ -61,7 +63,8 @@ def find_layers(
                 other = owners[id(parameter)]
                 raise ValueError(f"IST: expected each adapter in one layer, got one that {other} and {name} share")
         owners |= {id(parameter): name for parameter in parameters}
-        layers.append(Layer(name, parameters, [m for m in modules[name].modules() if scalings(m) is not None]))
+        scaled = [module for module in modules[name].modules() if scalings(module) is not None]
+        layers.append(Layer(name, modules[name], parameters, scaled))
     if not layers:
         raise ValueError("IST: expected a model with adapters that require a gradient in its blocks, found none")
     return layers

@@ -129,15 +129,47 @@ def test_only_chosen_adapters_train_and_others_have_no_gradient():
     assert trainable(model) == everything
 
 
-def test_backward_stops_below_the_lowest_active_layer():
-    model = llama()
-    reached = []
-    for index, layer in enumerate(model.base_model.model.model.layers):
-        layer.register_full_backward_hook(lambda *_, index=index: reached.append(index))
-    ist = IST(model, ISTConfig(sampler=Fixed([4])))
-    ist.before_step()
+def backward_reaches(model) -> set[int]:
+    reached = set()
+    handles = [
+        layer.mlp.register_full_backward_pre_hook(lambda *_, index=index: reached.add(index))
+        for index, layer in enumerate(model.get_base_model().model.layers)
+    ]
     model(**batch_for(0)).loss.backward()
-    assert set(reached) <= {4, 5} and 5 in reached
+    for handle in handles:
+        handle.remove()
+    return reached
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("input_requires_grad", [False, True])
+def test_backward_stops_below_the_lowest_active_layer(input_requires_grad, checkpointing):
+    """Also where a library makes the model's input require a gradient, as PEFT and checkpointing do."""
+    model, plain = llama(), llama()
+    if input_requires_grad:
+        model.enable_input_require_grads()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ist = IST(model, ISTConfig(sampler=Fixed([3, 4])))
+    ist.before_step()
+    assert backward_reaches(model) == {3, 4, 5}
+    plain(**batch_for(0)).loss.backward()
+    expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, expected[name])
+    ist.set_active(range(6))
+    assert backward_reaches(model) == set(range(6))
+    assert not any(layer.module._forward_pre_hooks for layer in ist.layers)
+
+
+@pytest.mark.parametrize("below", ["embed_tokens", "layers.1.input_layernorm"])
+def test_what_trains_below_still_gets_its_gradient(below):
+    model = llama()
+    parameter = model.get_base_model().model.get_submodule(below).weight.requires_grad_(True)
+    IST(model, ISTConfig(sampler=Fixed([4]))).before_step()
+    model(**batch_for(0)).loss.backward()
+    assert parameter.grad.abs().max() > 0
 
 
 def test_an_estimate_leaves_everything_as_it_was():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,13 +118,19 @@ class IST:
         return chosen
 
     def estimate(self, batch: Mapping[str, Any]) -> None:
-        """One update of the importance from the losses on `batch`; model, modes and random state stay as they were."""
+        """One update of the importance from the losses on `batch`; model, modes and random state stay as they were.
+
+        Raises:
+            ValueError: if a loss is not a number; importance is then what it was.
+        """
         config = self.config
         size = max(1, int(config.suppress_fraction * len(self.layers)))
         sets = importance.draw_suppress_sets(self.unimportance, size, config.candidates, self._generator)
         device = next(self.model.parameters()).device
         batch = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
         losses = importance.losses_one_by_one(self.model, self.layers, sets, config.damping, batch, self.loss_of)
+        if any(math.isnan(loss) for loss in losses):
+            raise ValueError(f"IST: expected losses that are numbers before step {self.step}, got {losses}")
         self.unimportance, rewards = importance.updated(self.unimportance, sets, losses, config.rate)
         self.history.append((self.step, self.importance.tolist(), rewards))
 

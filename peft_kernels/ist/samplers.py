@@ -45,7 +45,16 @@ class Uniform(LayerSampler):
         return torch.multinomial(torch.ones(len(unimportance)), count, generator=generator).tolist()
 
 
-class Lisa(LayerSampler):
+class _Periodic(LayerSampler):
+    """Keeps its layers for `period` steps."""
+
+    def __init__(self, period: int) -> None:
+        if period < 1:
+            raise ValueError(f"{type(self).__name__}: expected a period of at least 1, got {period}")
+        self.period = period
+
+
+class Lisa(_Periodic):
     """LISA (Pan et al., 2024): a uniform set that is drawn anew every `period` steps. What it always trains, embeddings
     and head, is for the user to leave trainable.
 
@@ -54,9 +63,7 @@ class Lisa(LayerSampler):
     """
 
     def __init__(self, period: int = 20) -> None:
-        if period < 1:
-            raise ValueError(f"Lisa: expected a period of at least 1, got {period}")
-        self.period = period
+        super().__init__(period)
 
     def sample(self, step, count, unimportance, generator):
         # From the seed and the number of the period alone: nothing to keep, nothing to lose.
@@ -64,7 +71,7 @@ class Lisa(LayerSampler):
         return torch.randperm(len(unimportance), generator=own)[:count].tolist()
 
 
-class BlockCyclic(LayerSampler):
+class BlockCyclic(_Periodic):
     """Blocks of neighbouring layers in turn, from the top down, as BAdam sweeps them (Luo et al., 2024).
 
     Args:
@@ -72,9 +79,7 @@ class BlockCyclic(LayerSampler):
     """
 
     def __init__(self, period: int = 1) -> None:
-        if period < 1:
-            raise ValueError(f"BlockCyclic: expected a period of at least 1, got {period}")
-        self.period = period
+        super().__init__(period)
 
     def sample(self, step, count, unimportance, generator):
         layers = len(unimportance)

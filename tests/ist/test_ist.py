@@ -349,6 +349,12 @@ def test_wrong_quantities(wrong, line):
         ISTConfig(**wrong)
 
 
+@pytest.mark.parametrize("sampler", [Lisa, BlockCyclic])
+def test_wrong_periods(sampler):
+    with pytest.raises(ValueError, match=f"{sampler.__name__}: expected a period of at least 1, got 0"):
+        sampler(0)
+
+
 def test_wrong_models():
     with pytest.raises(ValueError, match="expected a model with adapters"):
         IST(tiny("llama"))

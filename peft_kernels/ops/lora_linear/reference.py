@@ -36,8 +36,10 @@ def forward(
     """
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     low_dtype = _low_rank_dtype(rows, projections[2].shape[0], high_precision)
-    masks, dropped = None, _as(rows, low_dtype)
-    if seed is not None:
+    masks = dropped = None
+    if seed is None:
+        dropped = _as(rows, low_dtype)
+    else:
         masks = dropout.draw_mask(seed, *rows.shape, dropout_p, 1 if shared_dropout else len(scalings))
     ys, kept_s = [], []
     for j, scaling in enumerate(scalings):

@@ -77,7 +77,8 @@ class LoRALinear(nn.Linear):
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
-        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.weight = linear.weight
+        layer.register_parameter("bias", linear.bias)  # also None has to stand among the parameters
         layer._add_adapter(r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, adapter_precision)
         return layer.train(linear.training)
 

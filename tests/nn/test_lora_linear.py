@@ -30,6 +30,14 @@ def test_is_a_linear_and_starts_as_its_base():
     torch.testing.assert_close(layer(X), linear(X))
 
 
+def test_from_linear_without_bias():
+    linear = nn.Linear(6, 5, bias=False)
+    layer = pk.nn.LoRALinear.from_linear(linear, 2)
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(layer(x), linear(x))
+    assert layer.bias is None and "bias" not in layer.state_dict()
+
+
 def test_from_linear_shares_and_freezes():
     linear = nn.Linear(24, 16).eval()
     layer = pk.nn.LoRALinear.from_linear(linear, 4)

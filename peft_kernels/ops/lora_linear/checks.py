@@ -62,10 +62,19 @@ def _check_scaling(op: str, x: torch.Tensor, scaling: object) -> None:
         raise ValueError(f"{op}: expected scaling as a float or a tensor, got {type(scaling).__name__}")
     if scaling.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{op}: expected a scaling that takes no gradient, got one that requires it")
-    if scaling.dim() and scaling.shape != x.shape[:-1]:
-        raise ValueError(f"{op}: expected scaling of shape [] or {list(x.shape[:-1])}, got {_describe(scaling)}")
+    if scaling.dim() and not is_row_scaling(scaling, x):
+        raise ValueError(
+            f"{op}: expected scaling of shape [] or {list(x.shape[:-1])} (or 1 where all rows share a value), "
+            f"got {_describe(scaling)}"
+        )
     if scaling.device != x.device or not scaling.is_floating_point():
         raise ValueError(f"{op}: expected a floating-point scaling on x's device {x.device}, got {_describe(scaling)}")
+
+
+def is_row_scaling(scaling: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether `scaling` has a value for each row of x, or one that rows share: shape x.shape[:-1], or 1 in places."""
+    rows = x.shape[:-1]
+    return len(scaling.shape) == len(rows) and all(size in (1, row) for size, row in zip(scaling.shape, rows))
 
 
 def _describe(tensor: torch.Tensor) -> str:

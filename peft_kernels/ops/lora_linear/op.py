@@ -25,7 +25,7 @@ class Projection(NamedTuple):
         weight: [N, K], the base weight, in x's dtype.
         lora_A: [R, K], in x's dtype or float32.
         lora_B: [N, R], in lora_A's dtype.
-        scaling: alpha / r as a float, a 0-dim tensor, or one value a row of x (shape `x.shape[:-1]`).
+        scaling: alpha / r as a float, a 0-dim tensor, or one value a row of x, as :func:`lora_linear` has it.
         bias: [N] in x's dtype, or None.
     """
 
@@ -56,8 +56,8 @@ def lora_linear(
         weight: [N, K] in x's dtype; any strides.
         lora_A: [R, K] in x's dtype, or float32 beside a 16-bit x; R from 1 up.
         lora_B: [N, R] in lora_A's dtype.
-        scaling: alpha / r: a float, a 0-dim tensor, or one value a row (shape `x.shape[:-1]`). Takes no
-            gradient.
+        scaling: alpha / r: a float, a 0-dim tensor, or one value a row: shape `x.shape[:-1]`, with 1 in place of
+            what rows share ([B, 1] for one value a sequence). Takes no gradient.
         bias: [N] in x's dtype.
         dropout_p: probability of dropping an element of x before the adapter, in [0, 1]; quantised to 1/65536.
         training: dropout is applied only where this is True.
@@ -130,6 +130,8 @@ def _run(
     needs: list[bool] = []
     for weight, lora_A, lora_B, scaling, bias in projections:
         is_tensor = isinstance(scaling, torch.Tensor)
+        if is_tensor and scaling.dim():
+            scaling = scaling.expand(x.shape[:-1])
         flat += (weight, bias, lora_A, lora_B, scaling if is_tensor else None)
         scalings.append(1.0 if is_tensor else float(scaling))
         trains_bias = bias is not None and bias.requires_grad

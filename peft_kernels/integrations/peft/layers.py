@@ -16,7 +16,7 @@ from peft.tuners import lora
 from torch.nn import Dropout, Identity, Linear, Module, Parameter
 from transformers.pytorch_utils import Conv1D
 
-from ...ops.lora_linear import lora_linear
+from ...ops.lora_linear import is_row_scaling, lora_linear
 
 PLAIN = (Parameter, torch.Tensor)  # no DTensor, no quantised tensor subclass
 _HALF = (torch.bfloat16, torch.float16)
@@ -31,7 +31,7 @@ class FusedLoraLinear(lora.Linear):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         if args or kwargs:  # adapter_names of a mixed batch, arguments of a variant or of the base layer
-            return super().forward(x, *args, **kwargs)
+            return self._forward_of_peft(x, *args, **kwargs)
         call = None
         if self._shared_input is not None and not torch.compiler.is_compiling():
             group, name = self._shared_input
@@ -41,7 +41,7 @@ class FusedLoraLinear(lora.Linear):
         autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
         taken = read(self, x, autocast)
         if taken is None:
-            return super().forward(x)
+            return self._forward_of_peft(x)
         if call is not None and (y := call.compute(group, name, self, x, taken, autocast)) is not None:
             return y
         (weight, lora_A, lora_B, scaling, bias), p = taken
@@ -50,13 +50,22 @@ class FusedLoraLinear(lora.Linear):
             dropout_p=p, training=True, adapter_precision="default" if autocast else "high",
         )  # fmt: skip
 
+    def _forward_of_peft(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        for adapter, scaling in self.scaling.items():
+            if isinstance(scaling, torch.Tensor) and scaling.dim() and is_row_scaling(scaling, x):
+                raise ValueError(  # PEFT would broadcast it against other dimensions
+                    f"expected one plain LoRA adapter for a scaling a row, got {list(scaling.shape)} for {adapter!r}, "
+                    f"which does not run fused"
+                )
+        return super().forward(x, *args, **kwargs)
+
 
 def read(layer: lora.Linear, x: torch.Tensor, autocast: bool) -> tuple[tuple, float] | None:
     """What PEFT's forward of `layer` would compute with for `x`, or None where it is not plain LoRA.
 
     Args:
         layer: of class `FusedLoraLinear`, or a `lora.Linear` that may become one.
-        x: the input, or any tensor of its dtype and device.
+        x: the input, or any tensor of its dtype, device and leading dimensions.
         autocast: whether autocast is on for x's device.
 
     Returns:
@@ -101,7 +110,7 @@ def read(layer: lora.Linear, x: torch.Tensor, autocast: bool) -> tuple[tuple, fl
         return None
 
     scaling = layer.scaling[active]
-    if type(scaling) is not float and not _is_scalar(scaling, x):
+    if type(scaling) is not float and not _is_scaling(scaling, x):
         return None
     return (weight if kind is Linear else weight.t(), a, b, scaling, bias), p
 
@@ -129,9 +138,9 @@ def dtypes_fit(
     return x == weight and (a == x or (a == torch.float32 and x in _HALF and cast_input))
 
 
-def _is_scalar(scaling: object, x: torch.Tensor) -> bool:
+def _is_scaling(scaling: object, x: torch.Tensor) -> bool:
     if not isinstance(scaling, torch.Tensor):
         return isinstance(scaling, (float, int))
-    return (
-        scaling.dim() == 0 and scaling.is_floating_point() and not scaling.requires_grad and scaling.device == x.device
-    )
+    if not scaling.is_floating_point() or scaling.requires_grad or scaling.device != x.device:
+        return False
+    return scaling.dim() == 0 or is_row_scaling(scaling, x)

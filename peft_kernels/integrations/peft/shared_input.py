@@ -54,8 +54,12 @@ class SharedInput:
     def join(self, parent: nn.Module) -> None:
         for name in self.names:
             parent._modules[name]._shared_input = (self, name)
-        parent.register_forward_pre_hook(self.begin)
-        parent.register_forward_hook(self.end, always_call=True)
+        # Keys that are the same in every parent: torch's own are numbers that count up, and torch.compile guards on
+        # those of hooks that are always called, so that each block would get a graph of its own.
+        key = "peft_kernels." + "+".join(self.names)
+        parent._forward_pre_hooks[key] = self.begin
+        parent._forward_hooks[key] = self.end
+        parent._forward_hooks_always_called[key] = True
 
     def begin(self, parent: nn.Module, args) -> None:
         # A forward of the instance may be anything, such as a checkpoint whose recomputation runs no hooks.

@@ -23,12 +23,13 @@ __all__ = [
     "Lisa",
     "Uniform",
     "find_layers",
+    "last_checkpoint",
 ]
 
 
 def __getattr__(name: str):
-    if name == "ISTCallback":  # needs transformers, which the package does not
-        from .callback import ISTCallback
+    if name in ("ISTCallback", "last_checkpoint"):  # need transformers, which the package does not
+        from . import callback
 
-        return ISTCallback
+        return getattr(callback, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

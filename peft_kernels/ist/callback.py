@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .config import ISTConfig
 from .ist import IST
+from .parallel import rank_and_world
+from .samplers import Fixed, make_sampler
 
 
 class ISTCallback(TrainerCallback, ExportableState):
@@ -24,6 +30,12 @@ class ISTCallback(TrainerCallback, ExportableState):
         config: the quantities of the algorithm.
         layers, is_adapter, loss_of: as :class:`IST` has them.
         batch_source: returns the batch of an estimate, instead.
+
+    With "tensorboard" among Trainer's `report_to`, every estimate is written to `<output_dir>/runs/ist`.
+
+    Raises, when training begins:
+        ValueError: as :class:`IST` does, for a dataset without a length and no batch_source, and for `torch_compile`,
+            which compiles the whole model.
 
     Attributes:
         ist: the :class:`IST`, from the beginning of training on; `print(callback.ist)`, `callback.ist.plot(path)`.
@@ -42,22 +54,38 @@ class ISTCallback(TrainerCallback, ExportableState):
         self.arguments = {"layers": layers, "is_adapter": is_adapter, "loss_of": loss_of}
         self.batch_source = batch_source
         self.ist: IST | None = None
+        self.writer = None
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, train_dataloader=None, **kwargs) -> None:
+        if args.torch_compile and not isinstance(make_sampler(self.config.sampler), Fixed):
+            raise ValueError(
+                "ISTCallback: expected torch_compile=False where layers change from step to step, got True: compile "
+                "each block by itself (block.compile())"
+            )
         if self.ist is not None:  # an earlier training that was interrupted left some of them frozen
-            self.ist.set_active(range(len(self.ist.layers)))
+            self.ist.close()
         self.ist = IST(model, self.config, optimizer=optimizer, **self.arguments)
         saved = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step > 0 and saved and saved["attributes"]["ist"]:
             self.ist.load_state_dict(_from_json(saved["attributes"]["ist"]))
         self.source = self.batch_source or self._from_dataset(train_dataloader)
+        if "tensorboard" in args.report_to and state.is_world_process_zero:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(Path(args.output_dir) / "runs" / "ist"))
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
+        estimates = len(self.ist.history)
         self.ist.before_step(self.source)
+        if self.writer is not None and len(self.ist.history) > estimates:
+            self.ist.write(self.writer)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         """Every adapter trains again: evaluation and saving find the model as it came."""
-        self.ist.set_active(range(len(self.ist.layers)))
+        self.ist.close()
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
 
     def state(self) -> dict[str, dict]:
         """What Trainer writes into a checkpoint, as JSON can hold it."""
@@ -65,18 +93,41 @@ class ISTCallback(TrainerCallback, ExportableState):
 
     def _from_dataset(self, loader) -> Callable[[], Mapping[str, Any]]:
         """Examples number (estimate · n … ) of an order drawn from the seed: a function of the estimate's number
-        alone, so that a resumed run goes on with the same examples."""
+        alone, so that a resumed run goes on with the same examples. Each process takes its share, one at the least."""
         dataset, collate, config = loader.dataset, loader.collate_fn, self.config
+        rank, world = rank_and_world()
         if not hasattr(dataset, "__len__"):
             kind = type(dataset).__name__
             raise ValueError(f"ISTCallback: expected a dataset with a length or a batch_source, got {kind}")
 
         def batch() -> Mapping[str, Any]:
             generator = torch.Generator().manual_seed(config.seed + len(self.ist.history))
-            chosen = torch.randint(len(dataset), (config.examples,), generator=generator)
-            return collate([dataset[index] for index in chosen.tolist()])
+            chosen = torch.randint(len(dataset), (max(config.examples, world),), generator=generator)
+            return collate([dataset[index] for index in chosen[rank::world].tolist()])
 
         return batch
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest complete checkpoint of a Trainer in `output_dir`, for `trainer.train(resume_from_checkpoint=…)`; None
+    if there is none. One that was being written when the run was killed is passed over: Trainer writes its state last,
+    and every file has to be whole."""
+    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.name[11:].isdigit()]
+    for folder in sorted(folders, key=lambda folder: int(folder.name[11:]), reverse=True):
+        if _is_whole(folder):
+            return str(folder)
+    return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        for file in checkpoint.glob("*.safetensors"):
+            with safe_open(file, "pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return all(zipfile.is_zipfile(file) for file in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")])
 
 
 def _to_json(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,16 +1,13 @@
-"""The estimate of layer importance: damp the adapters of some layers, and see what it does to the loss."""
+"""The estimate of layer importance: which layers to damp, and what their losses say."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
-
-from .layers import Layer, damped
 
 #: Draws after which a further different set is no longer looked for: odds that are nearly 0 and 1 give the same one.
 MOST_DRAWS = 100
@@ -30,23 +27,6 @@ def draw_suppress_sets(
         if len(sets) == wanted:
             break
     return sets
-
-
-def losses_one_by_one(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    sets: Sequence[Sequence[int]],
-    damping: float,
-    batch: Mapping[str, Any],
-    loss_of: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor],
-) -> list[float]:
-    """The loss with each set of layers damped, a forward each: the plain way, that every other is tested against."""
-    losses = []
-    with evaluation(model):
-        for chosen in sets:
-            with damped([layers[index] for index in chosen], damping):
-                losses.append(float(loss_of(model, batch)))
-    return losses
 
 
 def updated(

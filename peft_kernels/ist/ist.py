@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
+import textwrap
+import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import importance
+from . import importance, optimizer_state, parallel
+from .backward import Backward
+from .budget import MOST, Budgeted
 from .config import ISTConfig
-from .layers import find_layers
-from .samplers import checked, make_sampler
+from .ddp import DDPGradients, unwrapped
+from .estimator import Estimator
+from .layers import around, find_layers, is_compiled_itself
+from .samplers import Fixed, checked, make_sampler
 
 
 class IST:
@@ -25,7 +33,7 @@ class IST:
             model(**batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        ist.set_active(range(len(ist.layers)))  # all of them again
+        ist.close()  # all of them train again
 
     Only `requires_grad` of adapter parameters changes, so autograd itself skips what does not train: a frozen layer's
     `lora_linear` computes dx alone, and below the lowest active layer there is no backward. Where gradients accumulate
@@ -38,19 +46,30 @@ class IST:
         is_adapter: says which parameters belong to adapters, as :func:`find_layers` has it.
         loss_of: (model, batch) → the loss of the estimate; `model(**batch).loss` by default.
         optimizer: if given, it is made sure of that it holds every adapter: a parameter that was frozen when the
-            optimizer was made would never train.
+            optimizer was made would never train. `frozen_state` other than "keep" needs it; it can be given later, as
+            the attribute of that name.
+        process_group: the processes that choose and estimate together, each on a part of the batch; all of them by
+            default. DDP's wrapper, or the module in it, then has only what trains reduced, see `ddp.py`; where FSDP2
+            shards the model, it does so before.
 
     Attributes:
         layers: the model's :class:`Layer` s, in order.
+        estimator: how the losses of an estimate are computed; `estimator.why` says it in words.
         unimportance: float32 [L], I of the algorithm: high where damping a layer does no harm.
         active: indices of the layers that train now.
         step: optimizer steps begun.
         updates: how often each layer was chosen.
         history: (step, importance [L], rewards of the candidates) of every estimate.
+        estimate_seconds: spent in estimates by this process.
 
     Raises:
         ValueError: for a model without adapters, adapters that layers share, a sampler that is none, an optimizer that
-            misses an adapter, or importance asked of adapters that have no scaling to damp.
+            misses an adapter, importance asked of adapters that have no scaling to damp, a budget that the sampler or
+            the blocks cannot keep, or a model in a DDP that cannot be worked with, or in FSDP1.
+
+    Warns:
+        UserWarning: where a backward budget cannot be met while all layers are equally important, with the depth that
+            will be had instead.
     """
 
     def __init__(
@@ -62,12 +81,14 @@ class IST:
         is_adapter: Callable[[str, nn.Parameter], bool] | None = None,
         loss_of: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
+        wrapper, model = model, unwrapped(model)
         self.model = model
         self.config = config or ISTConfig()
         self.sampler = make_sampler(self.config.sampler)
         self.layers = find_layers(model, layers, is_adapter)
-        self.loss_of = loss_of or _loss_of
+        self.optimizer = optimizer
         if self.sampler.needs_importance:
             for layer in self.layers:
                 if not layer.scaled:
@@ -75,16 +96,49 @@ class IST:
                         f"IST: expected adapters with a scaling to damp in {layer.name}, found none: "
                         f"take a sampler that needs no importance ('rst', 'lisa', 'cyclic')"
                     )
-        if optimizer is not None:
-            self.check_optimizer(optimizer)
+        self._around = around(model, self.layers)
+        self._check_not_compiled()
+        self.estimator = Estimator(model, self.layers, self.config, loss_of, process_group)
+        self._backward = Backward(model, self.layers)
+        self._kept_depth: int | None = None
         count = len(self.layers)
+        self._wanted = max(1, int(self.config.update_fraction * count))
         self.unimportance = torch.zeros(count)
+        if self.config.backward_budget is not None:
+            self._bound_backward(self.config.backward_budget)
         self.active = list(range(count))
         self.step = 0
         self.updates = [0] * count
         self.history: list[tuple[int, list[float], list[float]]] = []
+        self.estimate_seconds = 0.0
+        self._group = process_group
+        self._agreed = False  # with the other processes, on what to draw from
+        self._sharded = parallel.Sharded(model, self.layers)
+        self._gradients = DDPGradients(wrapper, self.layers) if parallel.is_initialised() else None
+        self._skipped = 0  # layers below the lowest active one, summed over steps
         self._generator = torch.Generator().manual_seed(self.config.seed)
-        self._cut: torch.utils.hooks.RemovableHandle | None = None
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        return self._optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
+        if optimizer is not None:
+            optimizer_state.check_holds(optimizer, self.layers)
+        self._optimizer = optimizer
+
+    @property
+    def skipped(self) -> float:
+        """The mean share of layers that backward did not reach, in [0, 1): those below the lowest active one."""
+        return self._skipped / (self.step * len(self.layers)) if self.step else 0.0
+
+    @property
+    def reward_spread(self) -> float:
+        """The median over estimates of how far the rewards of the candidates lie apart; near 0, importance does not
+        move: the loss is too high for exp(−loss) to differ, or damping does nothing yet."""
+        spreads = [max(rewards) - min(rewards) for _, _, rewards in self.history]
+        return statistics.median(spreads) if spreads else 0.0
 
     @property
     def importance(self) -> torch.Tensor:
@@ -104,16 +158,20 @@ class IST:
         Raises:
             ValueError: without a batch when one is needed, or if the sampler returns no set of layers.
         """
+        if self.config.frozen_state != "keep" and self.optimizer is None:
+            raise ValueError(f"IST: expected an optimizer for frozen_state={self.config.frozen_state!r}, got none")
+        self._check_not_compiled()
         if self.sampler.needs_importance and self.step > 0 and self.step % self.config.interval == 0:
             if batch is None:
                 raise ValueError("IST.before_step: expected a batch, or a function that returns one, got None")
             self.estimate(batch() if callable(batch) else batch)
-        count = len(self.layers)
-        wanted = max(1, int(self.config.update_fraction * count))
-        chosen = checked(self.sampler.sample(self.step, wanted, self.unimportance, self._generator), count)
+        self._agree()
+        drawn = self.sampler.sample(self.step, self._wanted, self.unimportance, self._generator)
+        chosen = checked(drawn, len(self.layers))
         self.set_active(chosen)
         for index in chosen:
             self.updates[index] += 1
+        self._skipped += chosen[0]
         self.step += 1
         return chosen
 
@@ -123,43 +181,50 @@ class IST:
         Raises:
             ValueError: if a loss is not a number; importance is then what it was.
         """
+        began = time.perf_counter()
+        self._agree()
         config = self.config
         size = max(1, int(config.suppress_fraction * len(self.layers)))
         sets = importance.draw_suppress_sets(self.unimportance, size, config.candidates, self._generator)
         device = next(self.model.parameters()).device
         batch = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
-        losses = importance.losses_one_by_one(self.model, self.layers, sets, config.damping, batch, self.loss_of)
+        losses, weight = self.estimator(sets, batch)
+        losses = parallel.joined_losses(losses, weight, device, self._group)
         if any(math.isnan(loss) for loss in losses):
             raise ValueError(f"IST: expected losses that are numbers before step {self.step}, got {losses}")
         self.unimportance, rewards = importance.updated(self.unimportance, sets, losses, config.rate)
+        self._agreed = False  # processors differ in the last bit of exp
         self.history.append((self.step, self.importance.tolist(), rewards))
+        self.estimate_seconds += time.perf_counter() - began
 
     def set_active(self, layers: Sequence[int]) -> None:
         """Let the adapters of these layers train, and no others; what does not train has no gradient, not zeros.
 
-        The input of the lowest of them is detached, unless something below trains: some libraries make the input of the
-        model require a gradient (`enable_input_require_grads`, checkpointing), and backward would go down to it.
+        Backward then stops at the lowest of them, also where a library makes the input of the model require a gradient
+        (`enable_input_require_grads`, checkpointing).
         """
         self.active = checked(layers, len(self.layers))
+        self._sharded.reshard()
         active = set(self.active)
         for index, layer in enumerate(self.layers):
             for parameter in layer.parameters:
                 parameter.requires_grad_(index in active)
                 if index not in active:
                     parameter.grad = None
-        if self._cut is not None:
-            self._cut.remove()
-            self._cut = None
-        lowest = self.layers[self.active[0]].module
-        if len(active) < len(self.layers) and not _trains_below(self.model, lowest):
-            self._cut = lowest.register_forward_pre_hook(_detach_input, with_kwargs=True)
+        if len(active) == len(self.layers):
+            self._backward.release()
+        else:
+            self._backward.stop_below(self.active[0], self._kept_depth)
+        self._place_optimizer_state(active)
 
-    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise ValueError unless the optimizer holds every adapter."""
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for layer in self.layers:
-            if any(id(parameter) not in held for parameter in layer.parameters):
-                raise ValueError(f"IST: expected an optimizer that holds every adapter, got one without {layer.name}'s")
+    def write(self, writer: torch.utils.tensorboard.SummaryWriter) -> None:
+        """The newest estimate to TensorBoard: importance of each layer, its updates so far, the spread of rewards."""
+        step, values, rewards = self.history[-1]
+        for layer, value, updates in zip(self.layers, values, self.updates):
+            writer.add_scalar(f"ist_importance/{layer.name}", value, step)
+            writer.add_scalar(f"ist_updates/{layer.name}", updates, step)
+        writer.add_scalar("ist/reward_spread", max(rewards) - min(rewards), step)
+        writer.add_scalar("ist/skipped_backward", self.skipped, step)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs to go on as this one would, in lists and tensors."""
@@ -169,7 +234,9 @@ class IST:
             "active": list(self.active),
             "step": self.step,
             "updates": list(self.updates),
+            "skipped": self._skipped,
             "history": list(self.history),
+            "estimator": self.estimator.state_dict(),
             "generator": self._generator.get_state(),
         }
 
@@ -182,19 +249,85 @@ class IST:
         names = [layer.name for layer in self.layers]
         if list(state["layers"]) != names:
             raise ValueError(f"IST: expected the state of {len(names)} layers {names[0]} …, got {state['layers']}")
-        self._generator.set_state(state["generator"])
-        self.unimportance = state["unimportance"].clone()
-        self.step, self.updates = state["step"], list(state["updates"])
+        self._generator.set_state(state["generator"].cpu())
+        self.unimportance = state["unimportance"].cpu().clone()
+        self.step, self.updates, self._skipped = state["step"], list(state["updates"]), state["skipped"]
+        self.estimator.load_state_dict(state["estimator"])
         self.history = [tuple(entry) for entry in state["history"]]
         self.set_active(state["active"])
+        self._agreed = False
+
+    def close(self) -> None:
+        """All adapters train again, and nothing of IST is left in the model: DDP reduces gradients as it did."""
+        self.set_active(range(len(self.layers)))
+        if self._gradients is not None:
+            self._gradients.remove()
+
+    def _agree(self) -> None:
+        """Have every process draw from the same state: from then on all draw the same."""
+        if self._agreed:
+            return
+        self._sharded.reshard()
+        self._sharded.check_current()
+        mine = self._generator.get_state(), self.unimportance
+        state, self.unimportance = parallel.agreed(mine, next(self.model.parameters()).device, self._group)
+        self._generator.set_state(state)
+        self._agreed = True
+
+    def _bound_backward(self, budget: float) -> None:
+        """Have the sampler keep the budget, and say what can be had while all layers are equally important."""
+        count = len(self.layers)
+        if isinstance(self.sampler, Fixed):
+            depth = 1.0 - min(self.sampler.layers) / count
+            raise ValueError(
+                f"IST: expected a sampler that varies for a backward_budget, got Fixed, of depth {depth:.2f}"
+            )
+        self.sampler = Budgeted(self.sampler, budget)
+        depth = self.sampler.expected_depth(self._wanted, self.unimportance)
+        if depth > budget + 5e-3:
+            warnings.warn(
+                f"IST: backward_budget={budget:.2f} cannot be met while layers are equally important, with "
+                f"{self._wanted} of {count} layers a step on average and at most {min(count, MOST * self._wanted)}: "
+                f"the expected depth of backward is {depth:.2f}",
+                stacklevel=3,
+            )
+        if self.config.checkpoint_beyond_budget:
+            self._backward.check_can_checkpoint()
+            self._kept_depth = max(1, int(budget * count))
+
+    def _check_not_compiled(self) -> None:
+        """What trains is in a compiled graph: one for each set of layers is too many."""
+        if isinstance(self.sampler, Fixed):
+            return
+        for module in self._around:
+            if is_compiled_itself(module):
+                raise ValueError(
+                    f"IST: expected each block compiled by itself (block.compile()) where layers change from step to "
+                    f"step, got {type(getattr(module, '_orig_mod', module)).__name__} compiled as a whole"
+                )
+
+    def _place_optimizer_state(self, active: set[int]) -> None:
+        if self.config.frozen_state == "keep" or self.optimizer is None:
+            return
+        frozen = [p for i, layer in enumerate(self.layers) if i not in active for p in layer.parameters]
+        if self.config.frozen_state == "drop":
+            optimizer_state.drop(self.optimizer, frozen)
+        else:
+            optimizer_state.offload(self.optimizer, frozen)
+            optimizer_state.bring_back(self.optimizer, [p for i in active for p in self.layers[i].parameters])
 
     def __str__(self) -> str:
         """A table: how often each layer trained, and how important it is."""
-        lines = [f"{self.step} steps, {len(self.history)} estimates of importance"]
-        width = max(len(layer.name) for layer in self.layers)
-        for layer, updates, value in zip(self.layers, self.updates, self.importance.tolist()):
+        estimates = f"{len(self.history)} estimate{'' if len(self.history) == 1 else 's'}"
+        lines = [f"{self.step} steps, {self.skipped:.0%} of backward skipped, {estimates} of importance"]
+        if self.history:
+            lines.append(f"rewards of candidates differ by {self.reward_spread:.1e} (median)")
+            lines += textwrap.wrap(f"losses by {self.estimator.why}", 78, subsequent_indent="  ")
+        names = [layer.name.removeprefix("base_model.model.") for layer in self.layers]
+        width = max(map(len, names))
+        for name, updates, value in zip(names, self.updates, self.importance.tolist()):
             share = updates / self.step if self.step else 0.0
-            lines.append(f"  {layer.name:<{width}}  trained {updates:>5} ({share:>4.0%})  importance {value:.3f}")
+            lines.append(f"  {name:<{width}}  trained {updates:>5} ({share:>4.0%})  importance {value:.3f}")
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> Path:
@@ -208,24 +341,3 @@ class IST:
         if not self.history:
             raise ValueError("IST.plot: expected at least one estimate of importance, got none")
         return draw(self, Path(path))
-
-
-def _trains_below(model: nn.Module, block: nn.Module) -> bool:
-    """Whether a parameter that comes before `block` in the model requires a gradient."""
-    for module in model.modules():
-        if module is block:
-            return False
-        if any(parameter.requires_grad for parameter in module._parameters.values() if parameter is not None):
-            return True
-    return True
-
-
-def _detach_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    def detached(value: Any) -> Any:
-        return value.detach() if isinstance(value, torch.Tensor) else value
-
-    return tuple(map(detached, args)), {name: detached(value) for name, value in kwargs.items()}
-
-
-def _loss_of(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
-    return model(**batch).loss

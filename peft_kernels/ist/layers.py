@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from ..nn import LoRALinear
@@ -87,20 +88,56 @@ def _scaling_keys(module: nn.Module) -> list[str]:
 
 
 @contextlib.contextmanager
-def damped(layers: Sequence[Layer], factor: float) -> Iterator[None]:
-    """Every active adapter's scaling in `layers` multiplied by `factor`, and put back after."""
+def rescaled(layers: Sequence[Layer], factors: Sequence[float | torch.Tensor]) -> Iterator[None]:
+    """Every active adapter's scaling multiplied by its layer's factor, and put back after.
+
+    Args:
+        factors: for each layer a number, a 0-dim tensor, or a tensor that :func:`peft_kernels.lora_linear` takes.
+    """
     changed = []
     try:
-        for layer in layers:
+        for layer, factor in zip(layers, factors):
+            products: dict[float, float | torch.Tensor] = {}  # adapters mostly have one scaling: a product a layer
             for module in layer.scaled:
                 kept = scalings(module)
                 for key in _scaling_keys(module):
-                    changed.append((kept, key, kept[key]))
-                    kept[key] = kept[key] * factor
+                    value = kept[key]
+                    changed.append((kept, key, value))
+                    if isinstance(value, torch.Tensor):
+                        kept[key] = value * factor
+                        continue
+                    if value not in products:
+                        products[value] = value * factor
+                    kept[key] = products[value]
         yield
     finally:
         for kept, key, value in reversed(changed):
             kept[key] = value
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile has been asked to compile `module`, or something in it."""
+    return any(is_compiled_itself(part) for part in module.modules())
+
+
+def around(model: nn.Module, layers: Sequence[Layer]) -> list[nn.Module]:
+    """The modules of which layers are parts, from the model down."""
+    modules = dict(model.named_modules())
+    paths = {""}
+    for layer in layers:
+        parts = layer.name.split(".")
+        paths.update(".".join(parts[:end]) for end in range(1, len(parts)))
+    return [modules[path] for path in sorted(paths)]
+
+
+def is_compiled_itself(module: nn.Module) -> bool:
+    """Whether torch.compile has been asked to compile `module` as a whole."""
+    return module._compiled_call_impl is not None or isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a parameter is spread over processes (FSDP2, tensor parallelism)."""
+    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
 
 
 def _adapter_parameters(

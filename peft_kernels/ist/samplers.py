@@ -28,6 +28,11 @@ class LayerSampler:
         """
         raise NotImplementedError
 
+    def odds(self, unimportance: torch.Tensor) -> torch.Tensor | None:
+        """Of each layer, float32 [L], where every step draws without replacement by odds, as a backward budget wants
+        it; None for other samplers."""
+        return None
+
 
 class ImportanceSampler(LayerSampler):
     """IST: without replacement, with odds σ(−I)."""
@@ -35,14 +40,20 @@ class ImportanceSampler(LayerSampler):
     needs_importance = True
 
     def sample(self, step, count, unimportance, generator):
-        return torch.multinomial(torch.sigmoid(-unimportance), count, generator=generator).tolist()
+        return torch.multinomial(self.odds(unimportance), count, generator=generator).tolist()
+
+    def odds(self, unimportance):
+        return torch.sigmoid(-unimportance)
 
 
 class Uniform(LayerSampler):
     """RST, IST's ablation: every set of layers as likely as any other."""
 
     def sample(self, step, count, unimportance, generator):
-        return torch.multinomial(torch.ones(len(unimportance)), count, generator=generator).tolist()
+        return torch.multinomial(self.odds(unimportance), count, generator=generator).tolist()
+
+    def odds(self, unimportance):
+        return torch.ones(len(unimportance))
 
 
 class _Periodic(LayerSampler):

@@ -1,9 +1,16 @@
 """IST in transformers' Trainer: what it chooses, what it leaves alone, and going on from a checkpoint."""
 
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import peft_kernels as pk
 from tests.ist.test_ist import batch_for, llama, trainable
@@ -114,3 +121,121 @@ def test_a_stream_needs_a_batch_source(tmp_path):
     callback.batch_source = lambda: batch_for(3)
     trainer.train()
     assert len(callback.ist.history) == 1
+
+
+def test_killed_while_a_checkpoint_is_written(tmp_path):
+    """The newest complete checkpoint is taken, whatever file of the next was cut short or not begun."""
+    whole, callback = trainer_for(tmp_path / "whole")
+    whole.train()
+    folder = tmp_path / "cut"
+    first, _ = trainer_for(folder, save_strategy="steps", save_steps=10)
+    first.train()
+    shutil.rmtree(folder / "checkpoint-24")
+    newest, older = folder / "checkpoint-20", folder / "checkpoint-10"
+    assert pk.ist.last_checkpoint(folder) == str(newest)
+    for file in sorted(newest.iterdir()):
+        if file.suffix in (".safetensors", ".pt", ".pth") or file.name == "trainer_state.json":
+            content = file.read_bytes()
+            file.write_bytes(content[: len(content) // 2])
+            assert pk.ist.last_checkpoint(folder) == str(older), file.name
+            file.write_bytes(content)
+    (newest / "trainer_state.json").unlink()  # written last
+    second, resumed = trainer_for(folder)
+    second.train(resume_from_checkpoint=pk.ist.last_checkpoint(folder))
+    assert resumed.seen == callback.seen[10:]
+    for one, two in zip(whole.model.parameters(), second.model.parameters()):
+        assert torch.equal(one, two)
+    assert pk.ist.last_checkpoint(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.15])
+def test_killed_at_any_time(tmp_path, delay):
+    """A process that is killed while it trains and saves at every step: what it left is gone on from."""
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom tests.ist.test_callback import trainer_for\n"
+        "trainer_for(Path(sys.argv[1]), steps=200, save_strategy='steps', save_steps=1)[0].train()"
+    )
+    folder = tmp_path / "cut"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", program, str(folder)], env=environment)
+    while not (folder / "checkpoint-6").exists():  # then it is killed, wherever it is
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.kill()
+    process.wait()
+    left = pk.ist.last_checkpoint(folder)
+    saved = int(left.rpartition("-")[2])
+    assert saved >= 5
+    steps = saved + 6
+    whole, callback = trainer_for(tmp_path / "whole", steps=steps, lr_scheduler_type="constant")
+    whole.train()
+    second, resumed = trainer_for(folder, steps=steps, lr_scheduler_type="constant")
+    second.train(resume_from_checkpoint=left)
+    assert resumed.seen == callback.seen[saved:]
+
+
+def test_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer, callback = trainer_for(tmp_path, steps=16, report_to="tensorboard")
+    trainer.train()
+    written = EventAccumulator(str(tmp_path / "runs" / "ist")).Reload()
+    tags = written.Tags()["scalars"]
+    assert {"ist/reward_spread", "ist/skipped_backward"} <= set(tags)
+    name = callback.ist.layers[2].name
+    values = [event.value for event in written.Scalars(f"ist_importance/{name}")]
+    assert values == pytest.approx([importance[2] for _, importance, _ in callback.ist.history])
+    assert len([tag for tag in tags if tag.startswith("ist_updates/")]) == 6
+
+
+def test_torch_compile_of_the_whole_model_is_refused(tmp_path):
+    trainer, _ = trainer_for(tmp_path, steps=2, torch_compile=True)
+    with pytest.raises(
+        ValueError, match="expected torch_compile=False where layers change from step to step, got True"
+    ):
+        trainer.train()
+
+
+def test_state_of_frozen_layers_in_trainer(tmp_path):
+    callback = Recorder(pk.ist.ISTConfig(interval=5, examples=8, frozen_state="drop"))
+    trainer, _ = trainer_for(tmp_path, steps=7, callback=callback)
+    seen = []
+    trainer.add_callback(type("Look", (TrainerCallback,), {
+        "on_step_begin": lambda self, args, state, control, optimizer=None, **_: seen.append(len(optimizer.state))
+    })())  # fmt: skip
+    trainer.train()
+    assert max(seen) <= 14  # parameters of one layer of six
+
+
+def test_sft_trainer(tmp_path):
+    """TRL's, on token ids, with labels on the completion only."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    rows = [{"input_ids": ids["input_ids"].tolist(), "labels": [-100] * 3 + ids["labels"].tolist()[3:]} for ids in DATA]
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path), max_steps=12, per_device_train_batch_size=4, report_to="none", save_strategy="no",
+        use_cpu=True, bf16=False, disable_tqdm=True, logging_strategy="no",
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )  # fmt: skip
+    callback = Recorder(pk.ist.ISTConfig(interval=5, examples=8))
+    trainer = trl.SFTTrainer(
+        model=llama(), args=arguments, train_dataset=Dataset.from_list(rows), callbacks=[callback],
+        processing_class=tokenizer(tmp_path),
+    )  # fmt: skip
+    pk.integrations.peft.accelerate(trainer.model)
+    everything = trainable(trainer.model)
+    trainer.train()
+    assert trainable(trainer.model) == everything
+    assert len(callback.ist.history) == 2 and callback.ist.estimator.shift == 1, callback.ist.estimator.why
+
+
+def tokenizer(folder):
+    """Of numbers, made here: nothing is downloaded."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel({str(number): number for number in range(40)}, unk_token="0"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="1", pad_token="0")

@@ -10,7 +10,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
 import peft_kernels as pk
-from peft_kernels.ist import IST, BlockCyclic, Fixed, ISTConfig, LayerSampler, Lisa, Uniform, find_layers
+from peft_kernels.ist import IST, BlockCyclic, ISTConfig, LayerSampler, Lisa, Uniform, find_layers
 from peft_kernels.ist.importance import draw_suppress_sets
 from tests.ist.transcription import ist as transcribed
 
@@ -51,7 +51,7 @@ def test_200_steps_equal_the_transcription():
     ours, theirs = llama(), llama()
     layers = theirs.base_model.model.model.layers
     scalings = [[m.scaling for m in layer.modules() if hasattr(m, "lora_A")] for layer in layers]
-    ist = IST(ours, ISTConfig(seed=5))
+    ist = IST(ours, ISTConfig(seed=5, estimator="one-by-one"))
     optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in (ours, theirs)]
     batches = [batch_for(1000 + number) for number in range(20)]
     parameters = [[p for n, p in theirs.named_parameters() if f"layers.{i}." in n and "lora" in n] for i in range(6)]
@@ -129,49 +129,6 @@ def test_only_chosen_adapters_train_and_others_have_no_gradient():
     assert trainable(model) == everything
 
 
-def backward_reaches(model) -> set[int]:
-    reached = set()
-    handles = [
-        layer.mlp.register_full_backward_pre_hook(lambda *_, index=index: reached.add(index))
-        for index, layer in enumerate(model.get_base_model().model.layers)
-    ]
-    model(**batch_for(0)).loss.backward()
-    for handle in handles:
-        handle.remove()
-    return reached
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("input_requires_grad", [False, True])
-def test_backward_stops_below_the_lowest_active_layer(input_requires_grad, checkpointing):
-    """Also where a library makes the model's input require a gradient, as PEFT and checkpointing do."""
-    model, plain = llama(), llama()
-    if input_requires_grad:
-        model.enable_input_require_grads()
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    ist = IST(model, ISTConfig(sampler=Fixed([3, 4])))
-    ist.before_step()
-    assert backward_reaches(model) == {3, 4, 5}
-    plain(**batch_for(0)).loss.backward()
-    expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            torch.testing.assert_close(parameter.grad, expected[name])
-    ist.set_active(range(6))
-    assert backward_reaches(model) == set(range(6))
-    assert not any(layer.module._forward_pre_hooks for layer in ist.layers)
-
-
-@pytest.mark.parametrize("below", ["embed_tokens", "layers.1.input_layernorm"])
-def test_what_trains_below_still_gets_its_gradient(below):
-    model = llama()
-    parameter = model.get_base_model().model.get_submodule(below).weight.requires_grad_(True)
-    IST(model, ISTConfig(sampler=Fixed([4]))).before_step()
-    model(**batch_for(0)).loss.backward()
-    assert parameter.grad.abs().max() > 0
-
-
 def test_an_estimate_leaves_everything_as_it_was():
     model = llama(lora_dropout=0.3)
     model.base_model.model.model.layers[2].eval()
@@ -184,7 +141,8 @@ def test_an_estimate_leaves_everything_as_it_was():
         raise RuntimeError("from the loss")
 
     ist.estimate(batch_for(0))
-    ist.loss_of = raising
+    ist.estimate(batch_for(1))  # the first looks, the second takes what it found
+    ist.estimator.loss_of, ist.estimator.shift = raising, None
     with pytest.raises(RuntimeError, match="from the loss"):
         ist.estimate(batch_for(0))
     assert modes == {name: module.training for name, module in model.named_modules()}
@@ -246,6 +204,47 @@ def test_architectures(kind):
     assert ist.history[0][2] != [ist.history[0][2][0]] * 3
     if kind == "t5":
         assert ["encoder" in name for name in names] == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize("lora", [{"use_dora": True}, {"use_rslora": True}, {"lora_bias": True}])
+def test_kinds_of_lora(lora):
+    """DoRA's magnitude and a bias of lora_B are switched with the rest; what PEFT computes is what is estimated."""
+    model = llama(3, **lora)
+    ist, _ = train(model, 12)
+    layer = ist.layers[1]
+    own = {id(parameter) for parameter in layer.parameters}
+    for name, parameter in layer.module.named_parameters():
+        assert (id(parameter) in own) == ("lora_" in name), name
+    assert len(set(ist.history[0][2])) == 3
+
+
+class Adapter(nn.Module):
+    """A bottleneck adapter (Houlsby et al., 2019)."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.down, self.up = nn.Linear(features, 2), nn.Linear(2, features)
+
+    def forward(self, x):
+        return x + self.up(torch.relu(self.down(x)))
+
+
+def test_bottleneck_adapters():
+    """The user says which parameters adapters own; without a scaling to damp, a sampler without importance."""
+    model = tiny("llama").requires_grad_(False)
+    for block in model.model.layers:
+        block.mlp = nn.Sequential(block.mlp, Adapter(16))
+
+    def is_adapter(name, parameter):
+        return ".mlp.1." in name
+
+    with pytest.raises(ValueError, match=r"expected adapters with a scaling to damp in model\.layers\.0, found none"):
+        IST(model, is_adapter=is_adapter)
+    ist = IST(model, ISTConfig(sampler="rst", update_fraction=0.34), is_adapter=is_adapter)
+    for step in range(4):
+        (chosen,) = ist.before_step()
+        assert trainable(model) == {f"model.layers.{chosen}.mlp.1.{n}" for n, _ in Adapter(16).named_parameters()}
+        model(**batch_for(step)).loss.backward()
 
 
 class Block(nn.Module):
@@ -342,6 +341,11 @@ def test_a_sampler_that_returns_nonsense(answer):
         ({"interval": 0}, "interval of at least 1, got 0"),
         ({"examples": 0}, "examples of at least 1, got 0"),
         ({"rate": -1.0}, "positive rate, got -1.0"),
+        ({"estimator": "best"}, "estimator among auto, one-by-one, got 'best'"),
+        ({"frozen_state": "lost"}, "frozen_state among keep, offload, drop, got 'lost'"),
+        ({"candidates_per_forward": 0}, "candidates_per_forward of at least 1, got 0"),
+        ({"backward_budget": 1.5}, r"backward_budget in \(0, 1\], got 1.5"),
+        ({"checkpoint_beyond_budget": True}, "expected a backward_budget for checkpoint_beyond_budget, got None"),
     ],
 )
 def test_wrong_quantities(wrong, line):
@@ -381,7 +385,7 @@ def test_wrong_models():
     ist.before_step()
     with pytest.raises(ValueError, match="expected a batch"):
         ist.before_step()
-    ist.loss_of = lambda *_: torch.tensor(math.nan)
+    ist.estimator.loss_of = lambda *_: torch.tensor(math.nan)
     with pytest.raises(ValueError, match="expected losses that are numbers before step 1, got"):
         ist.before_step(batch_for(0))
     assert not ist.unimportance.any() and not ist.history
@@ -396,5 +400,7 @@ def test_to_look_at(tmp_path):
         IST(llama()).plot(tmp_path / "none.png")
     assert ist.plot(tmp_path / "importance.png").read_bytes().startswith(b"\x89PNG")
     table = str(ist)
-    assert table.startswith("25 steps, 2 estimates of importance") and len(table.splitlines()) == 7
-    assert max(map(len, table.splitlines())) <= 80
+    lines = table.splitlines()
+    assert lines[0].startswith("25 steps, ") and lines[0].endswith("% of backward skipped, 2 estimates of importance")
+    assert lines[1].startswith("rewards of candidates differ by") and "logits at labels only" in lines[2]
+    assert len(lines) == 10 and max(map(len, lines)) <= 80

@@ -1,0 +1,245 @@
+"""The losses of the candidates: with the adapters of some layers damped, what is the loss?
+
+The plain way is the model's own loss, a forward a candidate. What makes it cheaper changes no number beyond rounding:
+
+- logits only where there are labels, computed in pieces, no cache of keys and values (`label_losses.py`);
+- several candidates in one forward: the batch once for each of them, the damping as a scaling a row of the LoRA op.
+
+The first estimate is computed the plain way, and meanwhile looks what else would have given the same. What it found is
+part of the state, so that a resumed run computes as the one before it did.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..nn import LoRALinear
+from . import label_losses, parallel
+from .config import ISTConfig
+from .importance import evaluation
+from .layers import Layer, is_compiled, is_sharded, rescaled
+
+#: Estimates that are timed each way on a GPU before the faster is kept; the first of each warms up.
+TRIALS = 2
+
+
+class Estimator:
+    """Losses of candidates, each a set of damped layers.
+
+    Args:
+        model: in any mode; left as it was.
+        layers: of it.
+        config: `damping`, `estimator` and `candidates_per_forward` count.
+        loss_of: (model, batch) → the loss; None for the model's own, `model(**batch).loss`.
+        group: processes that estimate together.
+
+    Attributes:
+        shift: how far labels stand after the position that predicts them, where the loss was seen to be the mean
+            cross-entropy of the output embeddings at the labels; None where it is not.
+        together: candidates a forward; None while a GPU is still being timed.
+        why: the reasons for both, in a line; empty before the first estimate.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        config: ISTConfig,
+        loss_of: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor] | None,
+        group: torch.distributed.ProcessGroup | None = None,
+    ) -> None:
+        self.model, self.layers, self.config, self.loss_of, self.group = model, layers, config, loss_of, group
+        self.shift: int | None = None
+        self.together: int | None = 1
+        self.why = ""
+        self._seconds: dict[int, list[float]] = {}
+
+    def __call__(self, sets: Sequence[Sequence[int]], batch: Mapping[str, Any]) -> tuple[list[float], float]:
+        """The loss of each candidate on `batch`, and what they weigh beside those of other processes: the number of
+        labels that count, or of examples where there are no labels."""
+        with evaluation(self.model):
+            if not self.why:
+                return self._look(sets, batch)
+            if self.shift is None or label_losses.why_not(self.model, batch):
+                return self._one_by_one(sets, batch), _weight(batch, 0)
+            count = len(sets)
+            if self.together != 1 and (self.together or count) > 1 and _why_not_repeated(batch):
+                return self._at_labels(sets, batch, 1), _weight(batch, self.shift)
+            if self.together is None:
+                return self._timed(sets, batch), _weight(batch, self.shift)
+            return self._at_labels(sets, batch, self.together), _weight(batch, self.shift)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"shift": self.shift, "together": self.together, "why": self.why}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.shift, self.together, self.why = state["shift"], state["together"], state["why"]
+        self._seconds = {}
+
+    def _one_by_one(self, sets: Sequence[Sequence[int]], batch: Mapping[str, Any]) -> list[float]:
+        losses = []
+        for chosen in sets:
+            with rescaled(self.layers, self._factors([chosen], rows=None)):
+                loss = self.loss_of(self.model, batch) if self.loss_of else self.model(**batch).loss
+                losses.append(float(loss))
+        return losses
+
+    def _at_labels(self, sets: Sequence[Sequence[int]], batch: Mapping[str, Any], together: int) -> list[float]:
+        rows, losses = batch["labels"].shape[0], []
+        for first in range(0, len(sets), together):
+            part = sets[first : first + together]
+            factors = self._factors(part, rows if len(part) > 1 else None)
+            with rescaled(self.layers, factors):
+                repeated = _repeated(batch, len(part))
+                losses += label_losses.compute(self.model, repeated, self.shift, len(part)).values
+        return losses
+
+    def _factors(self, sets: Sequence[Sequence[int]], rows: int | None) -> list[float | torch.Tensor]:
+        """For each layer what its scaling is multiplied by: a number for one candidate, or [candidates · rows, 1]."""
+        factors = [[self.config.damping if i in chosen else 1.0 for chosen in sets] for i in range(len(self.layers))]
+        if rows is None and not any(is_compiled(layer.module) for layer in self.layers):
+            return [factor for (factor,) in factors]
+        # As tensors, so that nothing that was compiled has their values in it.
+        found = torch.tensor(factors, device=next(self.model.parameters()).device)
+        return list(found[:, 0]) if rows is None else list(found.repeat_interleave(rows, 1).unsqueeze(2))
+
+    def _look(self, sets: Sequence[Sequence[int]], batch: Mapping[str, Any]) -> tuple[list[float], float]:
+        """The plain way; and what could take its place from now on."""
+        if self.config.estimator == "one-by-one":
+            self.why = "the model's own loss, a forward a candidate, as asked for"
+            return self._one_by_one(sets, batch), _weight(batch, 0)
+        with _shapes_of_inputs(self.layers) as shapes:
+            losses = self._one_by_one(sets[:1], batch)
+        losses += self._one_by_one(sets[1:], batch)
+        reason = "it has a loss_of of its own" if self.loss_of else label_losses.why_not(self.model, batch)
+        if reason is None:
+            self.shift = self._find_shift(sets[-1], losses[-1], batch)
+            reason = "it is not the mean cross-entropy of the logits at the labels"
+        if self.shift is None:
+            self.why = f"the model's own loss, a forward a candidate: {reason}"
+        else:
+            self.together, why = self._share(shapes, batch)
+            self.why = f"logits at labels only; {why}"
+        return losses, _weight(batch, self.shift or 0)
+
+    def _find_shift(self, chosen: Sequence[int], expected: float, batch: Mapping[str, Any]) -> int | None:
+        """How far labels stand after the position that predicts them, judged by the loss with `chosen` damped."""
+        with rescaled(self.layers, self._factors([chosen], rows=None)):
+            found = {shift: label_losses.compute(self.model, batch, shift, 1) for shift in (0, 1)}
+        # Losses of a model that has learnt nothing are near each other: the nearest.
+        shift = min(found, key=lambda shift: abs(found[shift].values[0] - expected))
+        return shift if found[shift].is_close(expected) else None
+
+    def _share(self, shapes: Mapping[str, torch.Size], batch: Mapping[str, Any]) -> tuple[int | None, str]:
+        """How many candidates a forward from now on (None: to be timed), and why."""
+        asked, device = self.config.candidates_per_forward, next(self.model.parameters()).device
+        if asked == 1:
+            return 1, "a forward a candidate, as asked for"
+        if asked is None and device.type == "cpu":
+            return 1, "a forward a candidate: sharing one saves nothing on a CPU"
+        rows = batch["labels"].shape[0]
+        reason = _why_not_repeated(batch) or _why_not_fused(self.layers)
+        for name, shape in shapes.items():
+            if len(shape) < 3 or shape[0] != rows:
+                reason = reason or f"{name} is given {list(shape)}, not the {rows} examples one after another"
+        if asked is None and is_sharded(self.model):
+            reason = reason or "the model is sharded, and a process out of memory would leave the others waiting"
+        if reason:
+            return 1, f"a forward a candidate: {reason}"
+        if asked is None:
+            return None, "how many candidates share a forward is being timed"
+        return asked, f"{asked} candidates a forward, as asked for"
+
+    def _timed(self, sets: Sequence[Sequence[int]], batch: Mapping[str, Any]) -> list[float]:
+        """One forward a candidate and one for all in turn, until the faster is known."""
+        for ways in (1, len(sets)):
+            self._seconds.setdefault(ways, [])
+        together = min(self._seconds, key=lambda ways: len(self._seconds[ways]))
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        try:
+            losses = self._at_labels(sets, batch, together)
+            elapsed = time.perf_counter() - began
+        except torch.cuda.OutOfMemoryError:
+            if together == 1:
+                raise
+            losses, elapsed = None, float("inf")
+        device = next(self.model.parameters()).device
+        self._seconds[together] += parallel.joined_losses([elapsed], 1.0, device, self.group)  # the same everywhere
+        if losses is None:
+            torch.cuda.empty_cache()
+            losses = self._at_labels(sets, batch, 1)
+        if all(len(seconds) >= TRIALS for seconds in self._seconds.values()):
+            self.together = min(self._seconds, key=lambda ways: self._seconds[ways][-1])
+            times = ", ".join(f"{ways} a forward {last[-1] * 1e3:.0f} ms" for ways, last in self._seconds.items())
+            self.why = f"logits at labels only; candidates measured: {times}"
+        return losses
+
+
+class _shapes_of_inputs:
+    """By name, the shape that each scaled module of the layers was given."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.layers, self.shapes, self.handles = layers, {}, []
+
+    def __enter__(self) -> dict[str, torch.Size]:
+        for layer in self.layers:
+            for number, module in enumerate(layer.scaled):
+
+                def record(module, args, name=f"adapter {number} of {layer.name}"):
+                    self.shapes[name] = args[0].shape
+
+                self.handles.append(module.register_forward_pre_hook(record))
+        return self.shapes
+
+    def __exit__(self, *_) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _weight(batch: Mapping[str, Any], shift: int) -> float:
+    labels = batch.get("labels")
+    if isinstance(labels, torch.Tensor) and labels.dim() == 2:
+        return float((labels[:, shift:] != label_losses.IGNORED).sum())
+    return float(next((len(v) for v in batch.values() if isinstance(v, torch.Tensor) and v.dim()), 1))
+
+
+def _repeated(batch: Mapping[str, Any], times: int) -> Mapping[str, Any]:
+    if times == 1:
+        return batch
+    rows = batch["labels"].shape[0]
+    return {
+        name: value.repeat(times, *[1] * (value.dim() - 1))
+        if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == rows
+        else value
+        for name, value in batch.items()
+    }
+
+
+def _why_not_repeated(batch: Mapping[str, Any]) -> str | None:
+    """Why the batch cannot stand several times in one forward, in words; None if it can."""
+    rows = batch["labels"].shape[0]
+    for name, value in batch.items():
+        if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] not in (1, rows):
+            return f"{name} {list(value.shape)} has no row for each of the {rows} examples"
+        if name.startswith(("cu_seq_lens", "max_length_")) or name == "seq_idx":
+            return f"the batch is packed ({name})"
+    positions = batch.get("position_ids")
+    if isinstance(positions, torch.Tensor) and bool((positions.diff(dim=-1) < 0).any()):
+        return "the batch is packed (position_ids begin anew within a row)"
+    return None
+
+
+def _why_not_fused(layers: Sequence[Layer]) -> str | None:
+    for layer in layers:
+        for module in layer.scaled:
+            # By name: that integration needs PEFT, which the package does not.
+            if not isinstance(module, LoRALinear) and type(module).__name__ != "FusedLoraLinear":
+                kind = type(module).__name__
+                return f"{layer.name} has a {kind} that takes no scaling a row (see integrations.peft.accelerate)"
+    return None

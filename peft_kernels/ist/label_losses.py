@@ -1,0 +1,108 @@
+"""The loss of a language model from logits at its labels alone.
+
+A pre-hook on the output embeddings takes the hidden states where labels stand, computes their cross-entropy piece by
+piece, and hands the module an empty sequence: the [rows, tokens, vocabulary] logits never exist. It happens inside the
+model's own forward, so that autocast, sharding and whatever else surrounds it are as in training.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+#: The label of positions without one, as torch's cross_entropy has it.
+IGNORED = -100
+#: Of float32 logits that exist at a time: on a CPU few enough for its caches, on a GPU enough to fill it.
+PIECE_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
+
+
+def why_not(model: nn.Module, batch: Mapping[str, Any]) -> str | None:
+    """Why the loss on `batch` cannot be computed here, in words; None if it may."""
+    language_model = _language_model(model)
+    if language_model is None:
+        return "the model is none of transformers' with output embeddings"
+    if getattr(language_model.config, "output_router_logits", False):
+        return "it has an auxiliary loss of its router"
+    labels = batch.get("labels")
+    if not isinstance(labels, torch.Tensor) or labels.dim() != 2:
+        return "the batch has no labels [examples, tokens]"
+    return None
+
+
+class LabelLosses(NamedTuple):
+    """The losses, and the dtype of the logits that they come from."""
+
+    values: list[float]
+    dtype: torch.dtype
+
+    def is_close(self, expected: float) -> bool:
+        """Whether the last of them is `expected` but for the rounding of a mean over such logits."""
+        tolerance = 5e-4 if self.dtype.itemsize == 2 else 1e-5
+        return abs(self.values[-1] - expected) <= tolerance * max(1.0, abs(expected))
+
+
+def compute(model: nn.Module, batch: Mapping[str, Any], shift: int, parts: int) -> LabelLosses:
+    """Mean cross-entropy at the labels of each of `parts` equal runs of rows with the same labels; NaN where the hidden
+    states are not those of the labels' positions.
+
+    Args:
+        batch: with labels [rows, tokens].
+        shift: the position that predicts label t is t − shift.
+    """
+    language_model = _language_model(model)
+    labels = batch["labels"]
+    targets = F.pad(labels[:, shift:], (0, shift), value=IGNORED)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if _takes(language_model, "use_cache"):
+        inputs["use_cache"] = False
+    if language_model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = language_model.prepare_decoder_input_ids_from_labels(labels=labels)
+    found = LabelLosses([float("nan")] * parts, torch.float32)
+
+    def instead_of_logits(head: nn.Module, args: tuple) -> tuple:
+        nonlocal found
+        hidden, *others = args
+        if hidden.shape[:2] == targets.shape:
+            losses, dtype = _cross_entropy(head, hidden, targets)
+            found = LabelLosses(losses.view(parts, -1).mean(1).tolist(), dtype)
+        return hidden[:, :0], *others
+
+    handle = language_model.get_output_embeddings().register_forward_pre_hook(instead_of_logits)
+    try:
+        model(**inputs)
+    finally:
+        handle.remove()
+    return found
+
+
+def _cross_entropy(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
+    """At every target, in the order of rows: float32 [targets]; and the dtype of the logits."""
+    counts = targets != IGNORED
+    hidden, targets = hidden[counts], targets[counts]
+    vocabulary = head.weight.shape[0] if hasattr(head, "weight") else 1 << 17
+    piece = max(1, PIECE_BYTES.get(hidden.device.type, 1 << 28) // (4 * vocabulary))
+    losses = []
+    for states, labels in zip(hidden.split(piece), targets.split(piece)):
+        logits = head.forward(states)  # not the module: this is called by its hook
+        losses.append(F.cross_entropy(logits.float(), labels, reduction="none"))
+    return torch.cat(losses), logits.dtype
+
+
+def _language_model(model: nn.Module) -> nn.Module | None:
+    transformers = sys.modules.get("transformers.modeling_utils")  # not imported: then the model is none of its
+    if transformers is None:
+        return None
+    for module in model.modules():
+        if isinstance(module, transformers.PreTrainedModel):
+            return module if isinstance(module.get_output_embeddings(), nn.Module) else None
+    return None
+
+
+def _takes(model: nn.Module, argument: str) -> bool:
+    return argument in inspect.signature(model.forward).parameters

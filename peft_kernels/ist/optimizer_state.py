@@ -1,0 +1,53 @@
+"""The optimizer's state of layers that do not train: kept, moved to the host until they do, or dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from .layers import Layer
+
+
+def check_holds(optimizer: torch.optim.Optimizer, layers: Sequence[Layer]) -> None:
+    """Raise ValueError unless the optimizer holds every adapter: one frozen when it was made would never train."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for layer in layers:
+        if any(id(parameter) not in held for parameter in layer.parameters):
+            raise ValueError(f"IST: expected an optimizer that holds every adapter, got one without {layer.name}'s")
+
+
+def drop(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Forget their moments and step counts: an optimizer starts them anew."""
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)
+
+
+def offload(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Move their state to the host, into pinned memory, so that the way there and back waits for nothing; step counts
+    stay where they are.
+
+    Raises:
+        ValueError: for state that is spread over processes.
+    """
+    for parameter in parameters:
+        for name, value in _tensors_of(optimizer, parameter):
+            if hasattr(value, "device_mesh"):
+                raise ValueError("IST: expected plain tensors for frozen_state='offload', got a DTensor: keep or drop")
+            if value.device.type != "cpu" and value.dim() > 0:
+                host = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+                optimizer.state[parameter][name] = host.copy_(value, non_blocking=True)
+
+
+def bring_back(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Undo `offload`: moments go where the parameter is."""
+    for parameter in parameters:
+        for name, value in _tensors_of(optimizer, parameter):
+            if value.device != parameter.device and value.dim() > 0:
+                optimizer.state[parameter][name] = value.to(parameter.device, non_blocking=True)
+
+
+def _tensors_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list[tuple[str, torch.Tensor]]:
+    state = optimizer.state.get(parameter, {})
+    return [(name, value) for name, value in state.items() if isinstance(value, torch.Tensor)]

@@ -1,7 +1,9 @@
-"""How it is measured: correctness first, then interleaved timing; the machine's ceilings and its description."""
+"""How it is measured: correctness first, then interleaved timing; the machine's ceilings and description; the files."""
 
 from __future__ import annotations
 
+import csv
+import json
 import os
 import platform
 import subprocess
@@ -158,13 +160,24 @@ def machine(device: str) -> dict[str, str]:
         facts["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         facts["cuda"] = str(torch.version.cuda)
     facts["python"] = platform.python_version()
-    for package in ("torch", "triton", "peft", "peft_kernels"):
+    for package in ("torch", "triton", "transformers", "peft", "peft_kernels"):
         try:
             facts[package] = version(package)
         except PackageNotFoundError:
             facts[package] = "not installed"
     facts["commit"] = _output("git", "rev-parse", "--short", "HEAD")
     return facts
+
+
+def write(document: dict, out: Path, stem: str) -> None:
+    """The document as JSON, and its "rows" as CSV."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{stem}.json").write_text(json.dumps(document, indent=1))
+    columns = list(dict.fromkeys(key for row in document["rows"] for key in row))
+    with open(out / f"{stem}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(document["rows"])
 
 
 def _cpu_name() -> str:

@@ -49,3 +49,29 @@ def _bars(rows: list[dict], key: str, title: str, path: Path) -> Path:
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
+
+
+def draw_steps(rows: list[dict], title: str, path: Path) -> Path:
+    """Whole training steps: time of a step and its share of the importance loop, a panel a setting."""
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    figure, panels = plt.subplots(len(settings), figsize=(9, 0.8 + 2.4 * len(settings)), sharex=True, squeeze=False)
+    figure.set_layout_engine("constrained")
+    for setting, axes in zip(settings, panels[:, 0]):
+        shown = [row for row in rows if row["setting"] == setting]
+        steps, loops = ([row["step_ms"] for row in shown], [row["loop_ms"] / row["interval"] for row in shown])
+        axes.barh(range(len(shown)), steps, color=COLOURS[2], label="step")
+        axes.barh(range(len(shown)), loops, left=steps, color=COLOURS[1], label="importance loop / its interval")
+        for place, (row, step, loop) in enumerate(zip(shown, steps, loops)):
+            text = f" {row['tokens_per_s']:.0f} tokens/s, {row['of_authors']:.2f} ×"
+            axes.text(step + loop, place, text, va="center", fontsize=7)
+        axes.set_yticks(range(len(shown)), [row["provider"].strip() for row in shown], fontsize=7)
+        axes.invert_yaxis()
+        axes.margins(x=0.25)
+        axes.set_title(setting, fontsize=9)
+        axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel("ms a step, lower is better; ×: speed over the authors' IST on PEFT", fontsize=9)
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path

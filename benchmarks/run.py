@@ -2,6 +2,7 @@
 
     python -m benchmarks.run                 # `make bench`: the CPU grid, or the GPU's where there is a GPU
     python -m benchmarks.run --gpu --minutes 5
+    python -m benchmarks.run --op ist_step   # whole training steps alone, see ist_step.py
 
 Every provider is checked against float64 before it is timed; one that is wrong is named and not timed. Providers are
 interleaved. Ends with CSV, JSON and plots in --out.
@@ -10,8 +11,6 @@ interleaved. Ends with CSV, JSON and plots in --out.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import statistics
 import sys
 import time
@@ -25,14 +24,31 @@ from tqdm import tqdm
 import peft_kernels as pk
 
 from . import plots
-from .measure import Timer, ceilings, check, graphed, host_microseconds, interleaved, machine, quantile
+from .measure import Timer, ceilings, check, graphed, host_microseconds, interleaved, machine, quantile, write
 from .registry import OPS, Shape, base_flops, bytes_moved, flops, launches_and_bytes, make_inputs, providers
 
 SMALL_M = 256  # up to here launches and the host rule: CUDA graph and host time are measured as well
+STEPS = "ist_step"
+STEPS_SHARE = 6 / 11  # of the time, where layers are measured as well
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
+    minutes, steps = options.minutes, STEPS in options.ops
+    options.ops = [op for op in options.ops if op != STEPS]
+    share = minutes * STEPS_SHARE if options.ops else minutes
+    if options.ops:
+        options.minutes = minutes - share if steps else minutes
+        measure_layers(options)
+    if steps:
+        from . import ist_step  # takes a while
+
+        given = ["--minutes", str(share), "--out", str(options.out)]
+        given += ["--cpu"] * (options.device == "cpu") + ["--rounds", "3"] * options.quick
+        ist_step.main(given)
+
+
+def measure_layers(options: argparse.Namespace) -> None:
     began = time.perf_counter()
     deadline = began + 60 * options.minutes
     console = Console(width=100)
@@ -84,16 +100,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="require a CUDA GPU")
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
-    parser.add_argument("--op", dest="ops", action="append", choices=list(OPS), help="only this op (repeatable)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--quick", action="store_true", help="two shapes an op")
-    parser.add_argument("--minutes", type=float, default=5.0, help="time budget")
+    parser.add_argument("--op", dest="ops", action="append", choices=[*OPS, STEPS], help="only this (repeatable)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the layers")
+    parser.add_argument("--quick", action="store_true", help="two shapes an op, three rounds of steps")
+    parser.add_argument("--minutes", type=float, default=11.0, help="time budget")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "output")
     options = parser.parse_args(arguments)
     if options.gpu and not torch.cuda.is_available():
         sys.exit("expected a CUDA GPU that torch can use, got none")
     options.device = "cuda" if torch.cuda.is_available() and not options.cpu else "cpu"
-    options.ops = options.ops or list(OPS)
+    options.ops = options.ops or [*OPS, STEPS]
     return options
 
 
@@ -222,15 +238,8 @@ def host_table(hosts: list[dict]) -> Table:
 
 
 def save(rows: list[dict], facts: dict, peaks: dict, out: Path, hosts: list[dict] | None = None) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     name = f"lora_linear_{facts.get('gpu', 'cpu').replace(' ', '_')}"
-    document = {"machine": facts, "ceilings": peaks, "rows": rows, "host": hosts or []}
-    (out / f"{name}.json").write_text(json.dumps(document, indent=1))
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with open(out / f"{name}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    write({"machine": facts, "ceilings": peaks, "rows": rows, "host": hosts or []}, out, name)
 
 
 if __name__ == "__main__":

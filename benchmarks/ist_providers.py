@@ -1,0 +1,288 @@
+"""What `ist_step` compares: LoRA and IST on plain PEFT and on ours, on one base; their check; the parts of a step."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from pydoc_data.topics import topics
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import peft_kernels as pk
+
+from .authors_ist import AuthorsIST
+
+LORA, AUTHORS, ACCELERATED, OURS = "LoRA, PEFT", "IST, authors on PEFT", "LoRA, accelerated", "IST, ours"
+BUDGET, CHECKPOINTED = "IST, ours, budget", "  with checkpoints"
+NEVER = 10**9  # the interval of timed steps: their loop is timed by itself
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+#: Of relative errors. In bfloat16 both sides round every activation, and only a blunder stands out.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+#: Sizes of Llamas with random weights.
+LLAMA_3_8B = dict(
+    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=8,
+)  # fmt: skip
+TINY = dict(
+    vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=8, num_attention_heads=4,
+    num_key_value_heads=2,
+)  # fmt: skip
+
+Batch = dict[str, torch.Tensor]
+
+
+class Case(NamedTuple):
+    """A frozen model, and real text for it: token ids, int64 [number of rows, tokens of a row]."""
+
+    name: str
+    base: nn.Module
+    text: torch.Tensor
+    rows: int  # of a training batch
+
+    def batch(self, number: int, rows: int, labelled: float) -> Batch:
+        """The last part of each row, a share of `labelled`, carries labels."""
+        ids = self.text[torch.arange(number * rows, (number + 1) * rows) % len(self.text)].to(self.base.device)
+        labels = ids.clone()
+        labels[:, : round(ids.shape[1] * (1 - labelled))] = -100
+        return {"input_ids": ids, "labels": labels}
+
+
+def load(device: str, length: int, tiny: bool) -> Case:
+    """Text is what Python's own help brings. For a random model a byte is a token: no time depends on which it is."""
+    text = "\n".join(topics.values())
+    ids: Sequence[int] = text.encode()
+    if tiny or device == "cuda":
+        rows, name, dtype = (2, "tiny", torch.float32) if tiny else (16, "Llama-3-8B's shapes", torch.bfloat16)
+        with torch.device(device):
+            base = AutoModelForCausalLM.from_config(LlamaConfig(**TINY if tiny else LLAMA_3_8B), dtype=dtype)
+    else:
+        from examples.finetune_smollm2 import load_model, quieten  # needs the demo's packages
+
+        quieten()
+        rows, name, dtype = 8, "SmolLM2-135M", torch.float32
+        base, tokenizer = load_model(SimpleNamespace(device=device, dtype="float32"))
+        ids = tokenizer(text).input_ids
+    whole = torch.tensor(list(ids))[: len(ids) // length * length].view(-1, length)
+    name = f"{name}, {str(dtype).removeprefix('torch.')}, r 32, {rows} × {length} tokens"
+    return Case(name, base, whole, rows)
+
+
+class Lane:
+    """A provider: its own adapters on the shared base, its own optimizer, its own IST.
+
+    Attributes:
+        peak: bytes of a GPU at the most, where measured.
+    """
+
+    def __init__(
+        self, name: str, base: nn.Module, accelerated: bool = False, ist: Callable[[nn.Module], Any] | None = None
+    ) -> None:
+        self.name, self.mixed, self.peak = name, base.dtype == torch.bfloat16, 0
+        shared = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
+        torch.manual_seed(0)
+        config = LoraConfig(r=32, lora_alpha=64, target_modules=TARGETS, task_type="CAUSAL_LM")
+        self.model = get_peft_model(shared, config).train()
+        for parameter_name, parameter in self.model.named_parameters():
+            if "lora_B" in parameter_name:  # at zero, nothing would flow into A, and damping would change no loss
+                nn.init.normal_(parameter, std=0.005)
+        self.adapters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.blocks = shared.model.layers
+        if accelerated:
+            pk.integrations.peft.accelerate(self.model)
+        self.optimizer = torch.optim.AdamW(self.adapters, lr=2e-4)
+        self.ist = ist(self.model) if ist else None
+
+    def choose(self) -> int:
+        """Begins a step; the depth of its backward in layers."""
+        if not self.ist:
+            return len(self.blocks)
+        self.ist.before_step()
+        return len(self.blocks) - min(self.ist.active)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.mixed)
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        with self.autocast():
+            return self.model(**batch).loss
+
+    def step(self, batch: Batch) -> int:
+        depth = self.choose()
+        self.loss(batch).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return depth
+
+    def loop(self, batch: Batch) -> int:
+        """An estimate of importance, and what follows of it: a budget is planned for when layers are next chosen."""
+        with self.autocast():
+            self.ist.estimate(batch)
+        return self.choose()
+
+    def held_bytes(self) -> int:
+        """What model and optimizer take of a GPU between steps, if this provider had it to itself."""
+        state = [value for entry in self.optimizer.state.values() for value in entry.values()]
+        return sum(tensor.nbytes for tensor in (*self.model.parameters(), *state) if tensor.is_cuda)
+
+
+def make_lanes(base: nn.Module) -> list[Lane]:
+    def ours(**settings: Any) -> Callable[[nn.Module], pk.ist.IST]:
+        return lambda model: pk.ist.IST(model, pk.ist.ISTConfig(interval=NEVER, **settings))
+
+    lanes = [
+        Lane(LORA, base),
+        Lane(AUTHORS, base, ist=lambda model: AuthorsIST(model, interval=NEVER)),
+        Lane(ACCELERATED, base, accelerated=True),
+        Lane(OURS, base, accelerated=True, ist=ours()),
+    ]
+    budget = lowest_budget(lanes[0].model)
+    lanes.append(Lane(BUDGET, base, accelerated=True, ist=ours(backward_budget=budget)))
+    if base.device.type == "cuda":  # what it is for is memory, and that is measured there only
+        checkpointed = ours(backward_budget=budget, checkpoint_beyond_budget=True)
+        lanes.append(Lane(CHECKPOINTED, base, accelerated=True, ist=checkpointed))
+    return lanes
+
+
+def lowest_budget(model: nn.Module) -> float:
+    """The lowest backward budget, in whole hundredths, that can be met while importance is flat."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that this one cannot be met
+        ist = pk.ist.IST(model, pk.ist.ISTConfig(backward_budget=0.01))
+    wanted = max(1, int(ist.config.update_fraction * len(ist.layers)))
+    return math.ceil(100 * ist.sampler.expected_depth(wanted, ist.unimportance)) / 100
+
+
+def check(lanes: list[Lane], case: Case, labelled: float) -> str:
+    """Raises RuntimeError unless ours compute what PEFT and the authors' loop do, on few examples."""
+    batch, lane_of = case.batch(0, 2, labelled), {lane.name: lane for lane in lanes}
+    losses, errors = {}, {}
+    for lane in lanes:
+        lane.choose()
+        loss = lane.loss(batch)
+        loss.backward()
+        losses[lane.name] = loss.item()
+    for ours, theirs in ((ACCELERATED, LORA), (OURS, AUTHORS)):
+        pairs = [(p.grad, q.grad) for p, q in zip(lane_of[ours].adapters, lane_of[theirs].adapters)]
+        if any((one is None) != (other is None) for one, other in pairs):
+            raise RuntimeError(f"{ours}: expected gradients of the adapters that {theirs} has them of, got others")
+        one, other = (torch.cat([grad.flatten() for grad in side if grad is not None]) for side in zip(*pairs))
+        errors[f"{ours}: loss"] = abs(losses[ours] / losses[theirs] - 1)
+        errors[f"{ours}: gradients"] = float((one - other).norm() / other.norm())
+    for lane in lanes:
+        lane.optimizer.zero_grad()
+    for lane in [lane for lane in lanes if lane.ist] * 2:  # our first estimate is the plain one, and looks for a faster
+        lane.loop(case.batch(1, 4, labelled))
+    rewards = zip(lane_of[OURS].ist.history[-1][2], lane_of[AUTHORS].ist.rewards)
+    errors[f"{OURS}: rewards"] = max(abs(one / other - 1) for one, other in rewards)
+    for what, error in errors.items():
+        if not error < TOLERANCE[case.base.dtype]:
+            raise RuntimeError(f"{what}: expected a relative error below {TOLERANCE[case.base.dtype]}, got {error:.1e}")
+    return ", ".join(f"{what} {error:.0e}" for what, error in errors.items())
+
+
+class Adapted(nn.Module):
+    """The adapted linears of a decoder layer alone, accelerated, on inputs of their own."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        block = copy.deepcopy(block, {id(parameter): parameter for parameter in block.parameters()})
+        self.q_proj, self.k_proj, self.v_proj = (getattr(block.self_attn, f"{name}_proj") for name in "qkv")
+        self.up_proj, self.down_proj = block.mlp.up_proj, block.mlp.down_proj
+        pk.integrations.peft.accelerate(self)
+
+    def forward(self, x: torch.Tensor, z: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x), self.up_proj(z), self.down_proj(h)
+
+    def frozen(self, x: torch.Tensor, z: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The same without adapters."""
+        return tuple(layer.get_base_layer()(tensor) for layer, tensor in zip(self.children(), (x, x, x, z, h)))
+
+
+def parts_of(lane: Lane, tokens: tuple[int, int]) -> dict[str, Callable[[Batch], int]]:
+    """Forward and backward of what can be timed apart: the adapted linears of all layers, the same without adapters,
+    lm_head with the loss. `tokens`: the shape of a batch, [rows, tokens of a row]."""
+    base = lane.model.get_base_model()
+    blocks, width = [Adapted(block) for block in lane.blocks], base.config.hidden_size
+    x, z, h, top = (
+        torch.randn(*tokens, size, device=lane.model.device, dtype=base.dtype, requires_grad=True)
+        for size in (width, width, base.config.intermediate_size, width)
+    )
+
+    with torch.no_grad():
+        grad_ys = [torch.ones_like(y) for y in blocks[0].frozen(x, z, h)]
+
+    def linears(outputs: Callable[[Adapted], tuple[torch.Tensor, ...]], adapters: bool) -> int:
+        for block in blocks:
+            with lane.autocast():
+                ys = outputs(block)
+            trained = [parameter for parameter in block.parameters() if adapters and parameter.requires_grad]
+            torch.autograd.grad(ys, [x, z, h, *trained], grad_ys)
+        return 0
+
+    def head(batch: Batch) -> int:
+        with lane.autocast():
+            logits = base.lm_head(top)
+            loss = base.loss_function(logits=logits, labels=batch["labels"], vocab_size=base.config.vocab_size)
+        torch.autograd.grad(loss, top)
+        return 0
+
+    return {
+        "adapted linears": lambda _: linears(lambda block: block(x, z, h), adapters=True),
+        "their frozen weights": lambda _: linears(lambda block: block.frozen(x, z, h), adapters=False),
+        "lm_head and loss": head,
+    }
+
+
+def saved_at(lane: Lane, batch: Batch, depth: float) -> tuple[float, float]:
+    """MiB that a step's forward keeps for backward, at this depth: in all, and in the decoder's layers."""
+    points = []
+    for _ in range(4 if lane.ist else 1):
+        drawn = lane.choose()
+        points.append([(size / 2**20, drawn) for size in saved_bytes(lane, batch)])
+    total, in_layers = (statistics.median(at_depth(column, depth)) for column in zip(*points))
+    return total, in_layers
+
+
+def at_depth(points: Sequence[tuple[float, int]], depth: float) -> list[float]:
+    """Values of (value, depth), carried to `depth` along the line with the median of all pairs' slopes."""
+    slopes = [(v - w) / (d - e) for (v, d), (w, e) in combinations(points, 2) if d != e]
+    slope = statistics.median(slopes) if slopes else 0.0
+    return [value + slope * (depth - d) for value, d in points]
+
+
+def saved_bytes(lane: Lane, batch: Batch) -> tuple[int, int]:
+    """Each storage once, where it is first saved; parameters and the batch cost nothing to keep."""
+    ignored = {tensor.untyped_storage().data_ptr() for tensor in (*lane.model.parameters(), *batch.values())}
+    kept: dict[int, tuple[torch.Tensor, bool]] = {}
+    inside = False
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in ignored:
+            kept.setdefault(pointer, (tensor, inside))
+        return tensor
+
+    def place(within: bool) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            nonlocal inside
+            inside = within
+
+        return hook
+
+    hooks = [block.register_forward_pre_hook(place(True)) for block in lane.blocks]
+    hooks += [block.register_forward_hook(place(False)) for block in lane.blocks]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        lane.loss(batch)
+    for hook in hooks:
+        hook.remove()
+    sizes = [(tensor.untyped_storage().nbytes(), within) for tensor, within in kept.values()]
+    return sum(size for size, _ in sizes), sum(size for size, within in sizes if within)

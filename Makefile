@@ -28,7 +28,7 @@ unexport TRITON_INTERPRET
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo          fine-tune SmolLM2-135M, eager and fused, and compare"
+	@echo "make demo          fine-tune SmolLM2-135M with PEFT, accelerated, with IST, and compare"
 	@echo "make test          the whole suite on this machine"
 	@echo "make bench         the benchmarks"
 	@echo "make lint          ruff: rules and format"

@@ -11,12 +11,16 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import nn
 
 from .layers import Layer
+
+NOT_REENTRANT = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+MISSING = object()
 
 
 class Backward:
@@ -25,7 +29,7 @@ class Backward:
     def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
         self.layers, self._models = layers, _models_of_transformers(model)
         self._cuts: list[torch.utils.hooks.RemovableHandle] = []
-        self._switched: list[tuple[nn.Module, bool]] = []  # blocks, and what their `gradient_checkpointing` was
+        self._switched: list[tuple[nn.Module, str, Any]] = []  # blocks, and what an attribute of theirs was
 
     def stop_below(self, lowest: int, depth: int | None = None) -> None:
         """Let no backward go below layer `lowest`.
@@ -42,24 +46,23 @@ class Backward:
             block = layer.module
             if getattr(block, "gradient_checkpointing", False) and number <= lowest and _is_reentrant(block):
                 # The reentrant kind gives no gradient to a block whose input requires none; below there is none anyway.
-                self._switch(block, False)
+                self._switch(block, "gradient_checkpointing", False)
         if depth is not None:
             excess = len(self.layers) - lowest - depth
             for layer in self.layers[lowest : lowest + excess] if excess > 0 else ():
-                block = layer.module
-                if not block.gradient_checkpointing:
-                    if not hasattr(block, "_gradient_checkpointing_func"):
-                        block._gradient_checkpointing_func = functools.partial(
-                            torch.utils.checkpoint.checkpoint, use_reentrant=False
-                        )
-                    self._switch(block, True)
+                if not layer.module.gradient_checkpointing:
+                    self._switch(layer.module, "gradient_checkpointing", True)
+                    self._switch(layer.module, "_gradient_checkpointing_func", NOT_REENTRANT)
 
     def release(self) -> None:
         """All as it was found."""
         for cut in self._cuts:
             cut.remove()
-        for block, was in self._switched:
-            block.gradient_checkpointing = was
+        for block, name, was in reversed(self._switched):
+            if was is MISSING:
+                delattr(block, name)
+            else:
+                setattr(block, name, was)
         self._cuts, self._switched = [], []
 
     def check_can_checkpoint(self) -> None:
@@ -71,9 +74,9 @@ class Backward:
                     f"got {type(layer.module).__name__}"
                 )
 
-    def _switch(self, block: nn.Module, on: bool) -> None:
-        self._switched.append((block, block.gradient_checkpointing))
-        block.gradient_checkpointing = on
+    def _switch(self, block: nn.Module, name: str, value: Any) -> None:
+        self._switched.append((block, name, vars(block).get(name, MISSING)))
+        setattr(block, name, value)
 
 
 def _models_of_transformers(model: nn.Module) -> list[nn.Module]:
@@ -94,8 +97,12 @@ def _input_embeddings(models: Sequence[nn.Module]) -> list[nn.Module]:
     return list(found.values())
 
 
-def _detached(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-    return output if any(parameter.requires_grad for parameter in module.parameters()) else output.detach()
+def _detached(module: nn.Module, args: tuple, output: Any) -> Any:
+    if any(parameter.requires_grad for parameter in module.parameters()):
+        return output
+    if isinstance(output, tuple):  # patches of an image, and how many
+        return tuple(value.detach() if isinstance(value, torch.Tensor) else value for value in output)
+    return output.detach()
 
 
 def _is_reentrant(block: nn.Module) -> bool:

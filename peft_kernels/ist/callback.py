@@ -62,10 +62,17 @@ class ISTCallback(TrainerCallback, ExportableState):
                 "ISTCallback: expected torch_compile=False where layers change from step to step, got True: compile "
                 "each block by itself (block.compile())"
             )
+        if args.restore_callback_states_from_checkpoint:  # Trainer would make another callback, without a configuration
+            raise ValueError(
+                "ISTCallback: expected restore_callback_states_from_checkpoint=False, got True: it restores itself"
+            )
         if self.ist is not None:  # an earlier training that was interrupted left some of them frozen
             self.ist.close()
         self.ist = IST(model, self.config, optimizer=optimizer, **self.arguments)
-        saved = state.stateful_callbacks.get(type(self).__name__)
+        # Where a run without IST is gone on with there is no place for its state yet.
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, _state(None))
+        if isinstance(saved, list):
+            raise ValueError(f"ISTCallback: expected one of it in a Trainer, got {len(saved)}")
         if state.global_step > 0 and saved and saved["attributes"]["ist"]:
             self.ist.load_state_dict(_from_json(saved["attributes"]["ist"]))
         self.source = self.batch_source or self._from_dataset(train_dataloader)
@@ -89,7 +96,7 @@ class ISTCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, dict]:
         """What Trainer writes into a checkpoint, as JSON can hold it."""
-        return {"args": {}, "attributes": {"ist": _to_json(self.ist.state_dict()) if self.ist else None}}
+        return _state(_to_json(self.ist.state_dict()) if self.ist else None)
 
     def _from_dataset(self, loader) -> Callable[[], Mapping[str, Any]]:
         """Examples number (estimate · n … ) of an order drawn from the seed: a function of the estimate's number
@@ -111,7 +118,7 @@ class ISTCallback(TrainerCallback, ExportableState):
 def last_checkpoint(output_dir: str | Path) -> str | None:
     """The newest complete checkpoint of a Trainer in `output_dir`, for `trainer.train(resume_from_checkpoint=…)`; None
     if there is none. One that was being written when the run was killed is passed over: Trainer writes its state last,
-    and every file has to be whole."""
+    and every *.safetensors, *.pt and *.pth has to be whole."""
     folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.name[11:].isdigit()]
     for folder in sorted(folders, key=lambda folder: int(folder.name[11:]), reverse=True):
         if _is_whole(folder):
@@ -128,6 +135,10 @@ def _is_whole(checkpoint: Path) -> bool:
     except (OSError, ValueError, SafetensorError):
         return False
     return all(zipfile.is_zipfile(file) for file in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")])
+
+
+def _state(ist: dict[str, Any] | None) -> dict[str, dict]:
+    return {"args": {}, "attributes": {"ist": ist}}
 
 
 def _to_json(state: Mapping[str, Any]) -> dict[str, Any]:

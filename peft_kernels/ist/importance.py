@@ -43,16 +43,20 @@ def updated(
     return result, rewards.tolist()
 
 
+def same_random_state(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Draws inside leave torch's generators, on the CPU and the model's devices, as they were."""
+    return torch.random.fork_rng(devices={p.device for p in model.parameters() if p.is_cuda})
+
+
 @contextlib.contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no autograd graph, the random state of training untouched; all as before afterwards, whatever
     happens inside."""
     training = [module for module in model.modules() if module.training]
-    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     try:
         for module in training:
             module.training = False
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with same_random_state(model), torch.no_grad():
             yield
     finally:
         for module in training:

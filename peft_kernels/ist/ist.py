@@ -20,7 +20,7 @@ from .budget import MOST, Budgeted
 from .config import ISTConfig
 from .ddp import DDPGradients, unwrapped
 from .estimator import Estimator
-from .layers import around, find_layers, is_compiled_itself
+from .layers import adapter_parameters, around, find_layers, is_compiled_itself
 from .samplers import Fixed, checked, make_sampler
 
 
@@ -34,6 +34,8 @@ class IST:
             optimizer.step()
             optimizer.zero_grad()
         ist.close()  # all of them train again
+
+    A model has one IST: to make another closes the one before.
 
     Only `requires_grad` of adapter parameters changes, so autograd itself skips what does not train: a frozen layer's
     `lora_linear` computes dx alone, and below the lowest active layer there is no backward. Where gradients accumulate
@@ -84,10 +86,14 @@ class IST:
         process_group: torch.distributed.ProcessGroup | None = None,
     ) -> None:
         wrapper, model = model, unwrapped(model)
+        for hook in list(model._forward_pre_hooks.values()):
+            if isinstance(hook, _InCharge) and hook.ist is not None:
+                hook.ist.close()  # else its frozen adapters would not be found
         self.model = model
         self.config = config or ISTConfig()
         self.sampler = make_sampler(self.config.sampler)
         self.layers = find_layers(model, layers, is_adapter)
+        self._is_adapter = is_adapter
         self.optimizer = optimizer
         if self.sampler.needs_importance:
             for layer in self.layers:
@@ -117,6 +123,7 @@ class IST:
         self._gradients = DDPGradients(wrapper, self.layers) if parallel.is_initialised() else None
         self._skipped = 0  # layers below the lowest active one, summed over steps
         self._generator = torch.Generator().manual_seed(self.config.seed)
+        self._in_charge = model.register_forward_pre_hook(_InCharge(self))
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -130,7 +137,8 @@ class IST:
 
     @property
     def skipped(self) -> float:
-        """The mean share of layers that backward did not reach, in [0, 1): those below the lowest active one."""
+        """The mean share of layers below the lowest active one, in [0, 1): backward does not reach them, unless
+        something else trains there."""
         return self._skipped / (self.step * len(self.layers)) if self.step else 0.0
 
     @property
@@ -164,7 +172,10 @@ class IST:
         if self.sampler.needs_importance and self.step > 0 and self.step % self.config.interval == 0:
             if batch is None:
                 raise ValueError("IST.before_step: expected a batch, or a function that returns one, got None")
-            self.estimate(batch() if callable(batch) else batch)
+            if callable(batch):
+                with importance.same_random_state(self.model):  # collators may draw
+                    batch = batch()
+            self.estimate(batch)
         self._agree()
         drawn = self.sampler.sample(self.step, self._wanted, self.unimportance, self._generator)
         chosen = checked(drawn, len(self.layers))
@@ -186,10 +197,8 @@ class IST:
         config = self.config
         size = max(1, int(config.suppress_fraction * len(self.layers)))
         sets = importance.draw_suppress_sets(self.unimportance, size, config.candidates, self._generator)
-        device = next(self.model.parameters()).device
-        batch = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
-        losses, weight = self.estimator(sets, batch)
-        losses = parallel.joined_losses(losses, weight, device, self._group)
+        losses, weight = self.estimator(sets, _moved(batch, self._device()))
+        losses = parallel.joined_losses(losses, weight, self._device(), self._group)
         if any(math.isnan(loss) for loss in losses):
             raise ValueError(f"IST: expected losses that are numbers before step {self.step}, got {losses}")
         self.unimportance, rewards = importance.updated(self.unimportance, sets, losses, config.rate)
@@ -205,11 +214,11 @@ class IST:
         """
         self.active = checked(layers, len(self.layers))
         self._sharded.reshard()
+        self._switch()
         active = set(self.active)
         for index, layer in enumerate(self.layers):
-            for parameter in layer.parameters:
-                parameter.requires_grad_(index in active)
-                if index not in active:
+            if index not in active:
+                for parameter in layer.parameters:
                     parameter.grad = None
         if len(active) == len(self.layers):
             self._backward.release()
@@ -260,8 +269,20 @@ class IST:
     def close(self) -> None:
         """All adapters train again, and nothing of IST is left in the model: DDP reduces gradients as it did."""
         self.set_active(range(len(self.layers)))
+        self._in_charge.remove()
         if self._gradients is not None:
             self._gradients.remove()
+
+    def _device(self) -> torch.device:
+        return self.layers[0].parameters[0].device
+
+    def _switch(self) -> None:
+        """Whose adapters require a gradient: those of the active layers."""
+        active = set(self.active)
+        for index, layer in enumerate(self.layers):
+            for parameter in layer.parameters:
+                if parameter.requires_grad != (index in active):
+                    parameter.requires_grad_(index in active)
 
     def _agree(self) -> None:
         """Have every process draw from the same state: from then on all draw the same."""
@@ -270,7 +291,7 @@ class IST:
         self._sharded.reshard()
         self._sharded.check_current()
         mine = self._generator.get_state(), self.unimportance
-        state, self.unimportance = parallel.agreed(mine, next(self.model.parameters()).device, self._group)
+        state, self.unimportance = parallel.agreed(mine, self._device(), self._group)
         self._generator.set_state(state)
         self._agreed = True
 
@@ -324,6 +345,11 @@ class IST:
             lines.append(f"rewards of candidates differ by {self.reward_spread:.1e} (median)")
             lines += textwrap.wrap(f"losses by {self.estimator.why}", 78, subsequent_indent="  ")
         names = [layer.name.removeprefix("base_model.model.") for layer in self.layers]
+        inside = {id(parameter) for layer in self.layers for parameter in layer.parameters}
+        adapters = adapter_parameters(self.model, self._is_adapter)
+        outside = [name for name, parameter in adapters if id(parameter) not in inside]
+        if outside:
+            lines.append(f"adapters in no layer train in every step: {outside[0]} and {len(outside) - 1} more")
         width = max(map(len, names))
         for name, updates, value in zip(names, self.updates, self.importance.tolist()):
             share = updates / self.step if self.step else 0.0
@@ -341,3 +367,31 @@ class IST:
         if not self.history:
             raise ValueError("IST.plot: expected at least one estimate of importance, got none")
         return draw(self, Path(path))
+
+
+class _InCharge:
+    """The hook by which a model knows its IST. Ahead of every forward with gradients it has only the active layers'
+    adapters require one: PEFT lets all of them whenever adapters are enabled again (`disable_adapter()`, as TRL uses it
+    for reference models). A copy of the model has none."""
+
+    def __init__(self, ist: IST | None = None) -> None:
+        self.ist = ist
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        # FSDP2 has other parameters in place while it gathers, see `parallel.Sharded`.
+        if self.ist is not None and torch.is_grad_enabled() and not self.ist._sharded:
+            self.ist._switch()
+
+    def __reduce__(self):
+        return _InCharge, ()
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """The tensors in a batch, however nested, on the device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {name: _moved(inner, device) for name, inner in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_moved(inner, device) for inner in value)
+    return value

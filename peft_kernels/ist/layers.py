@@ -38,8 +38,9 @@ def find_layers(
 
     Args:
         model: any module; wrappers (PEFT's, DDP's) make no difference.
-        names: modules to take as layers. By default the members of every outermost `nn.ModuleList` whose members
-            are of one class and hold adapters: the encoder's blocks and the decoder's, not the experts inside.
+        names: modules to take as layers. By default the members of every outermost `nn.ModuleList` of transformers'
+            blocks that hold adapters (of several classes in hybrid models): the encoder's and the decoder's, not the
+            experts inside. In a model without such, of every outermost `nn.ModuleList` of one class.
         is_adapter: says of a parameter's full name and the parameter whether an adapter owns it. By default what
             PEFT's tuner layers hold beside their base layer, and lora_A and lora_B of `LoRALinear`.
 
@@ -48,9 +49,13 @@ def find_layers(
     Raises:
         ValueError: if no adapter is found, a name is not a module's, or two layers share an adapter's parameter.
     """
-    adapters = _adapter_parameters(model, is_adapter)
+    adapters = adapter_parameters(model, is_adapter)
     if names is None:
-        names = [name for name in _blocks(model) if _within(name, adapters)]
+        found = (
+            [name for name in _blocks(model, are_layers) if _within(name, adapters)]
+            for are_layers in (_are_blocks_of_transformers, _are_of_one_class)
+        )
+        names = next(filter(None, found), [])
     modules = dict(model.named_modules())
     layers, owners = [], {}
     for name in names:
@@ -67,7 +72,10 @@ def find_layers(
         scaled = [module for module in modules[name].modules() if scalings(module) is not None]
         layers.append(Layer(name, modules[name], parameters, scaled))
     if not layers:
-        raise ValueError("IST: expected a model with adapters that require a gradient in its blocks, found none")
+        raise ValueError(
+            "IST: expected a model with adapters that require a gradient in its blocks, found none (`layers=` names "
+            "blocks that are not found by themselves)"
+        )
     return layers
 
 
@@ -140,7 +148,7 @@ def is_sharded(model: nn.Module) -> bool:
     return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
 
 
-def _adapter_parameters(
+def adapter_parameters(
     model: nn.Module, is_adapter: Callable[[str, nn.Parameter], bool] | None
 ) -> list[tuple[str, nn.Parameter]]:
     """Names and parameters, a shared one under each of its names."""
@@ -167,13 +175,25 @@ def _is_tuner_layer(module: nn.Module) -> bool:
     return peft is not None and isinstance(module, peft.BaseTunerLayer)
 
 
-def _blocks(model: nn.Module) -> Iterator[str]:
-    """Names of the members of every outermost ModuleList of like modules."""
+def _are_blocks_of_transformers(members: nn.ModuleList) -> bool:
+    transformers = sys.modules.get("transformers.modeling_layers")  # not imported: then none is
+    blocks = [getattr(member, "_orig_mod", member) for member in members]  # inside of what torch.compile returned
+    return bool(blocks) and transformers is not None and all(
+        isinstance(block, transformers.GradientCheckpointingLayer) for block in blocks
+    )  # fmt: skip
+
+
+def _are_of_one_class(members: nn.ModuleList) -> bool:
+    return len({type(member) for member in members}) == 1
+
+
+def _blocks(model: nn.Module, are_layers: Callable[[nn.ModuleList], bool]) -> Iterator[str]:
+    """Names of the members of every outermost ModuleList of layers."""
 
     def visit(module: nn.Module, prefix: str) -> Iterator[str]:
         for name, child in module.named_children():
             path = f"{prefix}{name}"
-            if isinstance(child, nn.ModuleList) and len({type(member) for member in child}) == 1:
+            if isinstance(child, nn.ModuleList) and are_layers(child):
                 yield from (f"{path}.{index}" for index in range(len(child)))
             else:
                 yield from visit(child, f"{path}.")

@@ -25,12 +25,13 @@ def drop(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -
 
 
 def offload(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Move their state to the host, into pinned memory, so that the way there and back waits for nothing; step counts
-    stay where they are.
+    """Move their state to the host, into pinned memory; step counts stay where they are. All copies go together, and
+    are done when this returns, so that the state can be saved at any time.
 
     Raises:
         ValueError: for state that is spread over processes.
     """
+    devices = set()
     for parameter in parameters:
         for name, value in _tensors_of(optimizer, parameter):
             if hasattr(value, "device_mesh"):
@@ -38,6 +39,10 @@ def offload(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]
             if value.device.type != "cpu" and value.dim() > 0:
                 host = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
                 optimizer.state[parameter][name] = host.copy_(value, non_blocking=True)
+                devices.add(value.device)
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
 
 
 def bring_back(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:

@@ -106,6 +106,9 @@ class Sharded:
                 self._modules[0].register_forward_pre_hook(self._as_chosen),  # and after it
             ]
 
+    def __bool__(self) -> bool:
+        return bool(self._modules)
+
     def reshard(self) -> None:
         """Free what is still gathered, so that the parameters of the layers are the model's."""
         for module in self._modules:

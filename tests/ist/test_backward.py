@@ -139,8 +139,14 @@ def test_a_frozen_layer_above_keeps_no_activation_for_its_linears():
     assert saved_bytes(ours, lambda: linear.eval()(x)) == 0
 
 
-def test_the_excess_over_the_budget_is_checkpointed():
+@pytest.mark.parametrize("already", [None, "not reentrant", "reentrant", "reentrant, disabled"])
+def test_the_excess_over_the_budget_is_checkpointed(already):
     model = llama()
+    if already:
+        model.gradient_checkpointing_enable({"use_reentrant": already != "not reentrant"})
+    if already == "reentrant, disabled":
+        model.gradient_checkpointing_disable()
+    was = [(block.gradient_checkpointing, vars(block).get("_gradient_checkpointing_func")) for block in blocks(model)]
     config = ISTConfig(sampler="rst", update_fraction=0.34, backward_budget=0.67, checkpoint_beyond_budget=True)
     ist = IST(model, config)
     depths = set()
@@ -148,13 +154,27 @@ def test_the_excess_over_the_budget_is_checkpointed():
         lowest = ist.before_step()[0]
         depths.add(6 - lowest)
         checkpointed = [index for index, block in enumerate(blocks(model)) if block.gradient_checkpointing]
-        assert checkpointed == list(range(lowest, max(lowest, 2)))
+        if already in (None, "reentrant, disabled"):
+            assert checkpointed == list(range(lowest, max(lowest, 2)))
         model.zero_grad()
         model(**batch_for(0)).loss.backward()
         assert_gradients_are_plain(model)
     assert max(depths) > 4 > min(depths)
     ist.set_active(range(6))
-    assert not any(block.gradient_checkpointing for block in blocks(model))
+    now = [(block.gradient_checkpointing, vars(block).get("_gradient_checkpointing_func")) for block in blocks(model)]
+    assert now == was
+
+
+def test_adapters_that_are_disabled_and_enabled_between():
+    """PEFT then lets all of them require a gradient, as TRL does for a reference model."""
+    model = llama()
+    switch(model, [3])
+    with model.disable_adapter(), torch.no_grad():
+        model(**batch_for(0))
+    assert any(parameter.requires_grad for parameter in blocks(model)[0].parameters())
+    model(**batch_for(0)).loss.backward()
+    assert_gradients_are_plain(model)
+    assert not any(parameter.requires_grad for parameter in blocks(model)[0].parameters())
 
 
 def test_blocks_that_cannot_be_checkpointed():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import peft_kernels as pk
 from tests.ist.test_ist import batch_for, llama, trainable
@@ -38,8 +38,9 @@ def trainer_for(folder, steps=24, callback=None, data=DATA, **arguments):
         "report_to": "none", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "logging_strategy": "no",
     }  # fmt: skip
     trainer = Trainer(
-        model=llama(), args=TrainingArguments(**(settings | arguments)), train_dataset=data, callbacks=[callback]
-    )
+        model=llama(), args=TrainingArguments(**(settings | arguments)), train_dataset=data, eval_dataset=DATA[:8],
+        callbacks=[callback],
+    )  # fmt: skip
     return trainer, callback
 
 
@@ -123,6 +124,18 @@ def test_a_stream_needs_a_batch_source(tmp_path):
     assert len(callback.ist.history) == 1
 
 
+def test_the_same_seed_trains_the_same_and_prints_nothing(tmp_path, capfd):
+    runs = []
+    for number in range(2):
+        trainer, callback = trainer_for(tmp_path / str(number), steps=12)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        runs.append((callback.seen, callback.ist.unimportance.tolist(), list(trainer.model.parameters())))
+    assert runs[0][:2] == runs[1][:2]
+    assert all(torch.equal(one, other) for one, other in zip(runs[0][2], runs[1][2]))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_killed_while_a_checkpoint_is_written(tmp_path):
     """The newest complete checkpoint is taken, whatever file of the next was cut short or not begun."""
     whole, callback = trainer_for(tmp_path / "whole")
@@ -151,9 +164,10 @@ def test_killed_while_a_checkpoint_is_written(tmp_path):
 @pytest.mark.parametrize("delay", [0.0, 0.15])
 def test_killed_at_any_time(tmp_path, delay):
     """A process that is killed while it trains and saves at every step: what it left is gone on from."""
+    schedule = "lr_scheduler_type='constant'"  # the same however many steps there are to be
     program = (
         "import sys\nfrom pathlib import Path\nfrom tests.ist.test_callback import trainer_for\n"
-        "trainer_for(Path(sys.argv[1]), steps=200, save_strategy='steps', save_steps=1)[0].train()"
+        f"trainer_for(Path(sys.argv[1]), steps=200, save_strategy='steps', save_steps=1, {schedule})[0].train()"
     )
     folder = tmp_path / "cut"
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
@@ -167,12 +181,13 @@ def test_killed_at_any_time(tmp_path, delay):
     left = pk.ist.last_checkpoint(folder)
     saved = int(left.rpartition("-")[2])
     assert saved >= 5
-    steps = saved + 6
-    whole, callback = trainer_for(tmp_path / "whole", steps=steps, lr_scheduler_type="constant")
+    whole, callback = trainer_for(tmp_path / "whole", steps=saved + 6, lr_scheduler_type="constant")
     whole.train()
-    second, resumed = trainer_for(folder, steps=steps, lr_scheduler_type="constant")
+    second, resumed = trainer_for(folder, steps=saved + 6, lr_scheduler_type="constant")
     second.train(resume_from_checkpoint=left)
     assert resumed.seen == callback.seen[saved:]
+    for one, two in zip(whole.model.parameters(), second.model.parameters()):
+        torch.testing.assert_close(one, two)  # threads of another process: rounding may differ
 
 
 def test_tensorboard(tmp_path):
@@ -205,7 +220,54 @@ def test_state_of_frozen_layers_in_trainer(tmp_path):
         "on_step_begin": lambda self, args, state, control, optimizer=None, **_: seen.append(len(optimizer.state))
     })())  # fmt: skip
     trainer.train()
-    assert max(seen) <= 14  # parameters of one layer of six
+    assert seen[0] == 0 and set(seen[1:]) <= {0, 14}  # parameters of one layer of six, dropped when another is chosen
+
+
+def test_a_collator_that_draws(tmp_path):
+    """Estimates leave the random state of training alone, also where making their batch draws from it."""
+    states = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            states.append(torch.random.get_rng_state())
+
+    def collate(rows):
+        torch.rand(3)
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    for sampler in ("rst", "ist"):
+        callback = pk.ist.ISTCallback(pk.ist.ISTConfig(interval=3, sampler=sampler))
+        trainer, _ = trainer_for(tmp_path, steps=9, callback=callback)
+        trainer.data_collator = collate
+        trainer.add_callback(Look())
+        trainer.train()
+    assert all(torch.equal(one, other) for one, other in zip(states[:9], states[9:], strict=True))
+
+
+def test_what_trainer_would_restore_by_itself_is_refused(tmp_path):
+    trainer, _ = trainer_for(tmp_path, steps=2, restore_callback_states_from_checkpoint=True)
+    with pytest.raises(ValueError, match="expected restore_callback_states_from_checkpoint=False, got True"):
+        trainer.train()
+
+
+def test_going_on_with_a_run_that_had_no_ist(tmp_path):
+    plain, _ = trainer_for(tmp_path, steps=4, save_strategy="steps", save_steps=4)
+    plain.callback_handler.callbacks = [c for c in plain.callback_handler.callbacks if not isinstance(c, Recorder)]
+    plain.state.stateful_callbacks.pop("Recorder", None)
+    plain.train()
+    trainer, callback = trainer_for(tmp_path, steps=8, save_strategy="steps", save_steps=8)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert callback.ist.step == 4 and (tmp_path / "checkpoint-8").exists()
+
+
+def test_the_best_model_is_loaded_whole(tmp_path):
+    trainer, _ = trainer_for(
+        tmp_path, steps=6, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
+        load_best_model_at_end=True,
+    )  # fmt: skip
+    everything = trainable(trainer.model)
+    trainer.train()
+    assert trainable(trainer.model) == everything and trainer.state.best_model_checkpoint
 
 
 def test_sft_trainer(tmp_path):

@@ -7,8 +7,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import peft_kernels as pk
-from peft_kernels.ist import IST, ISTConfig
-from tests.ist.test_ist import SIZES, batch_for, llama, tiny, train
+from peft_kernels.ist import IST, ISTConfig, label_losses
+from tests.ist.test_ist import SIZES, VOCABULARY, batch_for, llama, tiny, train
 
 SETS = [[0, 1], [2], [0, 2]]
 
@@ -45,12 +45,13 @@ def with_our_layers():
 
 
 def losses_of(model, batch, **config):
-    """Of the first estimate, which is the plain one, and of the second, with how it was computed."""
+    """The plain way's, and those of `config`, with how they were computed; the first estimate's and the second's."""
+    plain, _ = IST(model, ISTConfig(estimator="one-by-one")).estimator(SETS, batch)
     ist = IST(model, ISTConfig(**config))
-    plain, weight = ist.estimator(SETS, batch)
-    again, weight_again = ist.estimator(SETS, batch)
-    assert weight == weight_again
-    return plain, again, ist.estimator
+    first, weight = ist.estimator(SETS, batch)
+    second, weight_again = ist.estimator(SETS, batch)
+    assert first == second and weight == weight_again
+    return plain, first, ist.estimator
 
 
 @pytest.mark.parametrize(
@@ -71,9 +72,53 @@ def test_every_way_gives_the_same_losses(kind, shift, together):
     assert estimator.together == (together or 1), estimator.why
 
 
+def test_logits_in_pieces(monkeypatch):
+    """Of five labels at a time, which are no whole row."""
+    monkeypatch.setattr(label_losses, "PIECE_BYTES", 4 * 5 * VOCABULARY)
+    plain, again, estimator = losses_of(adapted("llama"), some_labels())
+    assert estimator.shift == 1
+    torch.testing.assert_close(again, plain, rtol=2e-6, atol=2e-6)
+
+
 def test_our_own_layers_share_a_forward():
     plain, again, estimator = losses_of(with_our_layers(), some_labels(), candidates_per_forward=3)
     assert estimator.together == 3, estimator.why
+    torch.testing.assert_close(again, plain, rtol=2e-6, atol=2e-6)
+
+
+def test_an_encoder_decoder_that_makes_its_inputs_itself():
+    config = transformers.M2M100Config(
+        vocab_size=VOCABULARY, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=32,
+        decoder_start_token_id=2, encoder_layerdrop=0.0, decoder_layerdrop=0.0,
+    )  # fmt: skip
+    model = adapted(transformers.M2M100ForConditionalGeneration(config))
+    plain, again, estimator = losses_of(model, some_labels())
+    assert plain == again and "no decoder_input_ids" in estimator.why
+
+
+def test_the_faster_of_two_ways_is_kept():
+    """As on a GPU: both ways twice, then one of them."""
+    model = llama(3)
+    pk.integrations.peft.accelerate(model)
+    plain, _, _ = losses_of(model, some_labels())
+    ist = IST(model, ISTConfig(candidates_per_forward=3))
+    ist.estimator(SETS, some_labels())
+    ist.estimator.together = None
+    for number in range(3):
+        assert (ist.estimator.together is None) == (number < 2)
+        losses, _ = ist.estimator(SETS, some_labels())
+        torch.testing.assert_close(losses, plain, rtol=2e-6, atol=2e-6)
+    assert ist.estimator.together in (1, 3) and "3 a forward" in ist.estimator.why
+
+
+def test_layers_that_turn_out_not_to_run_fused():
+    model = llama(3)
+    pk.integrations.peft.accelerate(model)
+    layer = model.get_submodule("base_model.model.model.layers.1.mlp.up_proj")
+    layer.lora_A["default"].register_forward_hook(lambda *_: None)
+    plain, again, estimator = losses_of(model, some_labels(), candidates_per_forward=3)
+    assert estimator.together == 1 and "expected one plain LoRA adapter" in estimator.why
     torch.testing.assert_close(again, plain, rtol=2e-6, atol=2e-6)
 
 
@@ -132,7 +177,7 @@ def test_models_with_a_loss_of_another_kind_go_one_by_one(make, reason):
     model = adapted(make(), target_modules=["q_proj", "v_proj"])
     pk.integrations.peft.accelerate(model)
     plain, again, estimator = losses_of(model, some_labels(), candidates_per_forward=3)
-    assert plain == again and estimator.shift is None and reason in estimator.why
+    assert plain == again and estimator.shift is None and reason in estimator.why, estimator.why
 
 
 def test_what_cannot_be_repeated_or_routed_goes_one_by_one():
@@ -160,7 +205,7 @@ def test_what_cannot_be_repeated_or_routed_goes_one_by_one():
         forward = block.mlp.forward
         block.mlp.forward = lambda x, forward=forward: forward(x.flatten(0, 1)).view_as(x)
     _, _, estimator = losses_of(flattened, batch, candidates_per_forward=3)
-    assert estimator.together == 1 and "is given [36, 16], not the 4 examples" in estimator.why
+    assert estimator.together == 1 and "is given [18, 16], not the 2 examples" in estimator.why
 
 
 def test_the_loss_of_the_user_is_taken():
@@ -181,5 +226,5 @@ def test_a_scaling_a_row_is_refused_where_it_would_mean_something_else():
                 for row, scale in zip(x, (1.0, 0.0, 2.0))]  # fmt: skip
     torch.testing.assert_close(layer(x), torch.stack(expected))
     layer.lora_A["default"].register_forward_hook(lambda *_: None)  # PEFT's own forward runs
-    with pytest.raises(ValueError, match=r"expected one plain LoRA adapter for a scaling a row, got \[3, 1\]"):
+    with pytest.raises(ValueError, match=r"expected one plain LoRA adapter and x of shape \[3, 1, 'K'\]"):
         layer(x)

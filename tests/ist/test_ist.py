@@ -247,6 +247,41 @@ def test_bottleneck_adapters():
         model(**batch_for(step)).loss.backward()
 
 
+def test_another_one_takes_over():
+    model = llama()
+    everything = trainable(model)
+    IST(model, ISTConfig(sampler="rst")).before_step()
+    assert trainable(model) < everything
+    ist = IST(model)
+    assert trainable(model) == everything and len(ist.layers) == 6
+    ist.before_step()
+    copied = copy.deepcopy(model)
+    ist.close()
+    assert trainable(model) == everything and not model._forward_pre_hooks
+    copied(**batch_for(0)).loss.backward()
+
+
+class Other(transformers.modeling_layers.GradientCheckpointingLayer):
+    def __init__(self):
+        super().__init__()
+        self.up = pk.nn.LoRALinear(8, 8, 2)
+        self.experts = nn.ModuleList(pk.nn.LoRALinear(8, 8, 2) for _ in range(2))
+
+
+class AnOther(Other):
+    pass
+
+
+def test_stacks_of_several_classes():
+    """Hybrid models have blocks of several classes; other lists with adapters in them are no layers beside blocks."""
+    model = nn.Module()
+    model.projections = nn.ModuleList(pk.nn.LoRALinear(8, 8, 2) for _ in range(3))
+    model.blocks = nn.ModuleList([Other(), AnOther(), Other()])
+    ist = IST(model)
+    assert [layer.name for layer in ist.layers] == [f"blocks.{i}" for i in range(3)]
+    assert "adapters in no layer train in every step: projections.0.lora_A and 5 more" in str(ist)
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()

@@ -52,10 +52,10 @@ class FusedLoraLinear(lora.Linear):
 
     def _forward_of_peft(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         for adapter, scaling in self.scaling.items():
-            if isinstance(scaling, torch.Tensor) and scaling.dim() and is_row_scaling(scaling, x):
+            if isinstance(scaling, torch.Tensor) and scaling.numel() > 1 and scaling.dim() < x.dim():
                 raise ValueError(  # PEFT would broadcast it against other dimensions
-                    f"expected one plain LoRA adapter for a scaling a row, got {list(scaling.shape)} for {adapter!r}, "
-                    f"which does not run fused"
+                    f"expected one plain LoRA adapter and x of shape {[*scaling.shape, 'K']} for a scaling a row, got "
+                    f"{list(x.shape)} for {adapter!r}, which does not run fused"
                 )
         return super().forward(x, *args, **kwargs)
 

@@ -1,9 +1,9 @@
 """Ways in from other libraries. Each is imported when it is first asked for, so that `import peft_kernels`
-needs none of them: `pk.integrations.peft` needs PEFT."""
+needs none of them: `pk.integrations.peft` needs PEFT, `pk.integrations.transformers` transformers."""
 
 import importlib
 
-_ROOMS = ("peft",)
+_ROOMS = ("peft", "transformers")
 
 
 def __getattr__(name: str):

@@ -228,3 +228,24 @@ def test_a_scaling_a_row_is_refused_where_it_would_mean_something_else():
     layer.lora_A["default"].register_forward_hook(lambda *_: None)  # PEFT's own forward runs
     with pytest.raises(ValueError, match=r"expected one plain LoRA adapter and x of shape \[3, 1, 'K'\]"):
         layer(x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(dtype):
+    """Training with estimates: both ways are timed, one is kept, and the losses stay those of the plain way."""
+    model = llama().to("cuda", dtype)
+    pk.integrations.peft.accelerate(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    ist = IST(model, ISTConfig(interval=2, frozen_state="offload"), optimizer=optimizer)
+    for step in range(12):
+        ist.before_step(lambda: some_labels(len(ist.history)))
+        loss = model(**{name: value.cuda() for name, value in some_labels(step).items()}).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert ist.estimator.together in (1, 3) and "candidates measured" in ist.estimator.why, ist.estimator.why
+    batch = {name: value.cuda() for name, value in some_labels(99).items()}
+    found, _ = ist.estimator(SETS, batch)
+    plain, _ = IST(model, ISTConfig(estimator="one-by-one")).estimator(SETS, batch)
+    torch.testing.assert_close(found, plain, rtol=2e-3 if dtype == torch.float32 else 2e-2, atol=0.0)

@@ -22,7 +22,7 @@ import peft_kernels as pk
 from .authors_ist import AuthorsIST
 
 LORA, AUTHORS, ACCELERATED, OURS = "LoRA, PEFT", "IST, authors on PEFT", "LoRA, accelerated", "IST, ours"
-BUDGET, CHECKPOINTED = "IST, ours, budget", "  with checkpoints"
+AT_LABELS, BUDGET, CHECKPOINTED = "IST, logits at labels", "IST, ours, budget", "  with checkpoints"
 NEVER = 10**9  # the interval of timed steps: their loop is timed by itself
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 #: Of relative errors. In bfloat16 both sides round every activation, and only a blunder stands out.
@@ -143,7 +143,9 @@ def make_lanes(base: nn.Module) -> list[Lane]:
         Lane(AUTHORS, base, ist=lambda model: AuthorsIST(model, interval=NEVER)),
         Lane(ACCELERATED, base, accelerated=True),
         Lane(OURS, base, accelerated=True, ist=ours()),
+        Lane(AT_LABELS, base, accelerated=True, ist=ours()),
     ]
+    pk.integrations.transformers.logits_at_labels(lanes[-1].model)
     budget = lowest_budget(lanes[0].model)
     lanes.append(Lane(BUDGET, base, accelerated=True, ist=ours(backward_budget=budget)))
     if base.device.type == "cuda":  # what it is for is memory, and that is measured there only
@@ -170,7 +172,7 @@ def check(lanes: list[Lane], case: Case, labelled: float) -> str:
         loss = lane.loss(batch)
         loss.backward()
         losses[lane.name] = loss.item()
-    for ours, theirs in ((ACCELERATED, LORA), (OURS, AUTHORS)):
+    for ours, theirs in ((ACCELERATED, LORA), (OURS, AUTHORS), (AT_LABELS, AUTHORS)):
         pairs = [(p.grad, q.grad) for p, q in zip(lane_of[ours].adapters, lane_of[theirs].adapters)]
         if any((one is None) != (other is None) for one, other in pairs):
             raise RuntimeError(f"{ours}: expected gradients of the adapters that {theirs} has them of, got others")
@@ -181,8 +183,9 @@ def check(lanes: list[Lane], case: Case, labelled: float) -> str:
         lane.optimizer.zero_grad()
     for lane in [lane for lane in lanes if lane.ist] * 2:  # our first estimate is the plain one, and looks for a faster
         lane.loop(case.batch(1, 4, labelled))
-    rewards = zip(lane_of[OURS].ist.history[-1][2], lane_of[AUTHORS].ist.rewards)
-    errors[f"{OURS}: rewards"] = max(abs(one / other - 1) for one, other in rewards)
+    for ours in (OURS, AT_LABELS):
+        rewards = zip(lane_of[ours].ist.history[-1][2], lane_of[AUTHORS].ist.rewards)
+        errors[f"{ours}: rewards"] = max(abs(one / other - 1) for one, other in rewards)
     for what, error in errors.items():
         if not error < TOLERANCE[case.base.dtype]:
             raise RuntimeError(f"{what}: expected a relative error below {TOLERANCE[case.base.dtype]}, got {error:.1e}")

@@ -8,7 +8,18 @@ import torch
 
 from benchmarks import ist_step, run
 from benchmarks.authors_ist import AuthorsIST
-from benchmarks.ist_providers import ACCELERATED, AUTHORS, BUDGET, LORA, OURS, at_depth, check, load, make_lanes
+from benchmarks.ist_providers import (
+    ACCELERATED,
+    AT_LABELS,
+    AUTHORS,
+    BUDGET,
+    LORA,
+    OURS,
+    at_depth,
+    check,
+    load,
+    make_lanes,
+)
 from benchmarks.ist_providers import saved_bytes as saved
 from benchmarks.registry import OPS
 from tests.ist.transcription import ist as transcribed
@@ -35,7 +46,7 @@ def test_a_tiny_run(tmp_path, capsys):
     rows = {(row["setting"], row["provider"]): row for row in document["rows"]}
     for setting in ist_step.LABELLED:
         assert len(document["parts_ms"][setting]) == 3
-        for name in (LORA, AUTHORS, ACCELERATED, OURS, BUDGET):
+        for name in (LORA, AUTHORS, ACCELERATED, OURS, AT_LABELS, BUDGET):
             row = rows[setting, name]
             assert row["rounds"] == 4
             expected = 1e3 * 2 * 16 / (row["step_ms"] + row["loop_ms"] / 10)
@@ -84,17 +95,26 @@ def test_the_authors_ist_is_the_algorithm(case, lanes):
     assert ist.unimportance.abs().max() > 0
 
 
-def test_a_wrong_provider_is_caught(case, lanes):
+@pytest.mark.parametrize("wrong", [ACCELERATED, AT_LABELS])
+def test_a_wrong_provider_is_caught(case, lanes, wrong):
     assert "gradients" in check(list(lanes.values()), case, 1.0)
-    for block in lanes[ACCELERATED].blocks:
+    for block in lanes[wrong].blocks:
         block.mlp.up_proj.scaling["default"] *= 1.05
-    with pytest.raises(RuntimeError, match=r"LoRA, accelerated: .*expected a relative error"):
+    with pytest.raises(RuntimeError, match=rf"{wrong}: .*expected a relative error"):
         check(list(lanes.values()), case, 1.0)
 
 
 def test_lanes_share_the_base_alone(lanes):
     one, other = (dict(lanes[name].model.named_parameters()) for name in (LORA, OURS))
     assert {name for name in one if one[name] is not other[name]} == {name for name in one if "lora_" in name}
+
+
+def test_logits_at_labels_alone(case, lanes):
+    batch, rows = case.batch(0, 2, 0.25), {}
+    for name in (OURS, AT_LABELS):
+        logits = lanes[name].model(**batch).logits
+        rows[name] = logits.shape[:2].numel()
+    assert rows == {OURS: 2 * 16, AT_LABELS: 2 * 4}
 
 
 def test_times_are_carried_to_a_depth():

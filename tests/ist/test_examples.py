@@ -1,25 +1,28 @@
 """The small examples of IST: each trains, is cut off, and goes on to the bit."""
 
-import os
-import subprocess
+import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
 
 
-def run(example: str, output: Path, *options: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", f"examples.{example}", "--batch-size", "2", "--output", str(output), *options],
-        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+@pytest.fixture
+def run(monkeypatch, capsys) -> Callable[..., str]:
+    """Runs an example with these options, and returns what it printed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # to the bit on the CPU only
+
+    def run(example: str, output: Path, *options: str) -> str:
+        monkeypatch.setattr(sys, "argv", [example, "--batch-size", "2", "--output", str(output), *options])
+        importlib.import_module(f"examples.{example}").main()
+        return capsys.readouterr().out
+
+    return run
 
 
 def adapter(output: Path) -> dict[str, torch.Tensor]:
@@ -33,7 +36,7 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
         assert torch.equal(value, other[name]), name
 
 
-def test_trainer(tmp_path):
+def test_trainer(tmp_path, run):
     options = ("--steps", "4", "--backward-budget", "0.6")
     printed = run("ist_trainer", tmp_path, *options)
     for words in ("starting anew", "4 steps", "3 estimates", "importance over time"):
@@ -45,7 +48,7 @@ def test_trainer(tmp_path):
     assert_equal(adapter(tmp_path), uninterrupted)
 
 
-def test_loop(tmp_path):
+def test_loop(tmp_path, run):
     printed = run("ist_loop", tmp_path / "whole", "--steps", "6")
     assert "6 steps" in printed
     assert "1 estimate of importance" in printed

@@ -269,6 +269,7 @@ def saved_bytes(lane: Lane, batch: Batch) -> tuple[int, int]:
     inside = False
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.detach()  # what a node saves of its own output would keep the node, and the node it, for good
         pointer = tensor.untyped_storage().data_ptr()
         if pointer not in ignored:
             kept.setdefault(pointer, (tensor, inside))

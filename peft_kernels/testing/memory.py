@@ -32,6 +32,7 @@ def saved_tensors(ignore: tuple[torch.Tensor, ...] = ()) -> Iterator[list[torch.
     found: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.detach()  # what a node saves of its own output would keep the node, and the node it, for good
         pointer = tensor.untyped_storage().data_ptr()
         if pointer not in ignored:
             found.setdefault(pointer, tensor)

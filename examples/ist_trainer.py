@@ -11,10 +11,8 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-import torch
-
 # First: it sets the environment, and says what is missing.
-from examples.finetune_smollm2 import encode, load_model, make_tasks, quieten, with_adapter
+from examples.finetune_smollm2 import encode, load_model, make_tasks, parser_of_example, quieten, with_adapter
 
 # isort: split
 from transformers import Trainer, TrainingArguments
@@ -54,13 +52,9 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of_example(__doc__, "demo_output/ist_trainer")
     parser.add_argument("--steps", type=int, default=24, help="optimizer steps, at least 2")
-    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--backward-budget", type=float, default=None, help="expected depth, a fraction of the layers")
-    parser.add_argument("--output", default="demo_output/ist_trainer")
-    gpu = torch.cuda.is_available()
-    parser.set_defaults(seed=0, held_out=0, dtype="float32", device="cuda" if gpu else "cpu")
     return parser.parse_args()
 
 

@@ -9,7 +9,6 @@ or checkpointed.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
-from .layers import Layer
+from .layers import Layer, models_of_transformers
 
 NOT_REENTRANT = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 MISSING = object()
@@ -27,7 +26,7 @@ class Backward:
     """Switches for one model, by the lowest active layer of a step."""
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
-        self.layers, self._models = layers, _models_of_transformers(model)
+        self.layers, self._models = layers, models_of_transformers(model)
         self._cuts: list[torch.utils.hooks.RemovableHandle] = []
         self._switched: list[tuple[nn.Module, str, Any]] = []  # blocks, and what an attribute of theirs was
 
@@ -77,11 +76,6 @@ class Backward:
     def _switch(self, block: nn.Module, name: str, value: Any) -> None:
         self._switched.append((block, name, vars(block).get(name, MISSING)))
         setattr(block, name, value)
-
-
-def _models_of_transformers(model: nn.Module) -> list[nn.Module]:
-    transformers = sys.modules.get("transformers.modeling_utils")  # not imported: then the model is none of its
-    return [m for m in model.modules() if transformers is not None and isinstance(m, transformers.PreTrainedModel)]
 
 
 def _input_embeddings(models: Sequence[nn.Module]) -> list[nn.Module]:

@@ -22,7 +22,7 @@ class ISTConfig:
             no more different ones.
         interval: optimizer steps between two estimates; the first comes before step number `interval`.
         rate: of the update of importance.
-        examples: training examples that an estimate uses, in all processes together.
+        examples: training examples that an estimate uses, in all processes together; at least one in each.
         sampler: "ist", "rst" (uniform), "lisa", "cyclic", or a :class:`LayerSampler`, such as `Fixed([0, 5])`.
         seed: of everything that is drawn here.
         estimator: "auto" computes logits only where there are labels and lets candidates share forwards, wherever that

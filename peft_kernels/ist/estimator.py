@@ -249,12 +249,7 @@ def _probe(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     labels = batch["labels"]
     has_label = (labels != label_losses.IGNORED).any(1)
     labelled = has_label.nonzero().flatten()[:PROBE] if has_label.any() else slice(PROBE)
-    return {
-        name: value[labelled]
-        if isinstance(value, torch.Tensor) and value.dim() and len(value) == len(labels)
-        else value
-        for name, value in batch.items()
-    }
+    return _of_rows(batch, lambda value: value[labelled])
 
 
 def _synchronize(device: torch.device) -> None:
@@ -265,13 +260,17 @@ def _synchronize(device: torch.device) -> None:
 def _repeated(batch: Mapping[str, Any], times: int) -> Mapping[str, Any]:
     if times == 1:
         return batch
-    rows = batch["labels"].shape[0]
-    return {
-        name: value.repeat(times, *[1] * (value.dim() - 1))
-        if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == rows
-        else value
-        for name, value in batch.items()
-    }
+    return _of_rows(batch, lambda value: value.repeat(times, *[1] * (value.dim() - 1)))
+
+
+def _of_rows(batch: Mapping[str, Any], change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
+    """The batch with what has a row for each example changed."""
+    rows = len(batch["labels"])
+
+    def has_rows(value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == rows
+
+    return {name: change(value) if has_rows(value) else value for name, value in batch.items()}
 
 
 def _why_not_repeated(batch: Mapping[str, Any]) -> str | None:

@@ -8,13 +8,14 @@ model's own forward, so that autocast, sharding and whatever else surrounds it a
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from .layers import models_of_transformers
 
 #: The label of positions without one, as torch's cross_entropy has it.
 IGNORED = -100
@@ -100,13 +101,8 @@ def _cross_entropy(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor)
 
 
 def _language_model(model: nn.Module) -> nn.Module | None:
-    transformers = sys.modules.get("transformers.modeling_utils")  # not imported: then the model is none of its
-    if transformers is None:
-        return None
-    for module in model.modules():
-        if isinstance(module, transformers.PreTrainedModel):
-            return module if isinstance(module.get_output_embeddings(), nn.Module) else None
-    return None
+    outermost = next(iter(models_of_transformers(model)), None)
+    return outermost if outermost is not None and isinstance(outermost.get_output_embeddings(), nn.Module) else None
 
 
 def _takes(model: nn.Module, argument: str) -> bool:

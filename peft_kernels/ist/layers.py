@@ -123,6 +123,12 @@ def rescaled(layers: Sequence[Layer], factors: Sequence[float | torch.Tensor]) -
             kept[key] = value
 
 
+def models_of_transformers(model: nn.Module) -> list[nn.Module]:
+    """The `PreTrainedModel` s in it, outermost first."""
+    transformers = sys.modules.get("transformers.modeling_utils")  # not imported: then none is
+    return [m for m in model.modules() if transformers is not None and isinstance(m, transformers.PreTrainedModel)]
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether torch.compile has been asked to compile `module`, or something in it."""
     return any(is_compiled_itself(part) for part in module.modules())

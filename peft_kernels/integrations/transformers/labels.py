@@ -36,7 +36,7 @@ class Handle:
     def __reduce__(self):
         return Handle, ()  # deepcopy and pickle: never the running forwards
 
-    def join(self, model: PreTrainedModel) -> Handle:
+    def _join(self, model: PreTrainedModel) -> Handle:
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, always_call=True),
@@ -120,7 +120,7 @@ def logits_at_labels(model: nn.Module) -> Handle:
             f"expected a causal language model whose forward computes transformers' ForCausalLMLoss, got "
             f"{type(language_model).__name__}: {problem}"
         )
-    return Handle().join(language_model)
+    return Handle()._join(language_model)
 
 
 def _head(model: PreTrainedModel) -> nn.Module | None:

@@ -7,8 +7,8 @@ Every provider trains adapters of its own by AdamW, on a base that all share; th
 
 How a number comes about. First, those that must agree are compared: loss and gradients of the accelerated model and of
 PEFT's, with all layers and with one drawn set of them, and what the importance loops find. Then rounds: each provider
-makes one step, the order turns round every time, and each time is taken relative to that of "LoRA, PEFT" in the same
-round, so that a slow phase of the machine meets all; the spread of that one is the machine's. Steps leave the
+makes one step, and the order turns round every time. How fast the machine was in a round is the median over providers
+of usual time / time, and all its times are multiplied by that, so that a slow phase meets all alike. Steps leave the
 importance loop out; every third round times it by itself, and the parts of a step.
 
 What a step of IST costs is mostly the depth of its backward, L - lowest layer drawn. A few dozen steps do not average
@@ -110,8 +110,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def interleave(lanes: list[Lane], case: Case, labelled: float, seconds: float, most: int, setting: str) -> Times:
-    """Rounds for about `seconds`, at most `most`, scaled to the median round's speed; the reference itself, LoRA on
-    PEFT, is left as it was. On a GPU also notes the lanes' peak memory."""
+    """Rounds for about `seconds`, at most `most`, scaled to the usual one's speed. On a GPU also notes what memory the
+    lanes took at their peak."""
     began, lane_of, gpu = time.perf_counter(), {lane.name: lane for lane in lanes}, case.base.device.type == "cuda"
     examples, parts = case.batch(1, EXAMPLES, labelled), parts_of(lanes[0], (case.rows, case.text.shape[1]))
     calls: dict[tuple[str, str], Callable] = {(lane.name, "step"): lane.step for lane in lanes}
@@ -134,12 +134,11 @@ def interleave(lanes: list[Lane], case: Case, labelled: float, seconds: float, m
                 bar.n = min(bar.total, time.perf_counter() - began)
                 bar.set_description(f"{setting}, round {number}")
             rounds.append(took)
-    reference = LORA, "step"
-    usual = statistics.median(took[reference][0] for took in rounds)
+    usual = {key: statistics.median(took[key][0] for took in rounds) for key in calls if key[1] == "step"}
     times: Times = {key: [] for key in calls}
     for took in rounds:
+        speed = statistics.median(ms / took[key][0] for key, ms in usual.items())
         for key, (elapsed, depth) in took.items():
-            speed = usual / took[reference][0] if key != reference else 1.0
             times[key].append((elapsed * speed, depth))
     return times
 

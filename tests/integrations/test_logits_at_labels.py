@@ -12,9 +12,10 @@ import transformers
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 import peft_kernels as pk
-from peft_kernels.integrations.transformers import logits_at_labels
+from peft_kernels.integrations.transformers import cross_entropy, logits_at_labels
 from peft_kernels.ist import IST, ISTConfig
 
 VOCABULARY = 32
@@ -250,7 +251,7 @@ def test_what_is_left_untouched():
             assert output.logits.shape == (3, tokens, VOCABULARY), what
             torch.testing.assert_close(output.logits, expected[what].logits, rtol=0, atol=0)
             if output.loss is not None:
-                torch.testing.assert_close(output.loss, expected[what].loss, rtol=0, atol=0, equal_nan=True)
+                torch.testing.assert_close(output.loss, expected[what].loss, equal_nan=True)
         model.eval()
         output = model(**batch)
         assert output.logits.shape == (3, 9, VOCABULARY)
@@ -276,6 +277,7 @@ def test_removal():
     second.remove()
     assert hooks_of(model) == before
     assert model(**batch_for()).logits.shape == (3, 9, VOCABULARY)
+    assert model.get_base_model().loss_function is ForCausalLMLoss
 
 
 def test_copies():
@@ -357,3 +359,49 @@ def test_refused_in_one_line(kind):
         logits_at_labels(model)
     assert "\n" not in str(caught.value)
     assert hooks_of(model) == before
+
+
+def rows_for(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    targets = torch.randint(VOCABULARY, (7,)).index_fill(0, torch.tensor([0, 4]), -100)
+    return (5 * torch.randn(7, VOCABULARY)).to(dtype).requires_grad_(), targets
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7], ids="{} rows a piece".format)
+def test_cross_entropy_has_the_gradient_it_should(monkeypatch, rows):
+    monkeypatch.setitem(cross_entropy.PIECE_BYTES, "cpu", 4 * rows * VOCABULARY)
+    logits, targets = rows_for(torch.float64)
+    assert torch.autograd.gradcheck(lambda x: cross_entropy.CrossEntropy.apply(x, targets, -100), logits)
+    found = cross_entropy.CrossEntropy.apply(logits, targets, -100)
+    torch.testing.assert_close(found, nn.functional.cross_entropy(logits, targets, reduction="sum"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_cross_entropy_errs_no_more_than_eager(dtype):
+    logits, targets = rows_for(dtype)
+    exact = logits.detach().double().requires_grad_()
+    results = []
+    for x, loss_of in (
+        (exact, lambda x: nn.functional.cross_entropy(x, targets, reduction="sum")),
+        (logits, lambda x: nn.functional.cross_entropy(x.float(), targets, reduction="sum")),
+        (logits, lambda x: cross_entropy.CrossEntropy.apply(x, targets, -100)),
+    ):
+        loss = loss_of(x)
+        (grad,) = torch.autograd.grad(3 * loss, x)
+        assert grad.dtype == x.dtype and (grad[[0, 4]] == 0).all()
+        results.append((loss.detach().double(), grad.double()))
+    (loss, grad), eager, ours = results
+    smallest = torch.finfo(torch.float32).eps
+    assert (ours[0] - loss).abs() <= 2 * (eager[0] - loss).abs() + smallest * loss
+    assert (ours[1] - grad).abs().max() <= 2 * (eager[1] - grad).abs().max()
+
+
+def test_cross_entropy_keeps_the_logits_alone():
+    logits, targets = rows_for(torch.bfloat16)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        loss = cross_entropy.causal_lm_loss(logits[None], None, VOCABULARY, shift_labels=targets[None])
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
+    assert storages.pop(logits.untyped_storage().data_ptr())
+    assert sum(storages.values()) <= 7 * (8 + 4 + 1) + 16  # of each row; and the sum and the count of labels
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(logits.float(), targets), rtol=1e-5, atol=1e-5)

@@ -72,11 +72,27 @@ def test_every_way_gives_the_same_losses(kind, shift, together):
     assert estimator.together == (together or 1), estimator.why
 
 
-def test_logits_in_pieces(monkeypatch):
-    """Of five labels at a time, which are no whole row."""
-    monkeypatch.setattr(label_losses, "PIECE_BYTES", 4 * 5 * VOCABULARY)
-    plain, again, estimator = losses_of(adapted("llama"), some_labels())
-    assert estimator.shift == 1
+class OwnHead(nn.Linear):
+    """Whose forward the weight does not say."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", [nn.Linear, OwnHead])
+def test_logits_in_pieces(monkeypatch, kind, bias):
+    """Of a part of the vocabulary at a time, or of a part of the labels that is no whole row."""
+    model = adapted("llama", target_modules=["q_proj", "down_proj"])
+    torch.manual_seed(1)
+    head = kind(model.get_output_embeddings().in_features, 600, bias=bias)
+    model.get_base_model().lm_head, model.config.vocab_size = head, 600
+    with torch.no_grad():
+        head.weight *= 40  # a maximum that rises from piece to piece
+    monkeypatch.setattr(label_losses, "PIECE_BYTES", 4 * 5 * 600)
+    monkeypatch.setattr(label_losses, "CACHED_BYTES", 4)
+    plain, again, estimator = losses_of(model, some_labels())
+    assert estimator.shift == 1, estimator.why
     torch.testing.assert_close(again, plain, rtol=2e-6, atol=2e-6)
 
 

@@ -12,6 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from .cross_entropy import causal_lm_loss
+
 #: The label of positions without one, as transformers and torch's cross_entropy have it.
 IGNORED = -100
 #: Arguments of a forward that say themselves where logits are wanted, or which labels count. The last one is TRL's.
@@ -26,10 +28,12 @@ class _Positions(NamedTuple):
 class Handle:
     """Of `logits_at_labels`: `remove()` undoes it, and so does leaving a `with` block of the handle.
 
-    Its bound methods are the hooks. It holds no module, so that a copy of the model has hooks that work by themselves.
+    Its bound methods are the hooks. Of what it holds nothing is copied with the model, so that a copy has hooks that
+    work by themselves.
     """
 
     def __init__(self) -> None:
+        self._model: PreTrainedModel | None = None
         self._forwards: dict[int, _Positions] = {}  # of the forward that a thread is in
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -43,11 +47,14 @@ class Handle:
             # Ahead of hooks that shard what the module is given.
             _head(model).register_forward_pre_hook(self._select, prepend=True),
         ]
+        self._model, model.loss_function = model, causal_lm_loss
         return self
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+        if self._model is not None and self._model.loss_function is causal_lm_loss:
+            self._model.loss_function = ForCausalLMLoss
 
     def __enter__(self) -> Handle:
         return self
@@ -94,9 +101,10 @@ class Handle:
 def logits_at_labels(model: nn.Module) -> Handle:
     """Lets `model`, in training, compute logits only at the positions whose next token has a label.
 
-    The loss and all gradients are as before, and so is whatever `num_items_in_batch` divides by. `logits` of the output
-    become [1, labels, vocabulary], in the order of the batch: nothing in training may expect another shape of them.
-    Older releases of TRL's SFTTrainer do, for their token accuracy; newer ones bring a loss of their own.
+    The loss and all gradients are as before, and so is whatever `num_items_in_batch` divides by. The loss keeps these
+    logits alone, in their own dtype (see `CrossEntropy`). `logits` of the output become [1, labels, vocabulary], in the
+    order of the batch: nothing in training may expect another shape of them. Older releases of TRL's SFTTrainer do, for
+    their token accuracy; newer ones bring a loss of their own.
 
     It is done by hooks, in forwards in training mode with gradients and `labels` [examples, tokens] given by name.
     Everything else goes on as before: evaluation, generation, batches without any label, calls with `logits_to_keep`,
@@ -136,7 +144,7 @@ def _why_not(model: PreTrainedModel) -> str | None:
     # Many models of transformers compute a loss by themselves, whatever their loss_function is.
     if "loss_function" not in getattr(getattr(forward, "__code__", None), "co_names", ()):
         return "its forward does not call loss_function"
-    if model.loss_function is not ForCausalLMLoss:
+    if model.loss_function not in (ForCausalLMLoss, causal_lm_loss):
         return f"its loss_function is {getattr(model.loss_function, '__name__', model.loss_function)}"
     if all(parameter.kind != parameter.VAR_KEYWORD for parameter in inspect.signature(forward).parameters.values()):
         return "its forward takes no **kwargs"

@@ -7,9 +7,9 @@ Every provider trains adapters of its own by AdamW, on a base that all share; th
 
 How a number comes about. First, those that must agree are compared: loss and gradients of the accelerated model and of
 PEFT's, with all layers and with one drawn set of them, and what the importance loops find. Then rounds: each provider
-makes one step, and the order turns round every time. How fast the machine was in a round is the median over providers
-of usual time / time, and all its times are multiplied by that, so that a slow phase meets all alike. Steps leave the
-importance loop out; every third round times it by itself, and the parts of a step.
+makes one step, in an order drawn anew. How fast the machine was in a round is the median over providers of usual time /
+time, and all its times are multiplied by that, so that a slow phase meets all alike. Steps leave the importance loop
+out; every third round times it by itself, and the parts of a step.
 
 What a step of IST costs is mostly the depth of its backward, L - lowest layer drawn. A few dozen steps do not average
 that out, so the mean is not left to luck: a line through (depth, time), whose slope is the median of all pairs',
@@ -26,6 +26,7 @@ tell it apart: there is none.
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import time
 import warnings
@@ -118,13 +119,14 @@ def interleave(lanes: list[Lane], case: Case, labelled: float, seconds: float, m
     calls |= {(lane.name, "loop"): lambda _, loop=lane.loop: loop(examples) for lane in lanes if lane.ist}
     calls |= {(part, "part"): call for part, call in parts.items()}
     rounds: list[dict[tuple[str, str], tuple[float, int]]] = []
+    order = random.Random(0)
     with tqdm(total=max(1, round(seconds)), bar_format="{desc} |{bar}| {n:.0f}/{total} s") as bar:
         for number in range(most):
             if number >= 3 and time.perf_counter() - began > seconds:
                 break
             batch, took = case.batch(number, case.rows, labelled), {}
             keys = [key for key in calls if key[1] == "step" or number % 3 == 0]
-            for key in keys[:: -1 if number % 2 else 1]:
+            for key in order.sample(keys, len(keys)):
                 lane = lane_of.get(key[0])
                 held = lane.held_bytes() if lane else 0
                 elapsed, depth, grown = clock(lambda call=calls[key], batch=batch: call(batch), gpu)

@@ -65,9 +65,13 @@ def train(steps: int, fsdp: bool, device: str) -> pk.ist.IST:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
     ist = pk.ist.IST(model, CONFIG, optimizer=optimizer)
     rank, world = dist.get_rank(), dist.get_world_size()
+
+    def estimated() -> dict[str, torch.Tensor]:
+        """This process' part of an estimate's batch."""
+        return batch(10_000 + len(ist.history) * world + rank, rows=max(1, CONFIG.examples // world))
+
     for step in range(steps):
-        # Each process has its part of a batch, for the estimate as well.
-        ist.before_step(lambda: batch(10_000 + rank, rows=max(1, CONFIG.examples // world)))
+        ist.before_step(estimated)
         loss = model(**{name: ids.to(device) for name, ids in batch(step * world + rank).items()}).loss
         loss.backward()
         optimizer.step()

@@ -7,11 +7,13 @@ and no Triton.
 from . import integrations, ist, nn
 from .backends import use_backend
 from .ops.lora_linear import Projection, lora_linear, lora_linear_shared_input
+from .ops.sparse_delta import SparseLayout
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Projection",
+    "SparseLayout",
     "integrations",
     "ist",
     "lora_linear",

@@ -369,7 +369,7 @@ def rows_for(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("rows", [1, 3, 7], ids="{} rows a piece".format)
 def test_cross_entropy_has_the_gradient_it_should(monkeypatch, rows):
-    monkeypatch.setitem(cross_entropy.PIECE_BYTES, "cpu", 4 * rows * VOCABULARY)
+    monkeypatch.setattr(cross_entropy, "CACHED_BYTES", 4 * rows * VOCABULARY)
     logits, targets = rows_for(torch.float64)
     assert torch.autograd.gradcheck(lambda x: cross_entropy.CrossEntropy.apply(x, targets, -100), logits)
     found = cross_entropy.CrossEntropy.apply(logits, targets, -100)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-#: Of float32 values in use at a time beside logits and gradient. On a CPU they fit in its cache.
-PIECE_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
+#: Of float32 values in use at a time beside logits and gradient; on a CPU they fit in its cache.
+PIECE_BYTES, CACHED_BYTES = 1 << 28, 1 << 22
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -59,7 +59,8 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def _rows(logits: torch.Tensor) -> int:
-    return max(1, PIECE_BYTES.get(logits.device.type, 1 << 28) // (4 * logits.shape[1]))
+    """Of a piece."""
+    return max(1, (CACHED_BYTES if logits.is_cpu else PIECE_BYTES) // (4 * logits.shape[1]))
 
 
 def causal_lm_loss(

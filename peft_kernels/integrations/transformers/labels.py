@@ -101,10 +101,10 @@ class Handle:
 def logits_at_labels(model: nn.Module) -> Handle:
     """Lets `model`, in training, compute logits only at the positions whose next token has a label.
 
-    The loss and all gradients are as before, and so is whatever `num_items_in_batch` divides by. The loss keeps these
-    logits alone, in their own dtype (see `CrossEntropy`). `logits` of the output become [1, labels, vocabulary], in the
-    order of the batch: nothing in training may expect another shape of them. Older releases of TRL's SFTTrainer do, for
-    their token accuracy; newer ones bring a loss of their own.
+    The loss and all gradients are as before to rounding, and so is whatever `num_items_in_batch` divides by. The loss
+    keeps these logits alone, in their own dtype, and can be differentiated once (see `CrossEntropy`). `logits` of the
+    output become [1, labels, vocabulary], in the order of the batch: nothing in training may expect another shape of
+    them. Older releases of TRL's SFTTrainer do, for their token accuracy; newer ones bring a loss of their own.
 
     It is done by hooks, in forwards in training mode with gradients and `labels` [examples, tokens] given by name.
     Everything else goes on as before: evaluation, generation, batches without any label, calls with `logits_to_keep`,

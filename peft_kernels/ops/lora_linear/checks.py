@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..common.messages import describe
+
 
 def check(op: str, x: torch.Tensor, projections: tuple, dropout_p: float, adapter_precision: str) -> None:
     """Raise ValueError unless the arguments of `op` fit together (see `lora_linear`)."""
@@ -15,7 +17,7 @@ def check(op: str, x: torch.Tensor, projections: tuple, dropout_p: float, adapte
         raise ValueError(f"{op}: expected at least one projection, got none")
     shape, dtype, device = x.shape, x.dtype, x.device
     if not shape or not dtype.is_floating_point:
-        raise ValueError(f"{op}: expected a floating-point x of shape [..., K], got {_describe(x)}")
+        raise ValueError(f"{op}: expected a floating-point x of shape [..., K], got {describe(x)}")
     K, adapter_dtype = shape[-1], projections[0][1].dtype
     if adapter_dtype != dtype and (adapter_dtype != torch.float32 or dtype == torch.float64):
         raise ValueError(f"{op}: expected lora_A in x's dtype {dtype} or float32, got {adapter_dtype}")
@@ -42,19 +44,19 @@ def _complaint(x: torch.Tensor, projection: tuple, adapter_dtype: torch.dtype) -
     weight, lora_A, lora_B, _, bias = projection
     K, dtype = x.shape[-1], x.dtype
     if weight.dim() != 2 or weight.shape[1] != K or weight.dtype != dtype:
-        return f"expected weight [N, {K}] in x's dtype {dtype}, got {_describe(weight)}"
+        return f"expected weight [N, {K}] in x's dtype {dtype}, got {describe(weight)}"
     if lora_A.dim() != 2 or lora_A.shape[1] != K or lora_A.shape[0] < 1:
-        return f"expected lora_A [R, {K}] with R ≥ 1, got {_describe(lora_A)}"
+        return f"expected lora_A [R, {K}] with R ≥ 1, got {describe(lora_A)}"
     N, R = weight.shape[0], lora_A.shape[0]
     if lora_B.shape != (N, R):
-        return f"expected lora_B [{N}, {R}], got {_describe(lora_B)}"
+        return f"expected lora_B [{N}, {R}], got {describe(lora_B)}"
     if lora_A.dtype != adapter_dtype or lora_B.dtype != adapter_dtype:
-        return f"expected adapters of one dtype, got {_describe(lora_A)} and {_describe(lora_B)}"
+        return f"expected adapters of one dtype, got {describe(lora_A)} and {describe(lora_B)}"
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != dtype):
-        return f"expected bias [{N}] in x's dtype {dtype}, got {_describe(bias)}"
+        return f"expected bias [{N}] in x's dtype {dtype}, got {describe(bias)}"
     given = [tensor for tensor in (weight, lora_A, lora_B, bias) if tensor is not None]
     elsewhere = next(tensor for tensor in given if tensor.device != x.device)
-    return f"expected every tensor on x's device {x.device}, got {_describe(elsewhere)}"
+    return f"expected every tensor on x's device {x.device}, got {describe(elsewhere)}"
 
 
 def _check_scaling(op: str, x: torch.Tensor, scaling: object) -> None:
@@ -65,17 +67,13 @@ def _check_scaling(op: str, x: torch.Tensor, scaling: object) -> None:
     if scaling.dim() and not is_row_scaling(scaling, x):
         raise ValueError(
             f"{op}: expected scaling of shape [] or {list(x.shape[:-1])} (or 1 where all rows share a value), "
-            f"got {_describe(scaling)}"
+            f"got {describe(scaling)}"
         )
     if scaling.device != x.device or not scaling.is_floating_point():
-        raise ValueError(f"{op}: expected a floating-point scaling on x's device {x.device}, got {_describe(scaling)}")
+        raise ValueError(f"{op}: expected a floating-point scaling on x's device {x.device}, got {describe(scaling)}")
 
 
 def is_row_scaling(scaling: torch.Tensor, x: torch.Tensor) -> bool:
     """Whether `scaling` has a value for each row of x, or one that rows share: shape x.shape[:-1], or 1 in places."""
     rows = x.shape[:-1]
     return len(scaling.shape) == len(rows) and all(size in (1, row) for size, row in zip(scaling.shape, rows))
-
-
-def _describe(tensor: torch.Tensor) -> str:
-    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"

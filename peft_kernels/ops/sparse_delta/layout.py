@@ -8,6 +8,8 @@ from os import PathLike
 
 import torch
 
+from ..common.messages import describe
+
 #: The names of what each kind of layout holds.
 INDEX_TENSORS = {
     "entries": ("row_starts", "columns"),
@@ -76,7 +78,7 @@ class SparseLayout:
         elif tensor.layout == torch.sparse_coo and tensor.dim() == tensor.sparse_dim() == 2:
             rows, columns = tensor.coalesce().indices()
         else:
-            raise ValueError(f"expected a COO or CSR tensor [N, K], got {_describe(tensor)}, {tensor.layout}")
+            raise ValueError(f"expected a COO or CSR tensor [N, K], got {describe(tensor)}, {tensor.layout}")
         return cls.from_indices(tuple(tensor.shape), rows * tensor.shape[1] + columns)
 
     @classmethod
@@ -185,7 +187,7 @@ class SparseLayout:
         view, place = self._place(weight)
         if isinstance(values, torch.Tensor):
             if values.shape != (self.nnz,):
-                raise ValueError(f"expected values [{self.nnz}], got {_describe(values)}")
+                raise ValueError(f"expected values [{self.nnz}], got {describe(values)}")
             values = values.to(weight.dtype).view(self.values_shape)
         view[place] = values
         return weight
@@ -193,7 +195,7 @@ class SparseLayout:
     def _place(self, weight: torch.Tensor) -> tuple[torch.Tensor, tuple]:
         """A view of the weight, and what it is indexed with for the values in `values_shape`."""
         if tuple(weight.shape) != self.shape or weight.device != self.device:
-            raise ValueError(f"expected a weight {list(self.shape)} on {self.device}, got {_describe(weight)}")
+            raise ValueError(f"expected a weight {list(self.shape)} on {self.device}, got {describe(weight)}")
         if self.kind == "rows":
             return weight, (self.tensors["index"],)
         if self.kind == "columns":
@@ -256,13 +258,9 @@ class SparseLayout:
         )
 
 
-def _describe(tensor: torch.Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-
-
 def _check_mask(mask: torch.Tensor) -> None:
     if mask.dtype != torch.bool or mask.dim() != 2:
-        raise ValueError(f"expected a mask, bool [N, K], got {_describe(mask)}")
+        raise ValueError(f"expected a mask, bool [N, K], got {describe(mask)}")
 
 
 def _checked_shape(shape: tuple[int, int]) -> tuple[int, int]:
@@ -274,7 +272,7 @@ def _checked_shape(shape: tuple[int, int]) -> tuple[int, int]:
 def _sorted(index: torch.Tensor, end: int, what: str) -> torch.Tensor:
     """int64, ascending; refused unless all are different and in [0, end)."""
     if index.dim() != 1 or index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:
-        raise ValueError(f"expected {what} as integers [count], got {_describe(index)}")
+        raise ValueError(f"expected {what} as integers [count], got {describe(index)}")
     index = index.long().sort().values
     if len(index) and not 0 <= int(index[0]) <= int(index[-1]) < end:
         raise ValueError(f"expected {what} from 0 to {end - 1}, got {int(index[0])} to {int(index[-1])}")

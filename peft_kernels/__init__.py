@@ -7,6 +7,7 @@ and no Triton.
 from . import integrations, ist, nn
 from .backends import use_backend
 from .ops.lora_linear import Projection, lora_linear, lora_linear_shared_input
+from .ops.masked_linear import masked_linear
 from .ops.sparse_delta import SparseLayout
 
 __version__ = "0.1.0"
@@ -18,6 +19,7 @@ __all__ = [
     "ist",
     "lora_linear",
     "lora_linear_shared_input",
+    "masked_linear",
     "nn",
     "use_backend",
 ]

@@ -24,6 +24,7 @@ NAMES = ("auto", "reference", "triton", "triton:fused", "triton:blas", "cuda")
 OPS = {
     "lora_linear": ("reference", "triton"),
     "lora_linear_shared_input": ("reference", "triton"),
+    "masked_linear": ("reference", "triton"),
 }
 
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

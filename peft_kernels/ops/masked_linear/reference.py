@@ -1,0 +1,101 @@
+"""Masked linear in plain PyTorch: any dtype, any device, forward and explicit backward.
+
+This is the definition that the kernels are tested against, and the path of the CPU. The weight is masked band by band,
+so that no masked copy of all of it is made. A band is taken out of what a product does not sum over (rows of W in
+forward, its columns for dx), so that every element is one sum, rounded once. The arguments of both functions are those
+of the registered ops (`op.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+_BAND_BYTES = 4 << 20
+
+
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scores: torch.Tensor,
+    bias: torch.Tensor | None,
+    threshold: float,
+    threshold_tensor: torch.Tensor | None,
+    backend: str = "reference",
+) -> torch.Tensor:
+    """y = x·(W ⊙ 1[S ≥ τ])ᵀ + bias [..., N], with τ the tensor if one is given, else the float."""
+    rows = flatten(x)
+    y = rows.new_empty(rows.shape[0], weight.shape[0])
+    tau = rounded(threshold, threshold_tensor, scores.dtype)
+    for band in bands(weight.shape[0], weight.shape[1], weight.element_size()):
+        masked = mask(weight[band], scores[band], tau).t()
+        if bias is None:
+            torch.mm(rows, masked, out=y[:, band])
+        else:
+            torch.addmm(bias[band], rows, masked, out=y[:, band])
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def backward(
+    grad_y: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    scores: torch.Tensor | None,
+    threshold: float,
+    threshold_tensor: torch.Tensor | None,
+    needs: list[bool],
+    scores_dtype: torch.dtype,
+    backend: str = "reference",
+) -> list[torch.Tensor]:
+    """The gradients that are needed, in this order: x, weight, scores, bias.
+
+    dx = dy·(W ⊙ 1[S ≥ τ]), and with G = dyᵀ·x: dweight = G ⊙ 1[S ≥ τ], dscores = G ⊙ W.
+    """
+    needs_x, needs_weight, needs_scores, needs_bias = needs
+    dy, grads = flatten(grad_y), []
+    tau = rounded(threshold, threshold_tensor, scores_dtype)
+    if needs_x:
+        N, K = weight.shape
+        grad_x = dy.new_empty(dy.shape[0], K)
+        for band in bands(K, N, dy.element_size()):
+            torch.mm(dy, mask(weight[:, band], scores[:, band], tau), out=grad_x[:, band])
+        grads.append(grad_x.view(*grad_y.shape[:-1], K))
+    if needs_weight or needs_scores:
+        rows, N = flatten(x), dy.shape[1]
+        grad_weight = dy.new_empty(N, rows.shape[1]) if needs_weight else None
+        grad_scores = dy.new_empty(N, rows.shape[1], dtype=scores_dtype) if needs_scores else None
+        for band in bands(N, rows.shape[1], dy.element_size()):
+            product = dy[:, band].t().mm(rows)
+            if needs_weight:
+                grad_weight[band] = mask(product, scores[band], tau)
+            if needs_scores:  # in float32 where the scores are: one rounding to 16 bits less
+                grad_scores[band] = product.to(torch.promote_types(product.dtype, scores_dtype)) * weight[band]
+        grads += [grad for grad in (grad_weight, grad_scores) if grad is not None]
+    if needs_bias:
+        grads.append(dy.sum(0))
+    return grads
+
+
+def mask(values: torch.Tensor, scores: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+    """The values where their scores reach τ, 0 elsewhere, whatever stands there."""
+    return torch.where(scores >= tau, values, 0)
+
+
+def rounded(threshold: float, threshold_tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """τ in the scores' dtype. A 0-dim tensor on the CPU goes beside tensors of any device without a copy."""
+    if threshold_tensor is None:
+        threshold_tensor = torch.tensor(threshold, dtype=torch.float64, device="cpu")
+    return threshold_tensor.to(dtype)
+
+
+def bands(length: int, other: int, element_size: int) -> Iterator[slice]:
+    """Slices of `length` such that a band of [length, other] takes a few megabytes."""
+    step = max(1, _BAND_BYTES // max(other * element_size, 1))
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def flatten(tensor: torch.Tensor) -> torch.Tensor:
+    """[..., C] as [M, C]."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])

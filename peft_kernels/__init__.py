@@ -4,7 +4,7 @@ Importing this package has no side effect beyond registering its ops with torch,
 and no Triton.
 """
 
-from . import integrations, ist, nn
+from . import integrations, ist, nn, sparse
 from .backends import use_backend
 from .ops.lora_linear import Projection, lora_linear, lora_linear_shared_input
 from .ops.masked_linear import masked_linear
@@ -21,5 +21,6 @@ __all__ = [
     "lora_linear_shared_input",
     "masked_linear",
     "nn",
+    "sparse",
     "use_backend",
 ]

@@ -52,6 +52,13 @@ class SparseLayout:
         self.nnz = math.prod(self.values_shape)
 
     @classmethod
+    def of_tensors(
+        cls, kind: str, shape: tuple[int, int], tensors: list[torch.Tensor], tile: tuple[int, ...]
+    ) -> SparseLayout:
+        """From what `tensors` of another one holds, in that order; nothing is checked."""
+        return cls(kind, shape, dict(zip(INDEX_TENSORS[kind], tensors)), tile)
+
+    @classmethod
     def from_mask(cls, mask: torch.Tensor) -> SparseLayout:
         """The entries where `mask`, bool [N, K], is True."""
         _check_mask(mask)
@@ -134,6 +141,13 @@ class SparseLayout:
         }
         return cls("entries", shape, tensors)
 
+    @classmethod
+    def _of_sorted(cls, shape: tuple[int, int], flat: torch.Tensor) -> SparseLayout:
+        """Of flat positions, int64 [nnz], that ascend and are in range: nothing is checked, and no host waits."""
+        N, K = shape
+        starts = torch.searchsorted(flat, K * torch.arange(N + 1, device=flat.device))
+        return cls._of_entries((N, K), starts.diff(), flat % max(1, K))
+
     @property
     def density(self) -> float:
         return self.nnz / max(1, math.prod(self.shape))
@@ -209,6 +223,42 @@ class SparseLayout:
         K = max(1, self.shape[1])
         return weight, (flat // K, flat % K)
 
+    def within(self, dim: int, band: slice) -> tuple[slice | torch.Tensor | tuple, torch.Tensor]:
+        """What lies in a band of rows (dim 0) or columns (dim 1) that cuts no block and no group of n_of_m apart.
+
+        Not for rows and columns, which take no bands.
+
+        Returns:
+            What to index values in `values_shape` with, and where each of them stands in the band, flat, int64.
+        """
+        held, device = self.tensors[INDEX_TENSORS[self.kind][-1]], self.device
+        width = self.shape[1] if dim == 0 else band.stop - band.start
+
+        def count(end: int, step: int = 1) -> torch.Tensor:
+            return step * torch.arange(end, device=device)
+
+        if self.kind == "n_of_m":
+            m = self.tile[1]
+            chosen = (band,) if dim == 0 else (slice(None), slice(band.start // m, band.stop // m))
+            offsets = held[chosen].flatten(0, 1)
+            return chosen, (count(len(offsets), m)[:, None] + offsets).flatten()
+        if self.kind == "blocks":
+            (height, tile_width), across = self.tile, max(1, self.shape[1] // self.tile[1])
+            corner = [held // across * height, held % across * tile_width]
+            chosen = _inside(corner[dim], band)
+            row, column = (coordinate[chosen] for coordinate in corner)
+            first = (row - band.start) * width + column if dim == 0 else row * width + column - band.start
+            return chosen, (first[:, None, None] + count(height, width)[:, None] + count(tile_width)).flatten()
+        starts = self.tensors["row_starts"]
+        if dim == 0:
+            first, last = starts[band.start].item(), starts[band.stop].item()
+            rows = torch.repeat_interleave(
+                count(band.stop - band.start), starts[band.start : band.stop + 1].diff(), output_size=last - first
+            )
+            return slice(first, last), rows * width + held[first:last]
+        chosen = _inside(held, band)
+        return chosen, (torch.searchsorted(starts, chosen, right=True) - 1) * width + held[chosen] - band.start
+
     def save(self, path: str | PathLike) -> None:
         """Writes a safetensors file."""
         from safetensors.torch import save_file
@@ -280,3 +330,7 @@ def _sorted(index: torch.Tensor, end: int, what: str) -> torch.Tensor:
     if len(twice):
         raise ValueError(f"expected each of the {what} once, got {int(twice[0])} more than once")
     return index
+
+
+def _inside(coordinate: torch.Tensor, band: slice) -> torch.Tensor:
+    return ((coordinate >= band.start) & (coordinate < band.stop)).nonzero().squeeze(1)

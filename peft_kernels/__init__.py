@@ -4,16 +4,17 @@ Importing this package has no side effect beyond registering its ops with torch,
 and no Triton.
 """
 
-from . import integrations, ist, nn, sparse
+from . import integrations, ist, nn, optim, sparse
 from .backends import use_backend
 from .ops.lora_linear import Projection, lora_linear, lora_linear_shared_input
 from .ops.masked_linear import masked_linear
-from .ops.sparse_delta import SparseLayout
+from .ops.sparse_delta import SparseDelta, SparseLayout, sparse_delta_linear, with_sparse_gradient_
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Projection",
+    "SparseDelta",
     "SparseLayout",
     "integrations",
     "ist",
@@ -21,6 +22,9 @@ __all__ = [
     "lora_linear_shared_input",
     "masked_linear",
     "nn",
+    "optim",
     "sparse",
+    "sparse_delta_linear",
     "use_backend",
+    "with_sparse_gradient_",
 ]

@@ -25,6 +25,7 @@ OPS = {
     "lora_linear": ("reference", "triton"),
     "lora_linear_shared_input": ("reference", "triton"),
     "masked_linear": ("reference", "triton"),
+    "sparse_delta_linear": ("reference", "triton"),
 }
 
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

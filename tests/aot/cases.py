@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tests.aot import lora_linear, masked_linear
+from tests.aot import lora_linear, masked_linear, sparse_delta
 from tests.aot.case import Case
 
-ROOMS = (lora_linear, masked_linear)  # each has `cases(architecture)`; what it repeats is compiled once
+ROOMS = (lora_linear, masked_linear, sparse_delta)  # each has `cases(architecture)`; what it repeats is compiled once
 
 
 def cases(architecture: int | str, everything: bool) -> list[Case]:

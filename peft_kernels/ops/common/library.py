@@ -13,7 +13,7 @@ LIBRARY = torch.library.Library("peft_kernels", "DEF")
 def register(name: str, implementation: Callable) -> Callable:
     """Register the implementation of an op that is defined, for every backend key, and return what the autograd
     Function calls: the implementation itself in eager mode, and the registered op wherever somebody is watching
-    (torch.compile, export, fake tensors, any dispatch mode).
+    (torch.compile, export, fake tensors, any dispatch mode, torch.func, whose wrapped tensors not all of torch takes).
 
     The dispatcher boxes each of the op's arguments to pass it from Python through C++ to Python: about 10 µs a
     call on one core, more than the host spends on the three products of a small layer.
@@ -30,7 +30,11 @@ def register(name: str, implementation: Callable) -> Callable:
     op = getattr(torch.ops.peft_kernels, name).default
 
     def call(*args):
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._are_functorch_transforms_active()
+        ):
             return op(*args)
         return run(*args)
 

@@ -1,5 +1,21 @@
-"""Masked sparse deltas: which entries of a weight train."""
+"""The linear layer with a sparse delta, y = x·(W + Δ)ᵀ + bias with Δ non-zero at fixed positions."""
 
+from .delta import SparseDelta
 from .layout import SparseLayout
+from .op import (
+    SparseDeltaLinearFunction,
+    SparseGradientFunction,
+    sparse_delta_linear,
+    with_sparse_gradient_,
+    write_delta,
+)
 
-__all__ = ["SparseLayout"]
+__all__ = [
+    "SparseDelta",
+    "SparseDeltaLinearFunction",
+    "SparseGradientFunction",
+    "SparseLayout",
+    "sparse_delta_linear",
+    "with_sparse_gradient_",
+    "write_delta",
+]

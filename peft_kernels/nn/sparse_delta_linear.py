@@ -1,0 +1,280 @@
+"""`nn.Linear` that trains a few of its weight's entries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..ops.sparse_delta import SparseDelta, SparseLayout, with_sparse_gradient_, write_delta
+
+
+class NamedDelta(nn.Module):
+    """One of the deltas of a layer: what it adds to the weight, and where.
+
+    Attributes:
+        values: [nnz], float32 (float64 beside a float64 weight): Δ, the leaf that trains and the master.
+        base: [nnz] in the weight's dtype: what the weight held at the positions before Δ, bit for bit; None while the
+            delta is not in the weight.
+    """
+
+    def __init__(self, layout: SparseLayout, values: torch.Tensor) -> None:
+        super().__init__()
+        self.kind, self.shape, self.tile = layout.kind, layout.shape, layout.tile
+        self.names = tuple(layout.tensors)
+        for name, tensor in layout.tensors.items():
+            self.register_buffer(name, tensor)
+        self.register_buffer("base", None)
+        self.values = nn.Parameter(values)
+
+    @property
+    def layout(self) -> SparseLayout:
+        return SparseLayout.of_tensors(self.kind, self.shape, [self._buffers[name] for name in self.names], self.tile)
+
+    def _apply(self, fn, recurse=True):
+        """Moves with the layer, but stays as wide as it was: half of a master would not be one."""
+        before = self.values.data
+        super()._apply(fn, recurse)
+        after = self.values.data
+        if after.dtype != before.dtype and not before.is_meta:
+            self.values.data = before.to(after.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return repr(self.layout)
+
+
+class SparseDeltaLinear(nn.Linear):
+    """A linear layer whose weight is trained at the positions of a layout only: y = x·(W₀ + Δ)ᵀ + bias.
+
+    It stands wherever an `nn.Linear` stood. Δ is **in** the weight, so that forward and dx are the bare linear. The
+    trained Parameter is `values`. Any optimizer of torch can train it: a forward first writes W₀ + Δ into the weight
+    wherever a step may have changed `values`. :class:`peft_kernels.optim.SparseAdamW` writes by itself, and forward has
+    nothing to do then; under `torch.compile` every forward writes. Several named deltas may wait beside the one that is
+    in the weight.
+
+    A trainable value costs 4 bytes of `values`, the weight's own of `base` and those of the layout, 8.1 in all for a
+    bfloat16 weight and entries at 1 %; AdamW's two moments add 8. A frozen entry costs nothing.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as `nn.Linear`.
+        layout: positions in a weight [out_features, in_features].
+
+    Attributes:
+        weight: [out_features, in_features], W₀ + Δ rounded to its dtype; frozen, written in place.
+        bias: [out_features] or None; frozen.
+        deltas: :class:`NamedDelta` by name; `active` is the name of the one in the weight, or None.
+        values, base, layout: of the active delta.
+
+    Raises:
+        ValueError: for a layout of another shape.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        layout: SparseLayout,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._begin(layout)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, layout: SparseLayout) -> SparseDeltaLinear:
+        """A layer around `linear`'s own weight and bias: the same Parameters, not copies, which are frozen. The weight
+        will be written to: who else holds it sees Δ too, until `restore()`.
+
+        Raises:
+            ValueError: if `linear` is no `nn.Linear`, or is one of these already; for a layout of another shape.
+        """
+        if not isinstance(linear, nn.Linear) or isinstance(linear, SparseDeltaLinear):
+            raise ValueError(f"expected a plain nn.Linear, got {type(linear).__name__}")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = linear.in_features, linear.out_features
+        layer.weight = linear.weight
+        layer.register_parameter("bias", linear.bias)  # also None has to stand among the parameters
+        layer._begin(layout)
+        return layer.train(linear.training)
+
+    def _begin(self, layout: SparseLayout) -> None:
+        self.deltas = nn.ModuleDict()
+        self.active: str | None = None
+        self._written: tuple | None = None  # changes with what was written, and where
+        self._fresh = False  # no training forward since
+        self.add_delta("default", layout)
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self.apply_delta("default")
+
+    @property
+    def values(self) -> nn.Parameter:
+        return self._in_weight().values
+
+    @property
+    def base(self) -> torch.Tensor:
+        return self._in_weight().base
+
+    @property
+    def layout(self) -> SparseLayout:
+        return self._in_weight().layout
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] → [..., out_features], as `F.linear`, also under autocast."""
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        if self.active is None:
+            return F.linear(x, weight, bias)
+        self.write()
+        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # once, for the product and for what is saved
+        delta = self.deltas[self.active]
+        y = F.linear(x, weight, bias)
+        if not (torch.is_grad_enabled() and delta.values.requires_grad):
+            return y
+        self._fresh = False  # a step may follow, and one of torch's fused optimizers leaves no trace
+        return with_sparse_gradient_(y, x, delta.values, delta.layout)
+
+    @torch.no_grad()
+    def write(self, changed: bool = False, done: bool = False) -> None:
+        """Write W₀ + Δ into the weight, unless it is known to be there. A forward calls this.
+
+        Args:
+            changed: `values` are others than before, though their version may not show it (torch's fused optimizers).
+            done: whoever changed them has written the weight, too.
+        """
+        if self.active is None:
+            return
+        delta = self.deltas[self.active]
+        if torch.compiler.is_compiling():  # a graph cannot ask
+            write_delta(self.weight, delta.base, delta.values, delta.layout)
+            return
+        stamp = (self.active, delta.values._version, delta.values.data_ptr(), self.weight.data_ptr())
+        changed = changed or stamp != self._written
+        if self._fresh and not changed and not _capturing(self.weight):
+            return
+        # The same numbers as before, maybe: a backward that is still to come may go on with the weight that it saved.
+        if not done:
+            write_delta(self.weight.data, delta.base, delta.values, delta.layout)
+        if changed:
+            torch.autograd.graph.increment_version(self.weight)
+        self._written, self._fresh = stamp, True
+
+    def add_delta(self, name: str, delta: SparseDelta | SparseLayout) -> None:
+        """Add a delta, or an empty one (Δ = 0) at the positions of a layout; it does not go into the weight yet.
+
+        Raises:
+            ValueError: the name is taken or no name of a module, the shape another than the weight's.
+        """
+        if isinstance(delta, SparseLayout):
+            delta = SparseDelta(delta, torch.zeros(delta.nnz, device=delta.device))
+        if name in self.deltas:
+            raise ValueError(f"expected a new name, got {name!r}, which the layer has")
+        if not name or "." in name:
+            raise ValueError(f"expected a name without dots, got {name!r}")
+        if delta.layout.shape != self.weight.shape:
+            raise ValueError(f"expected a delta of {list(self.weight.shape)}, got {delta}")
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        values = delta.values.detach().to(self.weight.device, wide, copy=True)
+        self.deltas[name] = NamedDelta(delta.layout.to(self.weight.device), values)
+
+    def remove_delta(self, name: str) -> SparseDelta:
+        """Take a delta away, out of the weight too if it is there, and return it.
+
+        Raises:
+            ValueError: there is no such delta.
+        """
+        delta = self.delta(name)
+        if name == self.active:
+            self.restore()
+        del self.deltas[name]
+        return delta
+
+    def delta(self, name: str | None = None) -> SparseDelta:
+        """The delta of that name, or the active one: its layout and its values as they are now, detached, not copied.
+
+        Raises:
+            ValueError: there is no such delta.
+        """
+        found = self._in_weight() if name is None else self._named(name)
+        return SparseDelta(found.layout, found.values.detach())
+
+    @torch.no_grad()
+    def apply_delta(self, name: str) -> None:
+        """Put that delta into the weight instead of the one that is there.
+
+        Raises:
+            ValueError: there is no such delta; nothing is changed then.
+        """
+        delta = self._named(name)
+        if name != self.active:
+            self.restore()
+            delta.base = delta.layout.take(self.weight)
+            self.active = name
+        self.write()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put W₀ back into the weight, bit for bit. The deltas stay, `apply_delta` brings one back."""
+        if self.active is not None:
+            delta = self.deltas[self.active]
+            delta.layout.put_(self.weight, delta.base)
+            delta.base, self.active, self._written = None, None, None
+
+    def merge(self) -> nn.Linear:
+        """A plain `nn.Linear` with W₀ + Δ: this layer's weight and bias, not copies."""
+        self.write()
+        linear = nn.Linear(1, 1, bias=False, device="meta")
+        linear.in_features, linear.out_features = self.in_features, self.out_features
+        linear.weight = self.weight
+        linear.register_parameter("bias", self.bias)
+        return linear.train(self.training)
+
+    def _named(self, name: str) -> NamedDelta:
+        if name not in self.deltas:
+            raise ValueError(f"expected one of the deltas {', '.join(self.deltas) or '(none)'}, got {name!r}")
+        return self.deltas[name]
+
+    def _in_weight(self) -> NamedDelta:
+        if self.active is None:
+            raise RuntimeError("expected a delta in the weight, got none: apply_delta(name) brings one back")
+        return self.deltas[self.active]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """A checkpoint's weight holds Δ: a plain `nn.Linear` that loads it is the trained layer."""
+        self.write()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    @torch.no_grad()
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, *others) -> None:
+        """A checkpoint of this layer brings its weight with the delta that was in it; one of a plain `nn.Linear` brings
+        W₀, beside which the deltas stay as they are."""
+        own = f"{prefix}deltas."
+        active = self.active
+        if not any(key.startswith(own) for key in state_dict):
+            self.restore()
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *others)
+            if active is not None:
+                self.apply_delta(active)
+            state_dict.update(self.deltas.state_dict(prefix=own))  # which the modules below will look for
+            return
+        held = next((name for name in self.deltas if f"{own}{name}.base" in state_dict), None)
+        if held != active:
+            self.restore()
+            if held is not None:
+                self.deltas[held].base = self.deltas[held].layout.take(self.weight)
+        self.active, self._written = held, None
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *others)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, delta in the weight: {self.active or 'none'}"
+
+
+def _capturing(tensor: torch.Tensor) -> bool:
+    """Whether a CUDA graph is captured, which has to hold what later replays need."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,281 @@
+"""The public ops `sparse_delta_linear` and `with_sparse_gradient_`, their autograd, and their registration.
+
+From top to bottom: the public functions; the checks; the autograd Functions; the two ops that these call, registered
+with torch.library so that torch.compile and opcheck see them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ... import backends
+from ..common.library import LIBRARY, on_device_of, register
+from ..common.messages import describe
+from . import reference
+from .layout import SparseLayout
+
+
+def sparse_delta_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    values: torch.Tensor,
+    layout: SparseLayout,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y = x·(W + Δ)ᵀ + bias, where Δ is zero outside of `layout` (Ansell et al., "Composable Sparse Fine-Tuning for
+    Cross-Lingual Transfer", 2022, §3; Bhardwaj et al., "Sparse High Rank Adapters", 2024, §3).
+
+    Args:
+        x: [..., K], float32, bfloat16, float16 (or float64, by the reference backend).
+        weight: [N, K] in x's dtype, any strides; without Δ, and never written to.
+        values: [nnz], Δ in the order of `layout.indices()`, in x's dtype, or float32 beside a 16-bit x.
+        layout: positions in a weight [N, K].
+        bias: [N] in x's dtype.
+
+    Returns:
+        [..., N] in x's dtype; under autocast in autocast's, as `F.linear`.
+
+    Gradients flow to x, weight, values and bias, each in its own dtype; what is not needed is neither computed nor
+    saved. Saved for backward: x where weight or values train (of a layout of columns only x[:, columns], where the
+    weight does not); weight and values by reference where x takes a gradient. Forward and backward are deterministic.
+    Differentiable once.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not fit, in one line.
+        RuntimeError: if the backend asked for cannot run here.
+    """
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+        x, weight, bias = (_autocast(tensor, x.device.type) for tensor in (x, weight, bias))
+    _check("sparse_delta_linear", x, values, layout)
+    if weight.shape != layout.shape or weight.dtype != x.dtype or weight.device != x.device:
+        expected = f"weight {list(layout.shape)}, as the layout's, in x's dtype {x.dtype} on {x.device}"
+        raise ValueError(f"sparse_delta_linear: expected {expected}, got {describe(weight)}")
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype or bias.device != x.device):
+        expected = f"bias [{layout.shape[0]}] in x's dtype {x.dtype} on {x.device}"
+        raise ValueError(f"sparse_delta_linear: expected {expected}, got {describe(bias)}")
+    backend = backends.choose("sparse_delta_linear", x)
+    tensors = (x, weight, values, bias)
+    needs = [tensor is not None and tensor.requires_grad for tensor in tensors]
+    if torch.is_grad_enabled() and True in needs:
+        transformed = torch._C._are_functorch_transforms_active()
+        function = TransformableSparseDeltaLinearFunction if transformed else SparseDeltaLinearFunction
+        return function.apply(Options(layout, backend, needs), *tensors)
+    return _forward_op(x, weight, values, bias, *_flat(layout), backend)
+
+
+def with_sparse_gradient_(y: torch.Tensor, x: torch.Tensor, values: torch.Tensor, layout: SparseLayout) -> torch.Tensor:
+    """y, its numbers untouched; in backward, `values` receive dyᵀ·x at the positions of `layout`.
+
+    For y = x·Wᵀ + … where W holds Δ already: forward and dx are those of the bare product, whichever made y
+    (`F.linear`, `lora_linear`), and only the gradient of the values is added to it, without the dense dW.
+
+    Args:
+        y: [..., N], becomes part of the graph of `values`, as by an operation in place.
+        x: [..., K], of which y was made, in y's dtype.
+        values, layout: as in :func:`sparse_delta_linear`; the values take part by their gradient only.
+
+    Returns:
+        y itself.
+
+    Saved for backward: x, of a layout of columns only x[:, columns]. The gradient comes in values' dtype.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not fit, in one line.
+        RuntimeError: if the backend asked for cannot run here.
+    """
+    _check("with_sparse_gradient_", x, values, layout)
+    if y.shape != (*x.shape[:-1], layout.shape[0]) or y.dtype != x.dtype or y.device != x.device:
+        expected = f"y {[*x.shape[:-1], layout.shape[0]]} in x's dtype {x.dtype} on {x.device}"
+        raise ValueError(f"with_sparse_gradient_: expected {expected}, got {describe(y)}")
+    if not (torch.is_grad_enabled() and values.requires_grad):
+        return y
+    backend = backends.choose("sparse_delta_linear", x)
+    return SparseGradientFunction.apply(Options(layout, backend, [False, False, True, False]), y, x, values)
+
+
+def write_delta(weight: torch.Tensor, base: torch.Tensor, values: torch.Tensor, layout: SparseLayout) -> None:
+    """Writes base + values, added in the wider dtype and rounded once, to the layout's positions of `weight` [N, K].
+
+    Args:
+        base: [nnz], what the weight held there before Δ. values: [nnz], Δ.
+    """
+    _write_op(weight, base, values, *_flat(layout), backends.choose("sparse_delta_linear", weight))
+
+
+def _autocast(tensor: torch.Tensor | None, device_type: str) -> torch.Tensor | None:
+    eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(torch.get_autocast_dtype(device_type)) if eligible else tensor
+
+
+def _check(op: str, x: torch.Tensor, values: torch.Tensor, layout: SparseLayout) -> None:
+    if not isinstance(layout, SparseLayout):
+        raise ValueError(f"{op}: expected a SparseLayout, got {type(layout).__name__}")
+    if x.dim() == 0 or not x.is_floating_point() or x.shape[-1] != layout.shape[1]:
+        raise ValueError(f"{op}: expected a floating-point x [..., {layout.shape[1]}], got {describe(x)}")
+    fits = values.dtype == x.dtype or (values.dtype == torch.float32 and x.dtype.itemsize == 2)
+    if values.shape != (layout.nnz,) or not fits:
+        dtypes = f"x's dtype {x.dtype}" + " or float32" * (x.dtype.itemsize == 2)
+        raise ValueError(f"{op}: expected values [{layout.nnz}] in {dtypes}, got {describe(values)}")
+    if values.device != x.device or layout.device != x.device:
+        raise ValueError(
+            f"{op}: expected values and layout on x's device {x.device}, got {values.device} and {layout.device}"
+        )
+
+
+class Options(NamedTuple):
+    """What one application is given beside tensors. `needs`: of x, weight, values, bias; read outside of the Function,
+    whose `needs_input_grad` ignores grad mode."""
+
+    layout: SparseLayout
+    backend: str
+    needs: list[bool]
+
+
+class SparseDeltaLinearFunction(torch.autograd.Function):
+    """`apply(options, x, weight, values, bias)` returns y."""
+
+    @staticmethod
+    def forward(ctx, options, x, weight, values, bias):
+        _save_for_backward(ctx, options, x, weight, values)
+        return _forward_op(x, weight, values, bias, *_flat(options.layout), options.backend)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        return _backward(ctx, dy)
+
+
+class TransformableSparseDeltaLinearFunction(torch.autograd.Function):
+    """The same for `torch.func`, which wants `setup_context`; it costs the host more than the op itself."""
+
+    @staticmethod
+    def forward(options, x, weight, values, bias):
+        return _forward_op(x, weight, values, bias, *_flat(options.layout), options.backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        options, x, weight, values, _ = inputs
+        _save_for_backward(ctx, options, x, weight, values, gather=False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        return _backward(ctx, dy)
+
+
+class SparseGradientFunction(torch.autograd.Function):
+    """`apply(options, y, x, values)` returns y. A view of y instead could not be written to by what follows."""
+
+    @staticmethod
+    def forward(ctx, options, y, x, values):
+        ctx.mark_dirty(y)
+        _save_for_backward(ctx, options, x, None, values)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        *_, grad_values, _ = _backward(ctx, dy)
+        return None, dy, None, grad_values
+
+
+def _save_for_backward(ctx, options: Options, x, weight, values, gather: bool = True) -> None:
+    needs_x, needs_weight, needs_values, _ = options.needs
+    kept = x if needs_weight or needs_values else None
+    if kept is not None and gather and not needs_weight and options.layout.kind == "columns":
+        kept = reference.gather_columns(x.reshape(-1, x.shape[-1]), options.layout)
+    ctx.save_for_backward(kept, weight if needs_x else None, values if needs_x else None)
+    ctx.options = options
+    ctx.values_dtype = values.dtype
+    ctx.shape = x.shape
+
+
+def _backward(ctx, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    layout, backend, needs = ctx.options
+    x, weight, values = ctx.saved_tensors
+    x = x if x is None else x.reshape(-1, x.shape[-1])
+    rows = dy.reshape(-1, dy.shape[-1])
+    grads = iter(_backward_op(rows, x, weight, values, *_flat(layout), layout.shape, needs, ctx.values_dtype, backend))
+    result = [next(grads) if needed else None for needed in needs]
+    if needs[0]:
+        result[0] = result[0].view(ctx.shape)
+    return (None, *result)
+
+
+# A layout goes through the dispatcher as its tensors, its kind and its tile. `needs`: of x, weight, values and bias.
+LIBRARY.define(
+    "sparse_delta_linear_forward(Tensor x, Tensor weight, Tensor values, Tensor? bias, Tensor[] layout, str kind, "
+    "int[] tile, str backend) -> Tensor"
+)
+LIBRARY.define(
+    "sparse_delta_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? values, Tensor[] layout, str kind, "
+    "int[] tile, SymInt[] shape, bool[] needs, ScalarType values_dtype, str backend) -> Tensor[]"
+)
+
+LIBRARY.define(
+    "sparse_delta_write(Tensor(a!) weight, Tensor base, Tensor values, Tensor[] layout, str kind, int[] tile, "
+    "str backend) -> ()"
+)
+
+
+def _flat(layout: SparseLayout) -> tuple[list[torch.Tensor], str, tuple[int, ...]]:
+    return list(layout.tensors.values()), layout.kind, layout.tile
+
+
+def _forward(x, weight, values, bias, layout, kind, tile, backend):
+    if x.is_meta:
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
+    layout = SparseLayout.of_tensors(kind, tuple(weight.shape), layout, tuple(tile))
+    rows = x.reshape(-1, x.shape[-1])
+    if backend == "reference":
+        return reference.forward(rows, weight, values, bias, layout).view(*x.shape[:-1], weight.shape[0])
+    from . import triton_forward  # needs Triton, which the package does not
+
+    with on_device_of(x):
+        return triton_forward.forward(rows, weight, values, bias, layout).view(*x.shape[:-1], weight.shape[0])
+
+
+def _backward_of(dy, x, weight, values, layout, kind, tile, shape, needs, values_dtype, backend):
+    layout = SparseLayout.of_tensors(kind, tuple(shape), layout, tuple(tile))
+    if backend == "reference":
+        return reference.backward(dy, x, weight, values, layout, needs, values_dtype)
+    from . import triton_backward
+
+    with on_device_of(dy):
+        return triton_backward.backward(dy, x, weight, values, layout, needs, values_dtype)
+
+
+def _write(weight, base, values, layout, kind, tile, backend):
+    layout = SparseLayout.of_tensors(kind, tuple(weight.shape), layout, tuple(tile))
+    if backend == "reference":
+        layout.put_(weight, base + values)
+        return
+    from . import triton_write
+
+    with on_device_of(weight):
+        triton_write.write(weight, base, values, layout)
+
+
+_forward_op = register("sparse_delta_linear_forward", _forward)
+_backward_op = register("sparse_delta_linear_backward", _backward_of)
+_write_op = register("sparse_delta_write", _write)
+
+
+@torch.library.register_fake("peft_kernels::sparse_delta_linear_forward", lib=LIBRARY)
+def _(x, weight, values, bias, layout, kind, tile, backend):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("peft_kernels::sparse_delta_linear_backward", lib=LIBRARY)
+def _(dy, x, weight, values, layout, kind, tile, shape, needs, values_dtype, backend):
+    N, K = shape
+    nnz = SparseLayout.of_tensors(kind, (N, K), layout, tuple(tile)).nnz
+    empty = (dy.new_empty(dy.shape[0], K), dy.new_empty(N, K), dy.new_empty(nnz, dtype=values_dtype), dy.new_empty(N))
+    return [tensor for tensor, needed in zip(empty, needs) if needed]
+
+
+@torch.library.register_fake("peft_kernels::sparse_delta_write", lib=LIBRARY)
+def _(weight, base, values, layout, kind, tile, backend):
+    return None

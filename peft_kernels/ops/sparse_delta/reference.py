@@ -1,0 +1,187 @@
+"""Linear layers with a sparse delta in plain PyTorch: any dtype, any device, forward and explicit backward.
+
+This is the definition that the kernels are tested against, and the path of the CPU. Where a delta has no structure that
+a thin product could use, a band of the weight at a time is copied and patched: no copy of the whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+from .layout import SparseLayout
+
+#: Bytes of a patched or gathered piece: small enough for a cache where there is one.
+PIECE_BYTES = 4 << 20
+#: Up to this density the gradient of entries is sampled on a CPU, one dot product each; from there on the product that
+#: fills all of dW is faster (SmolLM2's shapes, 512 tokens, float32: a third of its time at 1 %, the same at 12 %).
+SAMPLED_UP_TO = 0.1
+#: Tokens that are sampled at a time, so that both operands stay in the cache.
+SAMPLED_TOKENS = 512
+#: Smallest side of a block that has a product of its own.
+SMALLEST_BLOCK = 16
+
+
+def forward(
+    x: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, layout: SparseLayout
+) -> torch.Tensor:
+    """y = x·(W + Δ)ᵀ + bias, [M, N]; x [M, K]."""
+    if layout.kind == "columns":
+        delta = _shaped(values, layout, x.dtype)
+        return torch.nn.functional.linear(gather_columns(x, layout), delta, bias).addmm_(x, weight.t())
+    if layout.kind == "rows":
+        index = layout.tensors["index"]
+        patched = _patched(weight[index], _shaped(values, layout))
+        return torch.nn.functional.linear(x, weight, bias).index_copy_(
+            1, index, torch.nn.functional.linear(x, patched, None if bias is None else bias[index])
+        )
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    for band, patched in _patched_bands(weight, values, layout, dim=0):
+        if bias is None:
+            torch.mm(x, patched.t(), out=y[:, band])
+        else:  # before the result is rounded
+            torch.addmm(bias[band], x, patched.t(), out=y[:, band])
+    return y
+
+
+def backward(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    values: torch.Tensor | None,
+    layout: SparseLayout,
+    needs: list[bool],
+    values_dtype: torch.dtype,
+) -> list[torch.Tensor]:
+    """The gradients that are needed, in this order: x, weight, values, bias.
+
+    Args:
+        dy: [M, N]. x: [M, K]; for columns it may be what `gather_columns` made of it, if the weight needs no gradient.
+        needs: four answers, in the order of the result.
+    """
+    needs_x, needs_weight, needs_values, needs_bias = needs
+    grads = []
+    if needs_x:
+        grads.append(grad_x(dy, weight, values, layout))
+    if needs_weight:
+        grads.append(dy.t().mm(x))
+    if needs_values:
+        grads.append(grad_values(dy, x, layout).to(values_dtype))
+    if needs_bias:
+        grads.append(dy.sum(0))
+    return grads
+
+
+def grad_x(dy: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, layout: SparseLayout) -> torch.Tensor:
+    """dx = dy·(W + Δ), [M, K]."""
+    if layout.kind == "rows":
+        dx = dy[:, layout.tensors["index"]].mm(_shaped(values, layout, dy.dtype))
+        return dx.addmm_(dy, weight)
+    if layout.kind == "columns":
+        index = layout.tensors["index"]
+        patched = _patched(weight[:, index], _shaped(values, layout))
+        return dy.mm(weight).index_copy_(1, index, dy.mm(patched))
+    dx = dy.new_empty(dy.shape[0], weight.shape[1])
+    for band, patched in _patched_bands(weight, values, layout, dim=1):
+        torch.mm(dy, patched, out=dx[:, band])
+    return dx
+
+
+def grad_values(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout) -> torch.Tensor:
+    """dvalues = dyᵀ·x at the layout's positions, [nnz], in dy's dtype or wider. For columns x may be gathered."""
+    if layout.kind == "rows":
+        return dy[:, layout.tensors["index"]].t().mm(x).flatten()
+    if layout.kind == "columns":
+        gathered = x if x.shape[1] != layout.shape[1] else gather_columns(x, layout)
+        return dy.t().mm(gathered).flatten()
+    if layout.kind == "blocks" and min(layout.tile) >= SMALLEST_BLOCK:
+        return _grad_blocks(dy, x, layout)
+    if layout.kind == "entries" and layout.density <= SAMPLED_UP_TO and dy.is_cpu and torch.backends.mkl.is_available():
+        return _sampled(dy, x, layout)
+    return _gathered_from_bands(dy, x, layout)
+
+
+def gather_columns(x: torch.Tensor, layout: SparseLayout) -> torch.Tensor:
+    """x[:, index], [M, count]: all that the gradient of columns reads of x."""
+    return x.index_select(1, layout.tensors["index"])
+
+
+def _shaped(values: torch.Tensor, layout: SparseLayout, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return values.to(dtype or values.dtype).view(layout.values_shape)
+
+
+def _patched(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """W + Δ, added in the wider dtype and rounded once to the weight's."""
+    return (weight + delta).to(weight.dtype)
+
+
+def bands(layout: SparseLayout, dim: int, element_size: int, piece_bytes: int | None = None) -> Iterator[slice]:
+    """Rows (dim 0) or columns (dim 1) of the weight, a fourth of it at most, that cut no block and no group apart."""
+    size, across = layout.shape[dim], layout.shape[1 - dim]
+    whole = {"blocks": layout.tile, "n_of_m": (1, *layout.tile[1:])}.get(layout.kind, (1, 1))[dim]
+    fitting = min((piece_bytes or PIECE_BYTES) // max(1, across * element_size), -(-size // 4))
+    step = max(1, fitting // whole) * whole
+    for start in range(0, size, step):
+        yield slice(start, min(start + step, size))
+
+
+def _patched_bands(
+    weight: torch.Tensor, values: torch.Tensor, layout: SparseLayout, dim: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Rows or columns of the weight, a band at a time, with Δ in a copy of them."""
+    delta = _shaped(values, layout)
+    for band in bands(layout, dim, weight.element_size()):
+        part = weight[band] if dim == 0 else weight[:, band]
+        patched = torch.empty(part.shape, dtype=part.dtype, device=part.device).copy_(part)
+        chosen, place = layout.within(dim, band)
+        flat = patched.view(-1)
+        flat[place] = _patched(flat[place], delta[chosen].flatten())
+        yield band, patched
+
+
+def _gathered_from_bands(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout) -> torch.Tensor:
+    """dW by bands of rows, of each of which only the positions are kept."""
+    result = dy.new_empty(layout.values_shape)
+    for band in bands(layout, 0, dy.element_size()):
+        chosen, place = layout.within(0, band)
+        result[chosen] = dy[:, band].t().mm(x).view(-1)[place].view(-1, *result.shape[1:])
+    return result.flatten()
+
+
+def _grad_blocks(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout) -> torch.Tensor:
+    """A product for each block, as many at a time as fit a piece when they are gathered."""
+    (height, width), index, M = layout.tile, layout.tensors["index"], dy.shape[0]
+    across = max(1, layout.shape[1] // width)
+    dy_blocks, x_blocks = dy.unflatten(1, (-1, height)), x.unflatten(1, (-1, width))
+    step = max(1, PIECE_BYTES // max(1, M * (height + width) * dy.element_size()))
+    result = dy.new_empty(layout.values_shape)
+    for start in range(0, len(index), step):
+        some = index[start : start + step]
+        left = dy_blocks[:, some // across].permute(1, 2, 0)  # [blocks, height, M]
+        torch.bmm(left, x_blocks[:, some % across].transpose(0, 1), out=result[start : start + step])
+    return result.flatten()
+
+
+def _sampled(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout) -> torch.Tensor:
+    """One dot product an entry, in float32 at least (SDDMM); each has one owner, so that the sum's order is fixed."""
+    _quiet_about_csr()
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    starts = layout.tensors["row_starts"]
+    result = torch.sparse_csr_tensor(
+        starts, layout.tensors["columns"].to(starts.dtype), dy.new_zeros(layout.nnz, dtype=wide), layout.shape,
+        check_invariants=False,
+    )  # fmt: skip
+    for left, right in zip(dy.split(SAMPLED_TOKENS), x.split(SAMPLED_TOKENS)):
+        torch.sparse.sampled_addmm(result, left.to(wide).t(), right.to(wide), out=result)
+    return result.values()
+
+
+@functools.cache
+def _quiet_about_csr() -> None:
+    """torch warns once a process that CSR tensors are in beta: here, where nobody reads it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)

@@ -1,0 +1,223 @@
+"""The gradient of the values by Triton: from tiles of dW that never leave the registers (entries, n of m), by thin
+products (rows, columns, blocks), or one dot product an entry where there are few. No atomics: the same bits every
+time."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..common.device import dot, tile_of
+from ..common.reduce import split_reduce
+from ..common.triton_host import architecture, dot_precision, sm_count
+from . import configs
+from .layout import SparseLayout
+from .triton_forward import grad_x
+
+
+@triton.jit
+def first_at_least(columns_ptr, low, high, wanted, steps):
+    """The first place in [low, high) of ascending columns whose column is at least `wanted`; int64, one a row."""
+    for _ in range(steps):
+        searching = low < high
+        middle = (low + high) // 2
+        below = tl.load(columns_ptr + middle, mask=searching, other=0).to(tl.int64) < wanted
+        low = tl.where(searching & below, middle + 1, low)
+        high = tl.where(searching & (below == 0), middle, high)
+    return low
+
+
+@triton.jit(do_not_specialize=["M", "steps"])
+def gathered_tile_kernel(
+    dy_ptr, x_ptr, out_ptr, starts_ptr, columns_ptr, M, N, K, n, m, steps,
+    stride_dym, stride_dyn, stride_xm, stride_xk,
+    ENTRIES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    GATHERED: tl.constexpr, GROUP_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of dW = dyᵀ·x a program, in float32 registers; only what the layout holds of it is written.
+
+    ENTRIES: a row's entries in the tile are neighbours among its ascending columns, found by two searches. Else n of m:
+    `columns_ptr` are offsets in groups of m, and a tile has as many of a row as the next.
+    """
+    tile_n, tile_k = tile_of(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K), GROUP_N)
+    first_column = tile_k.to(tl.int64) * BLOCK_K
+    rows = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = first_column + tl.arange(0, BLOCK_K)
+    tokens = tl.arange(0, BLOCK_M)
+    dy = dy_ptr + rows[:, None] * stride_dyn + tokens.to(tl.int64)[None, :] * stride_dym
+    x = x_ptr + tokens.to(tl.int64)[:, None] * stride_xm + columns[None, :] * stride_xk
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for start in range(0, M, BLOCK_M):
+        dy_tile = tl.load(dy, mask=(rows < N)[:, None] & (start + tokens < M)[None, :], other=0.0)
+        x_tile = tl.load(x, mask=(start + tokens < M)[:, None] & (columns < K)[None, :], other=0.0)
+        acc = dot(dy_tile, x_tile, acc, PRECISION)
+        dy += tl.full((), BLOCK_M, tl.int64) * stride_dym
+        x += tl.full((), BLOCK_M, tl.int64) * stride_xm
+    if ENTRIES:
+        row_first = tl.load(starts_ptr + rows, mask=rows < N, other=0).to(tl.int64)
+        row_last = tl.load(starts_ptr + rows + 1, mask=rows < N, other=0).to(tl.int64)
+        first = first_at_least(columns_ptr, row_first, row_last, first_column, steps)
+        last = first_at_least(columns_ptr, first, row_last, first_column + BLOCK_K, steps)
+    else:  # groups that the tile's edges cut apart as well
+        row_first = rows * (K // m * n)
+        first = row_first + first_column // m * n
+        last = row_first + tl.minimum((first_column + BLOCK_K + m - 1) // m, K // m) * n
+        last = tl.where(rows < N, last, first)
+    origin = (first_column % m).to(tl.int32)
+    for start in range(0, tl.max(last - first).to(tl.int32), GATHERED):
+        step = start + tl.arange(0, GATHERED)[None, :]
+        number = first[:, None] + step
+        inside = number < last[:, None]
+        column = tl.load(columns_ptr + number, mask=inside, other=0).to(tl.int32)
+        if ENTRIES:
+            local = column - first_column.to(tl.int32)
+        else:
+            local = step // n * m - origin + column
+            inside &= (local >= 0) & (local < BLOCK_K)
+        gathered = tl.gather(acc, tl.where(inside, local, 0), 1)
+        tl.store(out_ptr + number, gathered.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["M", "tokens_per_split"])
+def thin_kernel(
+    dy_ptr, x_ptr, out_ptr, index_ptr, M, N, K, across, tokens_per_split, stride_dym, stride_dyn, stride_xm, stride_xk,
+    stride_split,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out[split, batch, N, K] = Σ of a split's tokens of dy[m, row]·x[m, column], a tile a program.
+
+    ROWS: row n is index[n] of dy. BLOCKS: the batch are blocks of N × K, their numbers in index, `across` in a row of
+    blocks. Else rows and columns as they are.
+    """
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    tile_n, tile_k = tl.program_id(0) // tiles_k, tl.program_id(0) % tiles_k
+    batch, split = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tile_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    rows, columns = n, k
+    if ROWS:
+        rows = tl.load(index_ptr + n, mask=n < N, other=0)
+    if BLOCKS:
+        block = tl.load(index_ptr + batch)
+        rows, columns = block // across * N + n, block % across * K + k
+    tokens = split * tokens_per_split + tl.arange(0, BLOCK_M)
+    last = tl.minimum((split + 1) * tokens_per_split, M)
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for _ in range(0, tokens_per_split, BLOCK_M):
+        dy = dy_ptr + rows[:, None] * stride_dyn + tokens[None, :] * stride_dym
+        x = x_ptr + tokens[:, None] * stride_xm + columns[None, :] * stride_xk
+        dy_tile = tl.load(dy, mask=(n < N)[:, None] & (tokens < last)[None, :], other=0.0)
+        x_tile = tl.load(x, mask=(tokens < last)[:, None] & (k < K)[None, :], other=0.0)
+        acc = dot(dy_tile, x_tile, acc, PRECISION)
+        tokens += BLOCK_M
+    out = out_ptr + split * stride_split + batch * N * K + n[:, None] * K + k[None, :]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "nnz", "N", "steps"])
+def sampled_kernel(
+    dyt_ptr, xt_ptr, out_ptr, starts_ptr, columns_ptr, M, N, nnz, steps,
+    ENTRIES: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """out[i] = Σ_m dyᵀ[row, m]·xᵀ[column, m] for ENTRIES neighbours among the values; both operands contiguous."""
+    i = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
+    inside = i < nnz
+    low, high = tl.zeros_like(i), tl.zeros_like(i) + N
+    for _ in range(steps):
+        middle = (low + high) // 2
+        before = tl.load(starts_ptr + middle, mask=inside, other=0) <= i
+        low, high = tl.where(before, middle, low), tl.where(before, high, middle)
+    column = tl.load(columns_ptr + i, mask=inside, other=0).to(tl.int64)
+    tokens = tl.arange(0, BLOCK_M)
+    acc = tl.zeros((ENTRIES, BLOCK_M), tl.float32)
+    for start in range(0, M, BLOCK_M):
+        read = inside[:, None] & (start + tokens < M)[None, :]
+        dy = tl.load(dyt_ptr + low[:, None] * M + start + tokens[None, :], mask=read, other=0.0).to(tl.float32)
+        x = tl.load(xt_ptr + column[:, None] * M + start + tokens[None, :], mask=read, other=0.0).to(tl.float32)
+        acc += dy * x
+    tl.store(out_ptr + i, tl.sum(acc, 1).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def backward(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    values: torch.Tensor | None,
+    layout: SparseLayout,
+    needs: list[bool],
+    values_dtype: torch.dtype,
+) -> list[torch.Tensor]:
+    """As `reference.backward`; the values' gradient is written in its own dtype from float32 sums."""
+    needs_x, needs_weight, needs_values, needs_bias = needs
+    if 0 in dy.stride():  # as of a sum: every load would go to one place
+        dy = dy.contiguous()
+    grads = []
+    if needs_x:
+        grads.append(grad_x(dy, weight, values, layout))
+    if needs_weight:
+        grads.append(dy.t().mm(x))
+    if needs_values:
+        grads.append(grad_values(dy, x, layout, values_dtype))
+    if needs_bias:
+        grads.append(dy.sum(0))
+    return grads
+
+
+def grad_values(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: torch.dtype) -> torch.Tensor:
+    """dvalues = dyᵀ·x at the layout's positions, [nnz], `dtype`. For columns x may be gathered."""
+    if layout.nnz == 0 or dy.shape[0] == 0:
+        return dy.new_zeros(layout.nnz, dtype=dtype)
+    if layout.kind == "entries" and layout.density <= configs.SAMPLED_UP_TO:
+        return _sampled(dy, x, layout, dtype)
+    if layout.kind in ("entries", "n_of_m"):
+        return _gathered(dy, x, layout, dtype)
+    if layout.kind == "columns" and x.shape[1] == layout.shape[1]:
+        x = x.index_select(1, layout.tensors["index"])
+    return _thin(dy, x, layout, dtype)
+
+
+def _gathered(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: torch.dtype) -> torch.Tensor:
+    (N, K), M, entries = layout.shape, dy.shape[0], layout.kind == "entries"
+    out = dy.new_empty(layout.nnz, dtype=dtype)
+    n, m = layout.tile or (1, 1)  # of entries neither is read
+    held = list(layout.tensors.values())
+    tile = configs.grad_tile(N, K, layout.density, dy.element_size(), architecture(dy.device))
+    gathered_tile_kernel[(triton.cdiv(N, tile.block_n) * triton.cdiv(K, tile.block_k),)](
+        dy, x, out, held[0], held[-1], M, N, K, n, m, K.bit_length(), *dy.stride(), *x.stride(),
+        ENTRIES=entries, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_M=tile.block_m, GATHERED=tile.gathered,
+        GROUP_N=tile.group_n, PRECISION=dot_precision(dy.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def _thin(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: torch.dtype) -> torch.Tensor:
+    index, M = layout.tensors["index"], dy.shape[0]
+    blocks, rows = layout.kind == "blocks", layout.kind == "rows"
+    batch = len(index) if blocks else 1
+    N, K = layout.values_shape[-2:]
+    tile = configs.thin_tile(N, K, M, batch, dy.element_size(), 2 * sm_count(dy.device))
+    out = dy.new_empty(layout.nnz, dtype=dtype)
+    split = tile.splits > 1
+    partials = dy.new_empty(tile.splits, layout.nnz, dtype=torch.float32) if split else out
+    per_split = triton.cdiv(triton.cdiv(M, tile.splits), tile.block_m) * tile.block_m
+    thin_kernel[(triton.cdiv(N, tile.block_n) * triton.cdiv(K, tile.block_k), batch, tile.splits)](
+        dy, x, partials, index, M, N, K, layout.shape[1] // K if blocks else 0, per_split, *dy.stride(), *x.stride(),
+        layout.nnz if split else 0, ROWS=rows, BLOCKS=blocks, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        BLOCK_M=tile.block_m, PRECISION=dot_precision(dy.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    if split:
+        split_reduce(partials.view(tile.splits, -1, K), out.view(-1, K))
+    return out
+
+
+def _sampled(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: torch.dtype) -> torch.Tensor:
+    out = dy.new_empty(layout.nnz, dtype=dtype)
+    tile, N = configs.sampled_tile(dy.element_size()), layout.shape[0]
+    starts, columns = layout.tensors["row_starts"], layout.tensors["columns"]
+    sampled_kernel[(triton.cdiv(layout.nnz, tile.entries),)](
+        dy.t().contiguous(), x.t().contiguous(), out, starts, columns, dy.shape[0], N, layout.nnz, N.bit_length(),
+        ENTRIES=tile.entries, BLOCK_M=tile.block_m, num_warps=tile.num_warps,
+    )  # fmt: skip
+    return out

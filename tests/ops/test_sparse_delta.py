@@ -1,0 +1,289 @@
+"""The linear layer with a sparse delta on the CPU: its reference against float64, what it saves, what it refuses, and
+how it goes with the rest of torch."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import peft_kernels as pk
+from peft_kernels.ops.sparse_delta import SparseDeltaLinearFunction, SparseGradientFunction, reference
+from peft_kernels.testing import saved_tensors
+from peft_kernels.testing.sparse_delta import make_case, make_layout, run, scatter_expression
+from tests.checks import sparse_delta as checks
+
+DTYPES = {
+    "float32": {"dtype": torch.float32},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float16": {"dtype": torch.float16},
+    "float32-values": {"dtype": torch.bfloat16, "values_dtype": torch.float32},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", checks.LAYOUTS)
+@pytest.mark.parametrize("shape", checks.SHAPES)
+def test_within_eager(dtype, layout, shape):
+    checks.check_within_eager("reference", **checks.SHAPES[shape], **checks.LAYOUTS[layout], **DTYPES[dtype])
+
+
+@pytest.mark.parametrize("layout", checks.LAYOUTS)
+def test_within_eager_under_autocast(layout):
+    checks.check_within_eager(
+        "reference", autocast=torch.bfloat16, **checks.SHAPES["odd"], **checks.LAYOUTS[layout], dtype=torch.float32
+    )
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(["entries", "rows", "columns", "blocks", "n_of_m"]),
+    batch=st.lists(st.integers(1, 12), max_size=3).map(tuple),
+    in_features=st.integers(1, 25).map(lambda n: 8 * n),
+    out_features=st.integers(1, 30).map(lambda n: 4 * n),
+    density=st.floats(0.01, 1.0),
+    tile=st.sampled_from([(1, 1), (4, 8), (2, 4)]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    bias=st.booleans(),
+)
+def test_drawn_shapes(**case_arguments):
+    checks.check_within_eager("reference", **case_arguments)
+
+
+@pytest.mark.parametrize("kind", ["entries", "rows", "columns", "blocks", "n_of_m"])
+def test_small_pieces_give_the_same(kind, monkeypatch):
+    """Bands, gathered blocks and sampled tokens cut small, against the expression in float64; large blocks too."""
+    monkeypatch.setattr(reference, "PIECE_BYTES", 2048)
+    monkeypatch.setattr(reference, "SAMPLED_TOKENS", 7)
+    case = make_case(kind, (50,), 96, 64, 0.05, torch.float64, tile=(16, 32))
+    expected = run(case, scatter_expression)
+    for name, value in run(case).items():
+        torch.testing.assert_close(value, expected[name])
+
+
+@pytest.mark.parametrize("kind", ["entries", "rows", "columns", "blocks", "n_of_m"])
+def test_gradcheck(kind):
+    case = make_case(kind, (2, 3), 8, 8, 0.3, torch.float64, tile=(4, 4))
+    leaves = [leaf.requires_grad_() for leaf in (case.x, case.weight, case.values, case.bias)]
+    assert torch.autograd.gradcheck(lambda x, w, v, b: pk.sparse_delta_linear(x, w, v, case.layout, b), leaves)
+
+
+def test_subsets():
+    checks.check_subsets("reference")
+
+
+def test_strides():
+    checks.check_strides("reference")
+
+
+def test_empty():
+    checks.check_empty("reference")
+
+
+def test_runs(monkeypatch):
+    checks.check_runs("reference", "cpu", monkeypatch)
+    assert pk.backends.choose("sparse_delta_linear", torch.ones(1)) == "reference"
+
+
+@pytest.mark.parametrize("layout", checks.LAYOUTS)
+def test_no_tensor_as_large_as_the_weight(layout):
+    """Forward without a dense copy of W, backward without a dense dW."""
+    case = make_case(**checks.LAYOUTS[layout], batch=(8,), in_features=256, out_features=512, frozen=("weight",))
+    with largest_allocation() as largest:
+        run(case)
+    for leaf in (case.weight, case.weight):  # `run` clones its leaves: those are the only ones
+        largest.remove(leaf.numel()) if leaf.numel() in largest else None
+    assert max(largest) <= case.weight.numel() / 2, sorted(largest)[-5:]
+
+
+class largest_allocation(torch.utils._python_dispatch.TorchDispatchMode):
+    """Collects the number of elements of every tensor that an operation returns."""
+
+    def __enter__(self):
+        super().__enter__()
+        self.sizes = []
+        return self.sizes
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor._is_view():
+                self.sizes.append(tensor.numel())
+        return result
+
+
+class TestTorch:
+    """torch.compile, opcheck, autocast, torch.func, checkpointing, graphs of autograd."""
+
+    @pytest.mark.parametrize("kind", ["entries", "columns", "blocks", "n_of_m"])
+    def test_opcheck(self, kind):
+        case = make_case(kind, (4, 5), 24, 16, tile=(4, 8))
+        layout = list(case.layout.tensors.values()), case.layout.kind, case.layout.tile
+        ops = torch.ops.peft_kernels
+        torch.library.opcheck(
+            ops.sparse_delta_linear_forward.default, (case.x, case.weight, case.values, case.bias, *layout, "reference")
+        )
+        x, dy = case.x.view(20, 24), case.dy.view(20, 16)
+        torch.library.opcheck(
+            ops.sparse_delta_linear_backward.default,
+            (dy, x, case.weight, case.values, *layout, [16, 24], [True] * 4, torch.float32, "reference"),
+        )
+        base = case.layout.take(case.weight)
+        torch.library.opcheck(ops.sparse_delta_write.default, (case.weight.clone(), base, case.values, *layout))
+
+    @pytest.mark.parametrize("kind", ["entries", "columns"])
+    def test_compile_with_dynamic_rows(self, kind):
+        torch._dynamo.reset()
+        graphs = CompileCounterWithBackend("inductor")
+        case = make_case(kind, (4,), 24, 16)
+        values = case.values.requires_grad_()
+
+        def function(x, values):
+            return pk.sparse_delta_linear(x, case.weight, values, case.layout, case.bias).sin().sum()
+
+        compiled = torch.compile(function, fullgraph=True, backend=graphs)
+        for rows in (4, 6, 7, 9, 12):
+            x = torch.randn(rows, 24, requires_grad=True)
+            found = torch.autograd.grad(compiled(x, values), [x, values])
+            for one, other in zip(found, torch.autograd.grad(function(x, values), [x, values])):
+                torch.testing.assert_close(one, other)
+        assert graphs.frame_count <= 2
+
+    def test_compile_every_subset(self):
+        for kind in ("entries", "columns"):
+            for frozen in ((), ("x",), ("weight",), ("values",), ("x", "weight"), ("values", "weight"), ("bias",)):
+                torch._dynamo.reset()
+                case = make_case(kind, (5,), 16, 8, frozen=frozen)
+                function = torch.compile(pk.sparse_delta_linear, fullgraph=True, backend="aot_eager")
+                for name, value in run(case, lambda *args, function=function: function(*args)).items():
+                    torch.testing.assert_close(run(case)[name], value)
+
+    @pytest.mark.parametrize("reentrant", [True, False])
+    def test_checkpointing(self, reentrant):
+        case = make_case(batch=(12,))
+        x, values = case.x.requires_grad_(), case.values.requires_grad_()
+
+        def block(x):
+            return pk.sparse_delta_linear(x, case.weight, values, case.layout, case.bias).tanh()
+
+        expected = torch.autograd.grad(block(x).sum(), (x, values))
+        checkpoint(block, x, use_reentrant=reentrant).sum().backward()
+        for leaf, grad in zip((x, values), expected):
+            torch.testing.assert_close(leaf.grad, grad)
+
+    @pytest.mark.parametrize("kind", ["entries", "columns"])
+    def test_functional_gradients(self, kind):
+        case = make_case(kind, dtype=torch.float64)
+
+        def loss(values):
+            return pk.sparse_delta_linear(case.x, case.weight, values, case.layout, case.bias).square().sum()
+
+        leaf = case.values.clone().requires_grad_()
+        loss(leaf).backward()
+        torch.testing.assert_close(torch.func.grad(loss)(case.values), leaf.grad)
+
+    def test_double_backward_is_refused(self):
+        case = make_case()
+        y = pk.sparse_delta_linear(case.x.requires_grad_(), case.weight, case.values, case.layout)
+        (grad,) = torch.autograd.grad(y.square().sum(), case.x, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            grad.sum().backward()
+
+    def test_gradients_add_up_in_float32(self):
+        """Of many micro-batches beside a bfloat16 weight: as exact as their sum, not as a bfloat16 one."""
+        case = make_case("entries", (16,), 64, 32, 0.05, torch.bfloat16, torch.float32)
+        values = case.values.requires_grad_()
+        assert values.grad is None
+        exact = torch.zeros(len(values), dtype=torch.float64)
+        for draw in range(64):
+            x = make_case("entries", (16,), 64, 32, dtype=torch.bfloat16, draw=draw).x
+            pk.sparse_delta_linear(x, case.weight, values, case.layout).backward(case.dy)
+            exact += (case.dy.double().t() @ x.double()).flatten()[case.layout.indices()]
+        assert values.grad.dtype == torch.float32
+        error = (values.grad - exact).abs().max() / exact.abs().max()
+        assert error < 1e-5
+
+    def test_functions_are_autograd_functions(self):
+        assert issubclass(SparseDeltaLinearFunction, torch.autograd.Function)
+        assert issubclass(SparseGradientFunction, torch.autograd.Function)
+
+    def test_meta_tensors(self):
+        case = make_case(batch=(2, 3))
+        x, weight, values = (t.to("meta") for t in (case.x, case.weight, case.values))
+        assert pk.sparse_delta_linear(x, weight, values, case.layout.to("meta")).shape == (2, 3, 16)
+
+
+class TestSparseGradient:
+    """`with_sparse_gradient_`."""
+
+    @pytest.mark.parametrize("kind", ["entries", "columns", "rows"])
+    def test_beside_a_lora_layer(self, kind):
+        """One layer with both: the gradients of the adapter, of x and of the values."""
+        case = make_case(kind, (7,), 24, 16, dtype=torch.float64)
+        lora_A, lora_B = torch.randn(3, 24, dtype=torch.float64), torch.randn(16, 3, dtype=torch.float64)
+        leaves = [leaf.requires_grad_() for leaf in (case.x, case.values, lora_A, lora_B)]
+        expected = scatter_expression(case.x, case.weight, case.values, case.layout, None)
+        expected = expected + case.x @ lora_A.t() @ lora_B.t()
+        with torch.no_grad():
+            case.layout.put_(case.weight, case.layout.take(case.weight) + case.values)
+        y = pk.lora_linear(case.x, case.weight, lora_A, lora_B, 1.0)
+        assert pk.with_sparse_gradient_(y, case.x, case.values, case.layout) is y
+        torch.testing.assert_close(y, expected)
+        for one, other in zip(torch.autograd.grad(y, leaves, case.dy), torch.autograd.grad(expected, leaves, case.dy)):
+            torch.testing.assert_close(one, other)
+
+    def test_what_is_saved(self):
+        for kind, elements in (("entries", 6 * 32), ("columns", 6 * 3)):
+            case = make_case(kind)
+            y = torch.nn.functional.linear(case.x, case.weight)
+            with saved_tensors() as saved:
+                pk.with_sparse_gradient_(y, case.x, case.values.requires_grad_(), case.layout)
+            assert [tensor.numel() for tensor in saved] == [elements]
+
+    def test_nothing_without_gradients(self):
+        case = make_case()
+        y = torch.nn.functional.linear(case.x, case.weight)
+        with saved_tensors() as saved:
+            assert pk.with_sparse_gradient_(y, case.x, case.values, case.layout).grad_fn is None
+        assert not saved
+
+    def test_what_follows_may_write_in_place(self):
+        case = make_case()
+        y = torch.nn.functional.linear(case.x, case.weight)
+        y = pk.with_sparse_gradient_(y, case.x, case.values.requires_grad_(), case.layout).add_(1).relu_()
+        assert torch.autograd.grad(y.sum(), case.values)[0].any()
+
+
+BAD_INPUT = {
+    "x of another width": ({"x": torch.ones(6, 31)}, r"expected a floating-point x \[..., 32\], got \[6, 31\]"),
+    "integer x": ({"x": torch.ones(6, 32, dtype=torch.int64)}, "expected a floating-point x"),
+    "scalar x": ({"x": torch.tensor(1.0)}, "expected a floating-point x"),
+    "weight shape": ({"weight": torch.ones(15, 32)}, r"expected weight \[16, 32\], as the layout's.*got \[15, 32\]"),
+    "weight dtype": ({"weight": torch.ones(16, 32).double()}, "in x's dtype torch.float32 .*got .* float64"),
+    "weight device": ({"weight": torch.ones(16, 32, device="meta")}, "on cpu, got .* on meta"),
+    "values shape": ({"values": torch.ones(5)}, r"expected values \[51\] in x's dtype torch.float32, got \[5\]"),
+    "values dtype": ({"values": torch.ones(51).half()}, r"expected values \[51\] in x's dtype torch.float32, got"),
+    "values device": ({"values": torch.ones(51, device="meta")}, "expected values and layout on x's device cpu"),
+    "layout device": ({"layout": make_layout("entries", 16, 32, 0.1).to("meta")}, "got cpu and meta"),
+    "layout type": ({"layout": torch.ones(16, 32)}, "expected a SparseLayout, got Tensor"),
+    "bias shape": ({"bias": torch.ones(15)}, r"expected bias \[16\]"),
+    "bias dtype": ({"bias": torch.ones(16).double()}, "expected bias .* in x's dtype"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_gets_one_line(name):
+    changes, message = BAD_INPUT[name]
+    case = make_case()
+    given = {key: getattr(case, key) for key in ("x", "weight", "values", "layout", "bias")} | changes
+    with pytest.raises(ValueError, match=message) as error:
+        pk.sparse_delta_linear(**given)
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith("sparse_delta_linear: ")
+
+
+def test_bad_input_of_the_gradient_alone():
+    case = make_case()
+    with pytest.raises(ValueError, match=r"with_sparse_gradient_: expected y \[6, 16\] .*got \[6, 15\]"):
+        pk.with_sparse_gradient_(torch.ones(6, 15), case.x, case.values, case.layout)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..ops.common.messages import describe
 from ..ops.sparse_delta import SparseDelta, SparseLayout, with_sparse_gradient_, write_delta
 
 
@@ -82,12 +83,14 @@ class SparseDeltaLinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._begin(layout)
+        self._begin(layout, "default")
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, layout: SparseLayout) -> SparseDeltaLinear:
+    def from_linear(
+        cls, linear: nn.Linear, layout: SparseLayout | SparseDelta, name: str = "default"
+    ) -> SparseDeltaLinear:
         """A layer around `linear`'s own weight and bias: the same Parameters, not copies, which are frozen. The weight
-        will be written to: who else holds it sees Δ too, until `restore()`.
+        will be written to: who else holds it sees Δ too, until `restore()`. A layout begins at Δ = 0.
 
         Raises:
             ValueError: if `linear` is no `nn.Linear`, or is one of these already; for a layout of another shape.
@@ -99,19 +102,19 @@ class SparseDeltaLinear(nn.Linear):
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
         layer.weight = linear.weight
         layer.register_parameter("bias", linear.bias)  # also None has to stand among the parameters
-        layer._begin(layout)
+        layer._begin(layout, name)
         return layer.train(linear.training)
 
-    def _begin(self, layout: SparseLayout) -> None:
+    def _begin(self, delta: SparseLayout | SparseDelta, name: str) -> None:
         self.deltas = nn.ModuleDict()
         self.active: str | None = None
         self._written: tuple | None = None  # changes with what was written, and where
         self._fresh = False  # no training forward since
-        self.add_delta("default", layout)
+        self.add_delta(name, delta)
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        self.apply_delta("default")
+        self.apply_delta(name)
 
     @property
     def values(self) -> nn.Parameter:
@@ -225,6 +228,28 @@ class SparseDeltaLinear(nn.Linear):
             delta = self.deltas[self.active]
             delta.layout.put_(self.weight, delta.base)
             delta.base, self.active, self._written = None, None, None
+
+    @torch.no_grad()
+    def move_delta(self, layout: SparseLayout, values: torch.Tensor) -> None:
+        """Move the active delta to a layout of the same kind and size; the Parameter, and what an optimizer knows of
+        it, stay. For methods that drop and grow entries while they train.
+
+        Raises:
+            ValueError: a layout of another kind, shape or number of values; nothing is changed then.
+        """
+        name, old = self.active, self.layout
+        sizes = [tensor.shape for tensor in layout.tensors.values()]
+        if (layout.kind, layout.shape, layout.tile) != (old.kind, old.shape, old.tile) or sizes != [
+            tensor.shape for tensor in old.tensors.values()
+        ]:
+            raise ValueError(f"expected a layout as {old}, got {layout}")
+        if values.shape != (layout.nnz,):
+            raise ValueError(f"expected values [{layout.nnz}], got {describe(values)}")
+        self.restore()
+        for key, tensor in layout.tensors.items():
+            self.deltas[name]._buffers[key] = tensor.to(self.weight.device)
+        self.deltas[name].values.copy_(values)
+        self.apply_delta(name)
 
     def merge(self) -> nn.Linear:
         """A plain `nn.Linear` with W₀ + Δ: this layer's weight and bias, not copies."""

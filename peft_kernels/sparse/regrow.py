@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..nn import SparseDeltaLinear
 from ..ops.common.messages import describe
 from ..ops.sparse_delta import SparseLayout
 from .select import largest
@@ -134,6 +135,29 @@ def candidates(gradient: torch.Tensor, layout: SparseLayout, count: int) -> tupl
     found = gradient[flat // width, flat % width]
     best = _first(found.abs(), count)
     return flat[best], found[best]
+
+
+@torch.no_grad()
+def regrow(
+    layer: SparseDeltaLinear,
+    regrown: Regrown,
+    optimizer: torch.optim.Optimizer | None = None,
+    mean: torch.Tensor | float = 0.0,
+    square: torch.Tensor | float = 0.0,
+) -> None:
+    """Moves a layer's delta to the new layout, and Adam's moments with it. Parameter and optimizer stay as they are.
+
+    Args:
+        regrown: of the layer's layout and values.
+        optimizer: one of Adam's kind that holds `layer.values`.
+        mean, square: with which the moments of what grew start, a number or [c] as in `Regrown.carry`.
+    """
+    values = layer.values
+    layer.move_delta(regrown.layout, regrown.carry(values))
+    state = optimizer.state.get(values, {}) if optimizer is not None else {}
+    for moment, grown in (("exp_avg", mean), ("exp_avg_sq", square)):
+        if moment in state:
+            state[moment].copy_(regrown.carry(state[moment], grown))
 
 
 def _first(scores: torch.Tensor, count: int) -> torch.Tensor:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import triton.language as tl
+
 from peft_kernels.ops.sparse_delta import configs
 from peft_kernels.ops.sparse_delta.triton_backward import gathered_tile_kernel, sampled_kernel, thin_kernel
+from peft_kernels.ops.sparse_delta.triton_step import adamw_kernel
 from peft_kernels.ops.sparse_delta.triton_write import KINDS, write_kernel
 from tests.aot.case import FLOAT32, INT, WIDE, Case
 
-DTYPES = ("bf16", "fp16", "fp32")
+WEIGHTS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+DTYPES = tuple(WEIGHTS)
 SHAPES = [(4096, 4096), (48, 4096)]  # N, K
 DENSITIES = (0.01, 0.1)
 #: Thin products: N, K of rows, columns and blocks at 1 %, and of what is smaller than a tile.
@@ -31,6 +35,7 @@ def cases(architecture: int | str) -> Iterator[Case]:
         yield _sampled(dtype, configs.sampled_tile(size))
         for kind in KINDS:
             yield _write(dtype, kind)
+            yield _step(dtype, kind)
 
 
 def _gathered(dtype: str, tile: configs.GradTile, entries: bool) -> Case:
@@ -76,6 +81,17 @@ def _write(dtype: str, kind: str) -> Case:
         "KIND": KINDS[kind], "BLOCK": configs.WRITTEN,
     }  # fmt: skip
     return Case(f"write_kernel-{kind}-{dtype}", write_kernel, arguments, 4, 3, False)
+
+
+def _step(dtype: str, kind: str) -> Case:
+    starts, columns = {"entries": (tl.int32, tl.int16), "n_of_m": (tl.int8, tl.int8)}.get(kind, (tl.int64,) * 2)
+    numbers = ("log_beta1", "log_beta2", "rest1", "rest2", "eps", "weight_decay")
+    arguments = {
+        "table_ptr": "*i64:16", "chunks_ptr": "*i32:16", "lr": "fp32", "lr_ptr": None, **dict.fromkeys(numbers, "fp32"),
+        "FIELDS": 17, "KIND": KINDS[kind], "WEIGHT": WEIGHTS[dtype], "STARTS": starts, "COLUMNS": columns,
+        "DECAYS_WEIGHT": True, "MAXIMIZE": False, "BLOCK": configs.WRITTEN,
+    }  # fmt: skip
+    return Case(f"adamw_kernel-{kind}-{dtype}", adamw_kernel, arguments, 4, 3, False)
 
 
 def _case(kernel: Any, dtype: str, what: str, tile: Any, arguments: dict[str, Any]) -> Case:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from os import PathLike
 
 import torch
@@ -223,41 +224,43 @@ class SparseLayout:
         K = max(1, self.shape[1])
         return weight, (flat // K, flat % K)
 
-    def within(self, dim: int, band: slice) -> tuple[slice | torch.Tensor | tuple, torch.Tensor]:
-        """What lies in a band of rows (dim 0) or columns (dim 1) that cuts no block and no group of n_of_m apart.
+    def split(self, dim: int, step: int) -> Iterator[tuple[slice, slice | torch.Tensor | tuple, torch.Tensor]]:
+        """What lies in each band of `step` rows (dim 0) or columns (dim 1), which cut no block and no group of n_of_m
+        apart. Not for rows and columns, which take no bands.
 
-        Not for rows and columns, which take no bands.
-
-        Returns:
-            What to index values in `values_shape` with, and where each of them stands in the band, flat, int64.
+        Yields:
+            The band; what to index values in `values_shape` with; where each of them stands in the band, flat, int64.
         """
-        held, device = self.tensors[INDEX_TENSORS[self.kind][-1]], self.device
-        width = self.shape[1] if dim == 0 else band.stop - band.start
+        (N, K), held = self.shape, self.tensors[INDEX_TENSORS[self.kind][-1]]
+        size = self.shape[dim]
+        bands = [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
         def count(end: int, step: int = 1) -> torch.Tensor:
-            return step * torch.arange(end, device=device)
+            return step * torch.arange(end, device=held.device)
 
-        if self.kind == "n_of_m":
+        if self.kind == "entries" and dim == 0:  # ascending: what is in a band are neighbours
+            flat, starts = self.indices(), self.tensors["row_starts"][::step].tolist() + [self.nnz]
+            for band, first, last in zip(bands, starts, starts[1:]):
+                yield band, slice(first, last), flat[first:last] - band.start * K
+        elif self.kind == "entries":
+            rows = torch.repeat_interleave(count(N), self.tensors["row_starts"].diff(), output_size=self.nnz)
+            for band in bands:
+                chosen = ((held >= band.start) & (held < band.stop)).nonzero().squeeze(1)
+                yield band, chosen, rows[chosen] * (band.stop - band.start) + (held[chosen] - band.start)
+        elif self.kind == "n_of_m":
             m = self.tile[1]
-            chosen = (band,) if dim == 0 else (slice(None), slice(band.start // m, band.stop // m))
-            offsets = held[chosen].flatten(0, 1)
-            return chosen, (count(len(offsets), m)[:, None] + offsets).flatten()
-        if self.kind == "blocks":
-            (height, tile_width), across = self.tile, max(1, self.shape[1] // self.tile[1])
-            corner = [held // across * height, held % across * tile_width]
-            chosen = _inside(corner[dim], band)
-            row, column = (coordinate[chosen] for coordinate in corner)
-            first = (row - band.start) * width + column if dim == 0 else row * width + column - band.start
-            return chosen, (first[:, None, None] + count(height, width)[:, None] + count(tile_width)).flatten()
-        starts = self.tensors["row_starts"]
-        if dim == 0:
-            first, last = starts[band.start].item(), starts[band.stop].item()
-            rows = torch.repeat_interleave(
-                count(band.stop - band.start), starts[band.start : band.stop + 1].diff(), output_size=last - first
-            )
-            return slice(first, last), rows * width + held[first:last]
-        chosen = _inside(held, band)
-        return chosen, (torch.searchsorted(starts, chosen, right=True) - 1) * width + held[chosen] - band.start
+            for band in bands:
+                chosen = (band,) if dim == 0 else (slice(None), slice(band.start // m, band.stop // m))
+                offsets = held[chosen].flatten(0, 1)
+                yield band, chosen, (count(len(offsets), m)[:, None] + offsets).flatten()
+        else:
+            (height, width), across = self.tile, max(1, K // self.tile[1])
+            corner = held // across * height, held % across * width
+            for band in bands:
+                chosen = ((corner[dim] >= band.start) & (corner[dim] < band.stop)).nonzero().squeeze(1)
+                columns = K if dim == 0 else band.stop - band.start
+                first = corner[0][chosen] * columns + corner[1][chosen] - band.start * (columns if dim == 0 else 1)
+                yield band, chosen, (first[:, None, None] + count(height, columns)[:, None] + count(width)).flatten()
 
     def save(self, path: str | PathLike) -> None:
         """Writes a safetensors file."""
@@ -284,12 +287,16 @@ class SparseLayout:
                 facts = json.loads(metadata["layout"])
                 tensors = {name: file.get_tensor(name) for name in INDEX_TENSORS[facts["kind"]]}
             layout = cls(facts["kind"], tuple(facts["shape"]), tensors, tuple(facts["tile"]))
-            flat, end = layout.indices(), math.prod(layout.shape)
-        except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+            layout.check_range()
+        except (SafetensorError, KeyError, TypeError, RuntimeError, IndexError, json.JSONDecodeError) as error:
             raise ValueError(f"expected a SparseLayout in {path}, got a damaged file ({error})") from error
-        if layout.nnz and not 0 <= int(flat.min()) <= int(flat.max()) < end:
-            raise ValueError(f"expected positions from 0 to {end - 1} in {path}, got others: the file is damaged")
         return layout
+
+    def check_range(self) -> None:
+        """Raise IndexError if a position is outside of the weight, as in a file that is damaged."""
+        flat, end = self.indices(), math.prod(self.shape)
+        if self.nnz and not 0 <= int(flat.min()) <= int(flat.max()) < end:
+            raise IndexError(f"expected positions from 0 to {end - 1}, got others")
 
     def __eq__(self, other: object) -> bool:
         """Whether both are of one kind and have the same positions, on whatever devices."""
@@ -330,7 +337,3 @@ def _sorted(index: torch.Tensor, end: int, what: str) -> torch.Tensor:
     if len(twice):
         raise ValueError(f"expected each of the {what} once, got {int(twice[0])} more than once")
     return index
-
-
-def _inside(coordinate: torch.Tensor, band: slice) -> torch.Tensor:
-    return ((coordinate >= band.start) & (coordinate < band.stop)).nonzero().squeeze(1)

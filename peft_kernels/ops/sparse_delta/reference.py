@@ -16,9 +16,10 @@ from .layout import SparseLayout
 
 #: Bytes of a patched or gathered piece: small enough for a cache where there is one.
 PIECE_BYTES = 4 << 20
-#: Up to this density the gradient of entries is sampled on a CPU, one dot product each; from there on the product that
-#: fills all of dW is faster (SmolLM2's shapes, 512 tokens, float32: a third of its time at 1 %, the same at 12 %).
-SAMPLED_UP_TO = 0.1
+#: Up to this density the gradient of entries is sampled on a CPU, one dot product each, by bytes of an element; from
+#: there on the product that fills all of dW is faster (SmolLM2's shapes, 512 tokens: in float32 a third of its time at
+#: 1 %, the same at 12 %; 16-bit operands are sampled in float32, and as fast as dW at 1 %).
+SAMPLED_UP_TO = {2: 0.01, 4: 0.1, 8: 0.1}
 #: Tokens that are sampled at a time, so that both operands stay in the cache.
 SAMPLED_TOKENS = 512
 #: Smallest side of a block that has a product of its own.
@@ -84,9 +85,14 @@ def grad_x(dy: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, layout:
         index = layout.tensors["index"]
         patched = _patched(weight[:, index], _shaped(values, layout))
         return dy.mm(weight).index_copy_(1, index, dy.mm(patched))
-    dx = dy.new_empty(dy.shape[0], weight.shape[1])
-    for band, patched in _patched_bands(weight, values, layout, dim=1):
-        torch.mm(dy, patched, out=dx[:, band])
+    if dy.element_size() == 2:  # by columns, since a sum in parts would round each of them to 16 bits
+        dx = dy.new_empty(dy.shape[0], weight.shape[1])
+        for band, patched in _patched_bands(weight, values, layout, dim=1):
+            torch.mm(dy, patched, out=dx[:, band])
+        return dx
+    dx = dy.new_zeros(dy.shape[0], weight.shape[1])
+    for band, patched in _patched_bands(weight, values, layout, dim=0):  # positions ascend by rows: nothing to search
+        dx.addmm_(dy[:, band], patched)
     return dx
 
 
@@ -99,7 +105,8 @@ def grad_values(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout) -> torc
         return dy.t().mm(gathered).flatten()
     if layout.kind == "blocks" and min(layout.tile) >= SMALLEST_BLOCK:
         return _grad_blocks(dy, x, layout)
-    if layout.kind == "entries" and layout.density <= SAMPLED_UP_TO and dy.is_cpu and torch.backends.mkl.is_available():
+    few = layout.kind == "entries" and layout.density <= SAMPLED_UP_TO[dy.element_size()]
+    if few and dy.is_cpu and torch.backends.mkl.is_available():
         return _sampled(dy, x, layout)
     return _gathered_from_bands(dy, x, layout)
 
@@ -118,14 +125,13 @@ def _patched(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     return (weight + delta).to(weight.dtype)
 
 
-def bands(layout: SparseLayout, dim: int, element_size: int, piece_bytes: int | None = None) -> Iterator[slice]:
-    """Rows (dim 0) or columns (dim 1) of the weight, a fourth of it at most, that cut no block and no group apart."""
+def band_step(layout: SparseLayout, dim: int, element_size: int, piece_bytes: int) -> int:
+    """How many rows (dim 0) or columns (dim 1) of the weight make a band: half of them at most, and such that none cuts
+    a block or a group apart."""
     size, across = layout.shape[dim], layout.shape[1 - dim]
     whole = {"blocks": layout.tile, "n_of_m": (1, *layout.tile[1:])}.get(layout.kind, (1, 1))[dim]
-    fitting = min((piece_bytes or PIECE_BYTES) // max(1, across * element_size), -(-size // 4))
-    step = max(1, fitting // whole) * whole
-    for start in range(0, size, step):
-        yield slice(start, min(start + step, size))
+    fitting = min(piece_bytes // max(1, across * element_size), -(-size // 2))
+    return max(1, fitting // whole) * whole
 
 
 def _patched_bands(
@@ -133,21 +139,18 @@ def _patched_bands(
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Rows or columns of the weight, a band at a time, with Δ in a copy of them."""
     delta = _shaped(values, layout)
-    for band in bands(layout, dim, weight.element_size()):
+    for band, chosen, place in layout.split(dim, band_step(layout, dim, weight.element_size(), PIECE_BYTES)):
         part = weight[band] if dim == 0 else weight[:, band]
         patched = torch.empty(part.shape, dtype=part.dtype, device=part.device).copy_(part)
-        chosen, place = layout.within(dim, band)
-        flat = patched.view(-1)
-        flat[place] = _patched(flat[place], delta[chosen].flatten())
+        patched.put_(place, _patched(patched.take(place), delta[chosen].flatten()))
         yield band, patched
 
 
 def _gathered_from_bands(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout) -> torch.Tensor:
     """dW by bands of rows, of each of which only the positions are kept."""
     result = dy.new_empty(layout.values_shape)
-    for band in bands(layout, 0, dy.element_size()):
-        chosen, place = layout.within(0, band)
-        result[chosen] = dy[:, band].t().mm(x).view(-1)[place].view(-1, *result.shape[1:])
+    for band, chosen, place in layout.split(0, band_step(layout, 0, dy.element_size(), PIECE_BYTES)):
+        result[chosen] = dy[:, band].t().mm(x).take(place).view(-1, *result.shape[1:])
     return result.flatten()
 
 

@@ -4,6 +4,8 @@ product; a GEMM of our own that patches its tiles would have to search the layou
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from . import configs, reference
@@ -18,7 +20,7 @@ def forward(
     if layout.kind in ("rows", "columns"):
         return reference.forward(x, weight, values, bias, layout)
     y = x.new_empty(x.shape[0], weight.shape[0])
-    for band in reference.bands(layout, 0, weight.element_size(), configs.BAND_BYTES):
+    for band in _bands(layout, 0, weight.element_size()):
         patched = weight[band].clone()
         write(patched, weight, values, layout, rows=band)
         if bias is None:
@@ -33,8 +35,13 @@ def grad_x(dy: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, layout:
     if layout.kind in ("rows", "columns"):
         return reference.grad_x(dy, weight, values, layout)
     dx = dy.new_empty(dy.shape[0], weight.shape[1])
-    for band in reference.bands(layout, 1, weight.element_size(), configs.BAND_BYTES):
+    for band in _bands(layout, 1, weight.element_size()):
         patched = weight[:, band].clone()
         write(patched, weight, values, layout, columns=band)
         torch.mm(dy, patched, out=dx[:, band])
     return dx
+
+
+def _bands(layout: SparseLayout, dim: int, element_size: int) -> Iterator[slice]:
+    size, step = layout.shape[dim], reference.band_step(layout, dim, element_size, configs.BAND_BYTES)
+    return (slice(start, min(start + step, size)) for start in range(0, size, step))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from peft_kernels.integrations.peft import layers, shared_input
+from peft_kernels.integrations.peft import layers, shared_input, shira
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -15,9 +15,10 @@ def one_thread():
 
 @pytest.fixture
 def taken(monkeypatch) -> list:
-    """Fills with what the accelerated layers ran: "alone", or how many projections one op took."""
+    """Fills with what the accelerated layers ran: "alone", how many projections one op took, or "sparse"."""
     calls = []
     alone, shared = layers.lora_linear, shared_input.lora_linear_shared_input
+    sparse = shira.sparse_delta_linear
 
     def spy_alone(*args, **kwargs):
         calls.append("alone")
@@ -27,6 +28,11 @@ def taken(monkeypatch) -> list:
         calls.append(len(projections))
         return shared(x, projections, **kwargs)
 
+    def spy_sparse(*args):
+        calls.append("sparse")
+        return sparse(*args)
+
     monkeypatch.setattr(layers, "lora_linear", spy_alone)
     monkeypatch.setattr(shared_input, "lora_linear_shared_input", spy_shared)
+    monkeypatch.setattr(shira, "sparse_delta_linear", spy_sparse)
     return calls

@@ -94,6 +94,17 @@ def run(model, batch=None, autocast: torch.dtype | None = None, seed: int = 3, b
     return results
 
 
+def run_layer(layer, x, grad, autocast: torch.dtype | None = None):
+    """y and the gradients of x and of every parameter that trains, by name; of a copy of the layer."""
+    layer, x = copy.deepcopy(layer), x.clone().requires_grad_()
+    torch.manual_seed(5)
+    with torch.autocast("cpu", dtype=autocast) if autocast else contextlib.nullcontext():
+        y = layer(x)
+    leaves = {"x": x} | {name: p for name, p in layer.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(y, list(leaves.values()), grad.to(y.dtype))
+    return {"y": y.detach(), **dict(zip(leaves, grads))}
+
+
 def assert_as_close_as_peft(ours: list[dict], eager: list[dict], truth: list[dict]) -> None:
     """Logits and gradients: the norm of the error against PEFT's own, geometric mean over several runs, at
     most twice for each tensor and 1.25 times for half of them. One run would prove little: all its gradients
@@ -127,6 +138,15 @@ def assert_equal(results, expected) -> None:
         torch.testing.assert_close(
             results[name], expected[name], **bounds, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def snapshot(model):
+    """All that `restore` has to bring back: classes and attributes, by identity where they are tensors."""
+
+    def of(value):
+        return dict(value) if isinstance(value, dict) else value
+
+    return [(type(m), {key: of(value) for key, value in m.__dict__.items()}) for m in model.modules()]
 
 
 def replay_dropout(model, report: Report):

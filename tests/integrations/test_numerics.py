@@ -1,6 +1,5 @@
 """The accelerated layer and model against PEFT's own: float64 truth, PEFT in the same dtype, ours."""
 
-import contextlib
 import copy
 
 import pytest
@@ -20,6 +19,7 @@ from tests.integrations.peft_models import (
     make,
     replay_dropout,
     run,
+    run_layer,
 )
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -44,16 +44,6 @@ def layer_of(base: nn.Module, dtype, adapters, p=0.0, r=5) -> lora.Linear:
     base.requires_grad_(False)
     layer.lora_A.to(adapters), layer.lora_B.to(adapters)
     return layer
-
-
-def run_layer(layer, x, grad, autocast=None):
-    layer, x = copy.deepcopy(layer), x.clone().requires_grad_()
-    torch.manual_seed(5)
-    with torch.autocast("cpu", dtype=autocast) if autocast else contextlib.nullcontext():
-        y = layer(x)
-    leaves = {"x": x} | {name: p for name, p in layer.named_parameters() if p.requires_grad}
-    grads = torch.autograd.grad(y, list(leaves.values()), grad.to(y.dtype))
-    return {"y": y.detach(), **dict(zip(leaves, grads))}
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])

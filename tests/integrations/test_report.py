@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 
 import peft_kernels as pk
 from peft_kernels.integrations.peft.layers import FusedLoraLinear
-from tests.integrations.peft_models import assert_equal, make, run
+from tests.integrations.peft_models import assert_equal, make, run, snapshot
 
 accelerate, restore = pk.integrations.peft.accelerate, pk.integrations.peft.restore
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -257,13 +257,6 @@ def test_quantised_base():
     assert report.kept == {"base_model.model.0": "Linear4bit: not lora.Linear"}
 
 
-def snapshot(model):
-    def of(value):
-        return dict(value) if isinstance(value, dict) else value
-
-    return [(type(m), {key: of(value) for key, value in m.__dict__.items()}) for m in model.modules()]
-
-
 def test_restore_is_to_the_bit():
     model = make(lora_dropout=0.1)
     model.get_submodule(f"{BLOCK}.self_attn").register_forward_hook(lambda *args: None)
@@ -294,7 +287,7 @@ def test_errors_in_one_line_and_nothing_changed():
         (
             accelerate,
             nn.Linear(2, 2),
-            "accelerate: expected a model with LoRA layers of PEFT, got Linear without",
+            "accelerate: expected a model with LoRA or SHiRA layers of PEFT, got Linear without",
         ),
     ]:
         with pytest.raises(ValueError) as error:
@@ -307,7 +300,7 @@ def test_errors_in_one_line_and_nothing_changed():
         accelerate(model)
     assert snapshot(model) == before
     other = get_peft_model(nn.Sequential(nn.Linear(4, 4)), IA3Config(target_modules=["0"], feedforward_modules=[]))
-    with pytest.raises(ValueError, match="LoRA layers of PEFT, got PeftModel without"):
+    with pytest.raises(ValueError, match="LoRA or SHiRA layers of PEFT, got PeftModel without"):
         accelerate(other)
 
 

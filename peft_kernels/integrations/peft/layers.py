@@ -13,6 +13,7 @@ import threading
 
 import torch
 from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch.nn import Dropout, Identity, Linear, Module, Parameter
 from transformers.pytorch_utils import Conv1D
 
@@ -72,13 +73,7 @@ def read(layer: lora.Linear, x: torch.Tensor, autocast: bool) -> tuple[tuple, fl
         The fields of a `Projection`, as a plain tuple, which costs less, and the probability of dropout (0 in
         evaluation).
     """
-    if layer._disable_adapters or layer.merged_adapters:
-        return None
-    active = layer._active_adapter
-    if type(active) is not str:
-        if len(active) != 1:
-            return None
-        active = active[0]
+    active = only_adapter(layer)
     modules = layer._modules
     lora_A = modules["lora_A"]._modules.get(active)
     if lora_A is None or active in layer.lora_variant:
@@ -113,6 +108,16 @@ def read(layer: lora.Linear, x: torch.Tensor, autocast: bool) -> tuple[tuple, fl
     if type(scaling) is not float and not _is_scaling(scaling, x):
         return None
     return (weight if kind is Linear else weight.t(), a, b, scaling, bias), p
+
+
+def only_adapter(layer: BaseTunerLayer) -> str | None:
+    """The active adapter, if there is one, and neither merged nor disabled. The layer need not have it."""
+    if layer._disable_adapters or layer.merged_adapters:
+        return None
+    active = layer._active_adapter
+    if type(active) is str:
+        return active
+    return active[0] if len(active) == 1 else None
 
 
 def is_watched(module: Module) -> bool:

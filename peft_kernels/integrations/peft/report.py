@@ -12,21 +12,23 @@ WIDTH = 100
 
 @dataclass(frozen=True)
 class Report:
-    """The LoRA layers of a model by what runs their forward.
+    """The LoRA and SHiRA layers of a model by what runs their forward.
 
     Attributes:
         fused: names of the layers that run fused.
         shared: the groups among them that share their input and run as one op.
         kept: name → why the layer keeps PEFT's own forward.
+        kinds: what they are: "LoRA", "SHiRA" or "LoRA and SHiRA".
     """
 
     fused: tuple[str, ...]
     shared: tuple[tuple[str, ...], ...]
     kept: dict[str, str]
+    kinds: str = "LoRA"
 
     def __str__(self) -> str:
         total = len(self.fused) + len(self.kept)
-        lines = [f"{len(self.fused)} of {total} LoRA layers run fused"]
+        lines = [f"{len(self.fused)} of {total} {self.kinds} layers run fused"]
         together = {name for group in self.shared for name in group}
         for members, count in Counter(map(_pattern_of_group, self.shared)).items():
             lines += _row(count, members, "one op: they share their input")

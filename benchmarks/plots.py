@@ -75,3 +75,42 @@ def draw_steps(rows: list[dict], title: str, path: Path) -> Path:
     figure.savefig(path, dpi=130)
     plt.close(figure)
     return path
+
+
+def draw_sparse(rows: list[dict], where: str, path: Path) -> Path:
+    """Steps that train a part of a weight, over the bare linear's: by density, a panel a shape and kind of layout."""
+    rows = [row for row in rows if not row["error"] and row["bytes_per_value"]]  # the bare linear is the line at 1
+    shapes, kinds, providers = (list(dict.fromkeys(row[key] for row in rows)) for key in ("shape", "kind", "provider"))
+    size = (1.2 + 2 * len(kinds), 1.2 + 2 * len(shapes))
+    figure, panels = plt.subplots(
+        len(shapes), len(kinds), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for (shape, kind), axes in zip(((shape, kind) for shape in shapes for kind in kinds), panels.flat):
+        for number, provider in enumerate(providers, 1):
+            points = sorted(
+                (100 * row["density"], row["step_of_bare"])
+                for row in rows
+                if (row["shape"], row["kind"], row["provider"]) == (shape, kind, provider)
+            )
+            style = dict(marker="o", markersize=3, linewidth=1, color=COLOURS[number % len(COLOURS)])
+            if points:
+                axes.plot(*zip(*points), label=provider, **style)
+        axes.axhline(1.0, color=COLOURS[0], linewidth=1)
+        axes.set_xscale("log")
+        axes.set_xlim(0.07, 70)
+        axes.set_xticks([0.1, 1, 10], ["0.1", "1", "10"])
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=6)
+    highest = sorted(row["step_of_bare"] for row in rows)
+    panels[0, 0].set_ylim(0, max(2.0, 1.5 * highest[int(0.9 * len(highest))]))  # what was disturbed may lie outside
+    for kind, axes in zip(kinds, panels[0]):
+        axes.set_title(kind, fontsize=8)
+    for shape, axes in zip(shapes, panels[:, 0]):
+        axes.set_ylabel(shape, fontsize=7)
+    title = "a training step over the bare linear's forward and dx, by trained entries in %: lower is better"
+    figure.suptitle(f"{title}\n{where}", fontsize=9)
+    handles, labels = max((axes.get_legend_handles_labels() for axes in panels.flat), key=lambda pair: len(pair[1]))
+    figure.legend(handles, labels, fontsize=7, loc="outside lower center", ncols=4)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path

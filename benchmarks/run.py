@@ -1,8 +1,9 @@
 """Run the benchmarks that this machine can run.
 
-    python -m benchmarks.run                 # `make bench`: the CPU grid, or the GPU's where there is a GPU
+    python -m benchmarks.run                     # `make bench`: the CPU grid, or the GPU's where there is a GPU
     python -m benchmarks.run --gpu --minutes 5
-    python -m benchmarks.run --op ist_step   # whole training steps alone, see ist_step.py
+    python -m benchmarks.run --op sparse_delta   # training a few entries of a weight alone, see sparse_delta.py
+    python -m benchmarks.run --op ist_step       # whole training steps alone, see ist_step.py
 
 Every provider is checked against float64 before it is timed; one that is wrong is named and not timed. Providers are
 interleaved. Ends with CSV, JSON and plots in --out.
@@ -11,6 +12,7 @@ interleaved. Ends with CSV, JSON and plots in --out.
 from __future__ import annotations
 
 import argparse
+import importlib
 import statistics
 import sys
 import time
@@ -28,24 +30,23 @@ from .measure import Timer, ceilings, check, graphed, host_microseconds, interle
 from .registry import OPS, Shape, base_flops, bytes_moved, flops, launches_and_bytes, make_inputs, providers
 
 SMALL_M = 256  # up to here launches and the host rule: CUDA graph and host time are measured as well
-STEPS = "ist_step"
-STEPS_SHARE = 6 / 11  # of the time, where layers are measured as well
+COMMANDS = {"sparse_delta": 3, "ist_step": 4}  # modules with a `main` of their own, and their shares of the time
+LAYERS_SHARE = 4
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    minutes, steps = options.minutes, STEPS in options.ops
-    options.ops = [op for op in options.ops if op != STEPS]
-    share = minutes * STEPS_SHARE if options.ops else minutes
+    shares = {name: share for name, share in COMMANDS.items() if name in options.ops}
+    options.ops = [op for op in options.ops if op not in shares]
+    minutes = options.minutes / (sum(shares.values()) + LAYERS_SHARE * bool(options.ops))
     if options.ops:
-        options.minutes = minutes - share if steps else minutes
+        options.minutes = LAYERS_SHARE * minutes
         measure_layers(options)
-    if steps:
-        from . import ist_step  # takes a while
-
-        given = ["--minutes", str(share), "--out", str(options.out)]
+    for name, share in shares.items():
+        command = importlib.import_module(f".{name}", __package__)  # takes a while
+        given = ["--minutes", str(share * minutes), "--out", str(options.out)]
         given += ["--cpu"] * (options.device == "cpu") + ["--rounds", "3"] * options.quick
-        ist_step.main(given)
+        command.main(given)
 
 
 def measure_layers(options: argparse.Namespace) -> None:
@@ -100,7 +101,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="require a CUDA GPU")
     parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
-    parser.add_argument("--op", dest="ops", action="append", choices=[*OPS, STEPS], help="only this (repeatable)")
+    parser.add_argument("--op", dest="ops", action="append", choices=[*OPS, *COMMANDS], help="only this (repeatable)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the layers")
     parser.add_argument("--quick", action="store_true", help="two shapes an op, three rounds of steps")
     parser.add_argument("--minutes", type=float, default=11.0, help="time budget")
@@ -109,7 +110,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     if options.gpu and not torch.cuda.is_available():
         sys.exit("expected a CUDA GPU that torch can use, got none")
     options.device = "cuda" if torch.cuda.is_available() and not options.cpu else "cpu"
-    options.ops = options.ops or [*OPS, STEPS]
+    options.ops = options.ops or [*OPS, *COMMANDS]
     return options
 
 

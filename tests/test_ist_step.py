@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import ist_step, run
+from benchmarks import ist_step, run, sparse_delta
 from benchmarks.authors_ist import AuthorsIST
 from benchmarks.ist_providers import (
     ACCELERATED,
@@ -64,18 +64,21 @@ def test_a_tiny_run(tmp_path, capsys):
 def test_the_time_of_a_whole_run_is_shared(monkeypatch):
     called = []
     monkeypatch.setattr(run, "measure_layers", lambda options: called.append((options.ops, options.minutes)))
-    monkeypatch.setattr(ist_step, "main", lambda arguments: called.append(ist_step.parse_arguments(arguments)))
+    for command in (sparse_delta, ist_step):
+        parse = command.parse_arguments
+        monkeypatch.setattr(command, "main", lambda arguments, parse=parse: called.append(parse(arguments)))
     run.main(["--cpu", "--minutes", "11"])
-    (ops, minutes), steps = called
+    (ops, minutes), deltas, steps = called
     assert ops == list(OPS)
-    assert minutes == pytest.approx(5)
-    assert steps.minutes == pytest.approx(6)
-    assert steps.device == "cpu"
+    assert [minutes, deltas.minutes, steps.minutes] == pytest.approx([4, 3, 4])
+    assert deltas.device == steps.device == "cpu"
     run.main(["--op", "ist_step", "--minutes", "2", "--quick"])
-    assert called[2].minutes == 2
-    assert called[2].rounds == 3
+    assert called[3].minutes == 2
+    assert called[3].rounds == 3
+    run.main(["--op", "sparse_delta", "--minutes", "2"])
+    assert called[4].minutes == 2
     run.main(["--op", "lora_linear", "--minutes", "3"])
-    assert called[3:] == [(["lora_linear"], 3)]
+    assert called[5:] == [(["lora_linear"], 3)]
 
 
 def test_the_authors_ist_is_the_algorithm(case, lanes):

@@ -221,6 +221,8 @@ class SparseLayout:
             blocks = weight.unflatten(0, (-1, height)).unflatten(2, (-1, width)).transpose(1, 2)
             return blocks, (index // across, index % across)
         flat = self.indices().view(self.values_shape)
+        if weight.is_contiguous():
+            return weight.view(-1), (flat,)
         K = max(1, self.shape[1])
         return weight, (flat // K, flat % K)
 

@@ -1,0 +1,312 @@
+"""What `sparse_delta` compares: ways to train a few entries of one linear layer's weight; their check, their memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import peft_kernels as pk
+from peft_kernels import backends
+from peft_kernels.testing import assert_within_eager
+from peft_kernels.testing.sparse_delta import SparseCase, eager, truth
+
+BARE, DENSE, SCATTER = "bare linear", "dense, masked", "clone + scatter"
+SHIRA, ACCELERATED = "PEFT SHiRA", "PEFT SHiRA, accelerated"
+#: Of every AdamW. It divides by √v + ε: with the usual ε a weight would hang on the rounding of tiny gradients.
+LR, EPS = 1e-3, 1.0
+CHECKED_STEPS = 2  # the fewest in which both moments matter
+#: What the error of eager PyTorch counts for in float32. MKL adds up a product of six columns in one chain, where it
+#: splits a wide one: seen to be 3.2 times as far off at the most, in the gradients of columns.
+OTHER_ORDER = 2.0
+
+
+class Lane:
+    """A provider on one case; this one is the bare linear, which trains nothing.
+
+    Attributes:
+        x: its own leaf, so that dx is computed, as in the middle of a model.
+        optimizer: of what it trains.
+        kept: all that stays between two steps, the weight among it, the optimizer's state not.
+    """
+
+    name = BARE
+    stepped = "weight"  # which result of steps it is held to
+
+    def __init__(self, case: SparseCase) -> None:
+        self.case, self.x = case, case.x.clone().requires_grad_()
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.kept = [case.weight]
+
+    def train(self, leaf: torch.Tensor) -> None:
+        self.trained = leaf
+        self.optimizer = torch.optim.AdamW([leaf], lr=LR, eps=EPS, weight_decay=0.0, fused=True)
+
+    def forward(self) -> torch.Tensor:
+        return F.linear(self.x, self.case.weight)
+
+    def backward(self, y: torch.Tensor, dy: torch.Tensor) -> None:
+        y.backward(dy)
+
+    def update(self) -> None:
+        if self.optimizer:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self.x.grad = None
+
+    def step(self) -> None:
+        self.backward(self.forward(), self.case.dy)
+        self.update()
+
+    def gradient(self) -> torch.Tensor:
+        """Of the values, [nnz] in the layout's order."""
+        return self.trained.grad
+
+    @torch.no_grad()
+    def weight(self) -> torch.Tensor:
+        """W + Δ as it is now."""
+        return self.case.layout.put_(self.case.weight.clone(), self.case.layout.take(self.case.weight) + self.trained)
+
+    def held_bytes(self) -> int:
+        """Weight, what trains, the optimizer's state, and what says which entries train. No gradient."""
+        states = self.optimizer.state.values() if self.optimizer else ()
+        kept = {t.data_ptr(): t.nbytes for t in (*self.kept, *(t for state in states for t in state.values()))}
+        return sum(kept.values())
+
+
+class DenseMasked(Lane):
+    """LT-SFT: all of W trains, and a bool mask is laid over its gradient. In place, and W in its own dtype, as torch's
+    moments are then: nothing takes less time or memory, though a 16-bit W swallows small updates, which no other
+    provider does."""
+
+    name, stepped = DENSE, "weight without a master"
+
+    def __init__(self, case: SparseCase) -> None:
+        super().__init__(case)
+        self.frozen = ~case.layout.mask()
+        values = case.layout.take(case.weight) + case.values
+        self.train(case.layout.put_(case.weight.clone(), values).requires_grad_())
+        self.kept = [self.trained, self.frozen]
+
+    def forward(self) -> torch.Tensor:
+        return F.linear(self.x, self.trained)
+
+    def backward(self, y: torch.Tensor, dy: torch.Tensor) -> None:
+        y.backward(dy)
+        self.trained.grad.masked_fill_(self.frozen, 0)  # a product would make a float of the mask first
+
+    def gradient(self) -> torch.Tensor:
+        return self.case.layout.take(self.trained.grad)
+
+    def weight(self) -> torch.Tensor:
+        return self.trained.detach()
+
+
+class CloneScatter(Lane):
+    """What SpIEL, RoSA and SHiRA do: values are added into a clone of W; autograd computes dW and gathers from it."""
+
+    name = SCATTER
+
+    def __init__(self, case: SparseCase) -> None:
+        super().__init__(case)
+        self.flat = case.layout.indices()
+        self.train(case.values.clone().requires_grad_())
+        self.kept += [self.trained, self.flat]
+
+    def forward(self) -> torch.Tensor:
+        weight = self.case.weight
+        patched = weight.flatten().index_add(0, self.flat, self.trained.to(weight.dtype))  # of which the clone is part
+        return F.linear(self.x, patched.view(weight.shape))
+
+
+class Shira(Lane):
+    """Hugging Face PEFT's own layer, with its own defaults: r·(in + out) entries, float32 values."""
+
+    name = SHIRA
+
+    def __init__(self, case: SparseCase) -> None:
+        from peft import ShiraConfig, get_peft_model
+
+        super().__init__(case)
+        N, K = case.layout.shape
+        model = nn.Module()
+        model.linear = nn.Linear(K, N, bias=False, device="meta")
+        model.linear.weight = nn.Parameter(case.weight, requires_grad=False)
+        config = ShiraConfig(r=case.layout.nnz // (N + K), target_modules=["linear"])
+        config.mask_fn = lambda base_layer, r, **_: case.layout.mask().to(base_layer.weight.dtype)
+        self.layer = get_peft_model(model, config).base_model.model.linear
+        self.train(self.layer.shira_weight["default"])
+        with torch.no_grad():
+            self.trained.copy_(case.values)
+        self.kept += [self.trained, self.layer.shira_indices["default"]]
+
+    def forward(self) -> torch.Tensor:
+        return self.layer(self.x)
+
+
+class AcceleratedShira(Shira):
+    name = ACCELERATED
+
+    def __init__(self, case: SparseCase) -> None:
+        super().__init__(case)
+        pk.integrations.peft.accelerate(self.layer)
+        positions = self.layer._positions["default"]
+        self.kept += [*positions.layout.tensors.values(), *([] if positions.order is None else [positions.order])]
+
+
+class Forced(Lane):
+    """One of ours, by the backend that its name ends in."""
+
+    def __init__(self, case: SparseCase, backend: str) -> None:
+        super().__init__(case)
+        self.name = f"{type(self).name}, {backend}"
+        chosen = backends.choose("sparse_delta_linear", case.x) == backend  # then forcing only costs the host time
+        self.forced = contextlib.nullcontext if chosen else lambda: pk.use_backend(backend)
+
+
+class Ours(Forced):
+    """`nn.SparseDeltaLinear` and `optim.SparseAdamW`: Δ stays in the weight."""
+
+    name = "ours"
+
+    def __init__(self, case: SparseCase, backend: str) -> None:
+        super().__init__(case, backend)
+        N, K = case.layout.shape
+        linear = nn.Linear(K, N, bias=False, device="meta")
+        linear.weight = nn.Parameter(case.weight.clone())
+        self.layer = pk.nn.SparseDeltaLinear.from_linear(linear, case.layout)
+        self.trained = self.layer.values
+        with torch.no_grad():
+            self.trained.copy_(case.values)
+        self.optimizer = pk.optim.SparseAdamW(self.layer, lr=LR, eps=EPS)
+        self.kept = [*self.layer.parameters(), *self.layer.buffers()]
+
+    def forward(self) -> torch.Tensor:
+        with self.forced():
+            return self.layer(self.x)
+
+    def update(self) -> None:
+        with self.forced():
+            super().update()
+
+    def weight(self) -> torch.Tensor:
+        return self.layer.weight
+
+
+class Apart(Forced):
+    """`sparse_delta_linear`: Δ stays outside of the weight, which others may share. AdamW is torch's."""
+
+    name = "ours, Δ apart"
+
+    def __init__(self, case: SparseCase, backend: str) -> None:
+        super().__init__(case, backend)
+        self.train(case.values.clone().requires_grad_())
+        self.kept += [self.trained, *case.layout.tensors.values()]
+
+    def forward(self) -> torch.Tensor:
+        with self.forced():
+            return pk.sparse_delta_linear(self.x, self.case.weight, self.trained, self.case.layout)
+
+
+def makers(device: str, shira: bool) -> list[Callable[[SparseCase], Lane]]:
+    """What can run here, the bare linear first. `shira`: whether the layout is one that PEFT's SHiRA can have."""
+    found: list[Callable[[SparseCase], Lane]] = [Lane, DenseMasked, CloneScatter]
+    found += [Shira, AcceleratedShira] if shira else []
+    for backend in ("triton", "reference") if device == "cuda" else ("reference",):
+        found += [lambda case, kind=kind, backend=backend: kind(case, backend) for kind in (Ours, Apart)]
+    return found
+
+
+# --- Check ---------------------------------------------------------------------------------------------------
+
+
+def right_results(case: SparseCase) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """In float64, and by eager PyTorch in the case's own dtypes, whose error is what others may err by."""
+    wide = replace(case, **{name: getattr(case, name).double() for name in ("x", "weight", "values", "dy")})
+    exact, yardstick = truth(case) | _stepped(wide), eager(case) | _stepped(case)
+    if case.x.dtype == torch.float32:
+        yardstick = {name: torch.lerp(exact[name], y.double(), OTHER_ORDER).float() for name, y in yardstick.items()}
+    return exact, yardstick
+
+
+def check(lane: Lane, exact: dict[str, torch.Tensor], yardstick: dict[str, torch.Tensor]) -> str | None:
+    """None where output, gradients and the weight after some steps are within twice the yardstick's error (against
+    float64) and no other entry has changed, else what is wrong. The lane has made these steps then."""
+    case, found = lane.case, {}
+    if lane.optimizer is None:
+        return None
+    for number in range(CHECKED_STEPS):
+        y = lane.forward()
+        lane.backward(y, case.dy.roll(number, 0))
+        if number == 0:
+            found = {"y": y.detach(), "grad of x": lane.x.grad, "grad of values": lane.gradient().clone()}
+        lane.update()
+    weight, mask = lane.weight(), case.layout.mask()
+    found[lane.stepped] = case.layout.take(weight)
+    try:
+        for name, value in found.items():
+            assert_within_eager(name, value.to(yardstick[name].dtype), yardstick[name], exact[name])
+    except AssertionError as error:
+        return str(error)
+    if not torch.equal(weight.masked_fill(mask, 0), case.weight.masked_fill(mask, 0)):
+        return "weight: entries outside of the layout have changed"
+    return None
+
+
+def _stepped(case: SparseCase) -> dict[str, torch.Tensor]:
+    """What the weight holds at the layout's positions after some steps of AdamW, [nnz]: with float32 values as the
+    master of Δ, and trained itself."""
+    take, dtype = case.layout.take, case.weight.dtype
+    base = take(case.weight)
+    values, alone = case.values.clone(), (base + case.values).to(dtype)
+    optimizer = torch.optim.AdamW([values, alone], lr=LR, eps=EPS, weight_decay=0.0)
+    for number in range(CHECKED_STEPS):
+        alone.grad = take(case.dy.roll(number, 0).t() @ case.x)
+        values.grad = alone.grad.to(values.dtype)
+        optimizer.step()
+    return {"weight": base + values.to(dtype), "weight without a master": alone}
+
+
+# --- Memory --------------------------------------------------------------------------------------------------
+
+
+def saved_bytes(lane: Lane) -> int:
+    """What a forward keeps for backward, each storage once; what is kept between steps anyway costs nothing."""
+    ignored, saved = {tensor.untyped_storage().data_ptr() for tensor in lane.kept}, {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.detach()  # what a node saves of its own output would keep the node, and the node it, for good
+        for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):  # PEFT saves a COO tensor
+            saved[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = lane.forward()
+    del y
+    return sum(size for pointer, size in saved.items() if pointer not in ignored)
+
+
+def peak_bytes(call: Callable[[], object], device: str) -> int:
+    """What a call takes at its peak beyond what it finds taken: by torch's allocator, whose events the profiler lists
+    on a CPU. What a library takes by itself (MKL, cuBLAS) is not seen."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        found = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - found
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports every start and stop
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        call()
+    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    taken = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        taken += event.nbytes()
+        peak = max(peak, taken)
+    return peak

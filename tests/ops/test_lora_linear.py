@@ -357,6 +357,12 @@ class TestTorch:
         for one, other in zip(shared, alone):
             torch.testing.assert_close(one, other)
 
+    def test_what_follows_may_write_in_place(self):
+        case = make_case((2, 3))
+        lora_A = case.projections[0].lora_A.requires_grad_()
+        y = pk.lora_linear(case.x, *case.projections[0]).add_(1).relu_()
+        assert torch.autograd.grad(y.sum(), lora_A)[0].any()
+
     def test_nothing_is_saved_without_gradients(self):
         case = make_case()
         with saved_tensors() as saved, torch.no_grad():

@@ -222,7 +222,7 @@ class TestSparseGradient:
     @pytest.mark.parametrize("kind", ["entries", "columns", "rows"])
     def test_beside_a_lora_layer(self, kind):
         """One layer with both: the gradients of the adapter, of x and of the values."""
-        case = make_case(kind, (7,), 24, 16, dtype=torch.float64)
+        case = make_case(kind, (7, 2), 24, 16, dtype=torch.float64)
         lora_A, lora_B = torch.randn(3, 24, dtype=torch.float64), torch.randn(16, 3, dtype=torch.float64)
         leaves = [leaf.requires_grad_() for leaf in (case.x, case.values, lora_A, lora_B)]
         expected = scatter_expression(case.x, case.weight, case.values, case.layout, None)
@@ -251,7 +251,10 @@ class TestSparseGradient:
         assert not saved
 
     def test_what_follows_may_write_in_place(self):
-        case = make_case()
+        case = make_case(batch=(2, 3))
+        values = case.values.requires_grad_()
+        y = pk.sparse_delta_linear(case.x, case.weight, values, case.layout).add_(1).relu_()
+        assert torch.autograd.grad(y.sum(), values)[0].any()
         y = torch.nn.functional.linear(case.x, case.weight)
         y = pk.with_sparse_gradient_(y, case.x, case.values.requires_grad_(), case.layout).add_(1).relu_()
         assert torch.autograd.grad(y.sum(), case.values)[0].any()

@@ -44,3 +44,8 @@ def register(name: str, implementation: Callable) -> Callable:
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, wherever its arguments are."""
     return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def unflatten(y: torch.Tensor, batch: torch.Size) -> torch.Tensor:
+    """y [M, N] as [*batch, N]. A view that a Function returns could not be written to in place by what follows."""
+    return y if len(batch) == 1 else torch.ops.aten._unsafe_view.default(y, (*batch, y.shape[1]))

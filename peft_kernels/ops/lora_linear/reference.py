@@ -13,6 +13,7 @@ import math
 import torch
 
 from ..common import dropout
+from ..common.library import unflatten
 
 _TINY_PRODUCT = 1 << 16  # multiply-adds
 
@@ -49,7 +50,7 @@ def forward(
             dropped = _as(rows * kept, low_dtype)
         s = _scaled_mm(dropped, _as(lora_A, low_dtype).t(), scaling * dropout.rescale(dropout_p), row_scaling)
         y = add_base(s, lora_B, rows, weight, bias)
-        ys.append(y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0]))
+        ys.append(unflatten(y, x.shape[:-1]))
         if save_s[j]:
             kept_s.append(s if high_precision else _as(s, x.dtype))
     if kept_s:

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ..common import dropout
 from ..common.device import dot, dot_high, draw_mask_bytes, spread_mask_bytes
+from ..common.library import unflatten
 from ..common.reduce import row_strides, scaling_of, split_reduce
 from ..common.triton_host import architecture, dot_precision, sm_count
 from ..common.triton_host import high_precision as high
@@ -155,7 +156,7 @@ def forward(
             y = extended_gemm([rows], [weight.t()], [s_j], [lora_B.t()], x.new_empty(M, N), contiguous(bias))
         else:
             y = add_base(s_j, lora_B, rows, weight, bias)
-        ys.append(y if x.dim() == 2 else y.view(*x.shape[:-1], N))
+        ys.append(unflatten(y, x.shape[:-1]))
         if save_s[j]:
             kept_s.append(s_j)
     if kept_s:

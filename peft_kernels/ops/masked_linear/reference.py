@@ -13,6 +13,8 @@ from collections.abc import Iterator
 
 import torch
 
+from ..common.library import unflatten
+
 _BAND_BYTES = 4 << 20
 
 
@@ -35,7 +37,7 @@ def forward(
             torch.mm(rows, masked, out=y[:, band])
         else:
             torch.addmm(bias[band], rows, masked, out=y[:, band])
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return unflatten(y, x.shape[:-1])
 
 
 def backward(

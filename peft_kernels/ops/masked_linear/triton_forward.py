@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ..common.device import dot, tile_of
+from ..common.library import unflatten
 from ..common.triton_host import architecture, dot_precision
 from . import configs
 from .reference import flatten
@@ -99,4 +100,4 @@ def forward(
     """As `reference.forward`."""
     bias = None if bias is None else bias.contiguous()
     y = masked_gemm(flatten(x), weight.t(), scores.t(), bias, threshold, threshold_tensor)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return unflatten(y, x.shape[:-1])

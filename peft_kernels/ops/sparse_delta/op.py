@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ... import backends
-from ..common.library import LIBRARY, on_device_of, register
+from ..common.library import LIBRARY, on_device_of, register, unflatten
 from ..common.messages import describe
 from . import reference
 from .layout import SparseLayout
@@ -230,11 +230,11 @@ def _forward(x, weight, values, bias, layout, kind, tile, backend):
     layout = SparseLayout.of_tensors(kind, tuple(weight.shape), layout, tuple(tile))
     rows = x.reshape(-1, x.shape[-1])
     if backend == "reference":
-        return reference.forward(rows, weight, values, bias, layout).view(*x.shape[:-1], weight.shape[0])
+        return unflatten(reference.forward(rows, weight, values, bias, layout), x.shape[:-1])
     from . import triton_forward  # needs Triton, which the package does not
 
     with on_device_of(x):
-        return triton_forward.forward(rows, weight, values, bias, layout).view(*x.shape[:-1], weight.shape[0])
+        return unflatten(triton_forward.forward(rows, weight, values, bias, layout), x.shape[:-1])
 
 
 def _backward_of(dy, x, weight, values, layout, kind, tile, shape, needs, values_dtype, backend):

@@ -20,8 +20,8 @@ PIECE_BYTES = 4 << 20
 #: there on the product that fills all of dW is faster (SmolLM2's shapes, 512 tokens: in float32 a third of its time at
 #: 1 %, the same at 12 %; 16-bit operands are sampled in float32, and as fast as dW at 1 %).
 SAMPLED_UP_TO = {2: 0.01, 4: 0.1, 8: 0.1}
-#: Tokens that are sampled at a time. torch transposes both operands, and 16-bit ones are widened: so few of them are small
-#: beside a weight, and take no longer.
+#: Tokens that are sampled at a time. torch transposes both operands, and 16-bit ones are widened: so few of them are
+#: small beside a weight, and take no longer.
 SAMPLED_TOKENS = 64
 #: Smallest side of a block that has a product of its own.
 SMALLEST_BLOCK = 16

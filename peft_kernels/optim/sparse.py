@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -67,7 +68,7 @@ class _WritesWeights:
                 layer.values.grad = None  # torch's step leaves it out
             elif self._decays_weight and group["weight_decay"]:  # torch's own step decays Δ by as much
                 self._decay_base(group, layer)
-        super().step()
+        self._torch_step()
         for (_, layer, _), grad in zip(written, grads):
             layer.values.grad = grad
         self._step_kernel([(group, layer) for group, layer, has_kernel in written if has_kernel])
@@ -108,6 +109,8 @@ class SparseAdamW(_WritesWeights, torch.optim.AdamW):
     Raises:
         ValueError: for a module without such layers, or another `decay`.
     """
+
+    _torch_step = inspect.unwrap(torch.optim.AdamW.step)  # without the hooks, which run around our own
 
     def __init__(
         self,
@@ -173,6 +176,8 @@ class SparseSGD(_WritesWeights, torch.optim.SGD):
     Raises:
         ValueError: for a module without such layers, or another `decay`.
     """
+
+    _torch_step = inspect.unwrap(torch.optim.SGD.step)
 
     def __init__(
         self,

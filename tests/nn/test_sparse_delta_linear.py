@@ -8,10 +8,12 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import peft_kernels as pk
+from benchmarks.sparse_providers import peak_bytes
 from peft_kernels.testing import saved_tensors
 from peft_kernels.testing.sparse_delta import make_layout
 
@@ -148,6 +150,24 @@ class TestTraining:
                 held = [layer.values, *(b for b in layer.buffers())]
                 held += [value for value in optimizer.state[layer.values].values() if value.numel() > 1]
                 assert sum(tensor.nbytes for tensor in held) <= 20 * layout.nnz
+
+    @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "n_of_m"])  # half of whose weight trains
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_step_takes_no_memory_like_the_weight_s(self, kind, dtype):
+        """Forward, backward and the optimizer's step, by the events of torch's allocator."""
+        layout = make_layout(kind, 1024, 1024, 0.01)
+        layer = pk.nn.SparseDeltaLinear.from_linear(nn.Linear(1024, 1024, bias=False, dtype=dtype), layout)
+        optimizer = pk.optim.SparseAdamW(layer)
+        x = torch.randn(8, 1024, dtype=dtype, requires_grad=True)
+
+        def step():
+            layer(x).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            x.grad = None
+
+        step()
+        assert peak_bytes(step, "cpu") < layer.weight.nbytes / 2
 
     def test_several_forwards_before_backwards(self):
         """As in a pipeline: forwards and backwards of several micro-batches take turns."""
@@ -303,6 +323,16 @@ class TestOptimizers:
         layer.values.grad = torch.ones_like(layer.values)
         optimizer.step()
         assert torch.equal(layer.values.grad, torch.ones_like(layer.values))
+
+    def test_hooks_run_once_a_step(self):
+        for plain, ours in ((torch.optim.AdamW, pk.optim.SparseAdamW), (torch.optim.SGD, pk.optim.SparseSGD)):
+            plain([nn.Parameter(torch.zeros(1))])  # torch wraps the step of a class when one is made
+            layer, _ = make_layer()
+            optimizer, called = ours(layer), []
+            optimizer.register_step_pre_hook(lambda *_, called=called: called.append("pre"))
+            optimizer.register_step_post_hook(lambda *_, called=called: called.append("post"))
+            train(layer, optimizer, steps=2)
+            assert called == ["pre", "post"] * 2
 
     def test_closure(self):
         layer, _ = make_layer()

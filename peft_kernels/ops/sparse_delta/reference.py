@@ -19,7 +19,7 @@ PIECE_BYTES = 4 << 20
 #: Up to this density the gradient of entries is sampled on a CPU, one dot product each, by bytes of an element; from
 #: there on the product that fills all of dW is faster (SmolLM2's shapes, 512 tokens: in float32 a third of its time at
 #: 1 %, the same at 12 %; 16-bit operands are sampled in float32, and as fast as dW at 1 %).
-SAMPLED_UP_TO = {2: 0.01, 4: 0.1, 8: 0.1}
+SAMPLED_UP_TO = {2: 0.0125, 4: 0.1, 8: 0.1}
 #: Tokens that are sampled at a time. torch transposes both operands, and 16-bit ones are widened: so few of them are
 #: small beside a weight, and take no longer.
 SAMPLED_TOKENS = 64

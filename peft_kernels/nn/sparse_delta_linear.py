@@ -24,15 +24,22 @@ class NamedDelta(nn.Module):
     def __init__(self, layout: SparseLayout, values: torch.Tensor) -> None:
         super().__init__()
         self.kind, self.shape, self.tile = layout.kind, layout.shape, layout.tile
-        self.names = tuple(layout.tensors)
-        for name, tensor in layout.tensors.items():
-            self.register_buffer(name, tensor)
+        self.dtypes = {name: tensor.dtype for name, tensor in layout.tensors.items()}
+        for name in self.dtypes:
+            self.register_buffer(name, None)
+        self.hold(layout)
         self.register_buffer("base", None)
         self.values = nn.Parameter(values)
 
     @property
     def layout(self) -> SparseLayout:
-        return SparseLayout.of_tensors(self.kind, self.shape, [self._buffers[name] for name in self.names], self.tile)
+        tensors = [self._buffers[name].view(dtype) for name, dtype in self.dtypes.items()]
+        return SparseLayout.of_tensors(self.kind, self.shape, tensors, self.tile)
+
+    def hold(self, layout: SparseLayout) -> None:
+        """Take over the tensors of a layout of the same kind and size."""
+        for name, tensor in layout.tensors.items():  # DDP sends every buffer round, and knows no 16-bit integers
+            self._buffers[name] = tensor.view(torch.uint8) if tensor.dtype == torch.int16 else tensor
 
     def _apply(self, fn, recurse=True):
         """Moves with the layer, but stays as wide as it was: half of a master would not be one."""
@@ -55,6 +62,9 @@ class SparseDeltaLinear(nn.Linear):
     wherever a step may have changed `values`. :class:`peft_kernels.optim.SparseAdamW` writes by itself, and forward has
     nothing to do then; under `torch.compile` every forward writes. Several named deltas may wait beside the one that is
     in the weight.
+
+    DDP takes it as it is. FSDP2 would write Δ into a copy that it throws away: give `fully_shard` the weights as
+    `ignored_params`.
 
     A trainable value costs 4 bytes of `values`, the weight's own of `base` and those of the layout, 8.1 in all for a
     bfloat16 weight and entries at 1 %; AdamW's two moments add 8. A frozen entry costs nothing.
@@ -246,8 +256,7 @@ class SparseDeltaLinear(nn.Linear):
         if values.shape != (layout.nnz,):
             raise ValueError(f"expected values [{layout.nnz}], got {describe(values)}")
         self.restore()
-        for key, tensor in layout.tensors.items():
-            self.deltas[name]._buffers[key] = tensor.to(self.weight.device)
+        self.deltas[name].hold(layout.to(self.weight.device))
         self.deltas[name].values.copy_(values)
         self.apply_delta(name)
 

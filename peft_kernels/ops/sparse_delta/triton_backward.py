@@ -102,14 +102,13 @@ def thin_kernel(
     if BLOCKS:
         block = tl.load(index_ptr + batch)
         rows, columns = block // across * N + n, block % across * K + k
-    tokens = split * tokens_per_split + tl.arange(0, BLOCK_M)
-    last = tl.minimum((split + 1) * tokens_per_split, M)
+    tokens = split * tokens_per_split + tl.arange(0, BLOCK_M)  # whole blocks a split
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     for _ in range(0, tokens_per_split, BLOCK_M):
         dy = dy_ptr + rows[:, None] * stride_dyn + tokens[None, :] * stride_dym
         x = x_ptr + tokens[:, None] * stride_xm + columns[None, :] * stride_xk
-        dy_tile = tl.load(dy, mask=(n < N)[:, None] & (tokens < last)[None, :], other=0.0)
-        x_tile = tl.load(x, mask=(tokens < last)[:, None] & (k < K)[None, :], other=0.0)
+        dy_tile = tl.load(dy, mask=(n < N)[:, None] & (tokens < M)[None, :], other=0.0)
+        x_tile = tl.load(x, mask=(tokens < M)[:, None] & (k < K)[None, :], other=0.0)
         acc = dot(dy_tile, x_tile, acc, PRECISION)
         tokens += BLOCK_M
     out = out_ptr + split * stride_split + batch * N * K + n[:, None] * K + k[None, :]

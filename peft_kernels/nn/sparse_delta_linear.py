@@ -25,6 +25,7 @@ class NamedDelta(nn.Module):
         super().__init__()
         self.kind, self.shape, self.tile = layout.kind, layout.shape, layout.tile
         self.dtypes = {name: tensor.dtype for name, tensor in layout.tensors.items()}
+        self._layout: tuple[torch.Tensor, SparseLayout] | None = None
         for name in self.dtypes:
             self.register_buffer(name, None)
         self.hold(layout)
@@ -33,8 +34,18 @@ class NamedDelta(nn.Module):
 
     @property
     def layout(self) -> SparseLayout:
-        tensors = [self._buffers[name].view(dtype) for name, dtype in self.dtypes.items()]
-        return SparseLayout.of_tensors(self.kind, self.shape, tensors, self.tile)
+        """Made anew only where the buffers are others, as after a move: it is asked for in every forward."""
+        held = [self._buffers[name] for name in self.dtypes]
+        if self._layout is not None and self._layout[0] is held[0]:
+            return self._layout[1]
+        tensors = [tensor.view(dtype) for tensor, dtype in zip(held, self.dtypes.values())]
+        layout = SparseLayout.of_tensors(self.kind, self.shape, tensors, self.tile)
+        if not torch.compiler.is_compiling():
+            self._layout = held[0], layout
+        return layout
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_layout": None}
 
     def hold(self, layout: SparseLayout) -> None:
         """Take over the tensors of a layout of the same kind and size."""
@@ -140,18 +151,20 @@ class SparseDeltaLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] → [..., out_features], as `F.linear`, also under autocast."""
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        own = self._parameters  # a look-up through nn.Module.__getattr__ costs the host half a microsecond
+        weight, bias = own["weight"], own["bias"]
         if self.active is None:
             return F.linear(x, weight, bias)
         self.write()
         if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # once, for the product and for what is saved
-        delta = self.deltas[self.active]
+        delta = self._modules["deltas"]._modules[self.active]
+        values = delta._parameters["values"]
         y = F.linear(x, weight, bias)
-        if not (torch.is_grad_enabled() and delta.values.requires_grad):
+        if not (torch.is_grad_enabled() and values.requires_grad):
             return y
         self._fresh = False  # a step may follow, and one of torch's fused optimizers leaves no trace
-        return with_sparse_gradient_(y, x, delta.values, delta.layout)
+        return with_sparse_gradient_(y, x, values, delta.layout)
 
     @torch.no_grad()
     def write(self, changed: bool = False, done: bool = False) -> None:

@@ -59,9 +59,11 @@ def sparse_delta_linear(
     tensors = (x, weight, values, bias)
     needs = [tensor is not None and tensor.requires_grad for tensor in tensors]
     if torch.is_grad_enabled() and True in needs:
-        transformed = torch._C._are_functorch_transforms_active()
-        function = TransformableSparseDeltaLinearFunction if transformed else SparseDeltaLinearFunction
-        return function.apply(Options(layout, backend, needs), *tensors)
+        options = Options(layout, backend, needs)
+        if torch._C._are_functorch_transforms_active():
+            return TransformableSparseDeltaLinearFunction.apply(options, *tensors)
+        apply = SparseDeltaLinearFunction.apply if torch.compiler.is_compiling() else _apply_eagerly
+        return apply(options, *tensors)
     return _forward_op(x, weight, values, bias, *_flat(layout), backend)
 
 
@@ -91,8 +93,10 @@ def with_sparse_gradient_(y: torch.Tensor, x: torch.Tensor, values: torch.Tensor
         raise ValueError(f"with_sparse_gradient_: expected {expected}, got {describe(y)}")
     if not (torch.is_grad_enabled() and values.requires_grad):
         return y
-    backend = backends.choose("sparse_delta_linear", x)
-    return SparseGradientFunction.apply(Options(layout, backend, [False, False, True, False]), y, x, values)
+    options = Options(layout, backends.choose("sparse_delta_linear", x), [False, False, True, False])
+    watched = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    apply = SparseGradientFunction.apply if watched else _attach_eagerly
+    return apply(options, y, x, values)
 
 
 def write_delta(weight: torch.Tensor, base: torch.Tensor, values: torch.Tensor, layout: SparseLayout) -> None:
@@ -179,6 +183,12 @@ class SparseGradientFunction(torch.autograd.Function):
     def backward(ctx, dy):
         *_, grad_values, _ = _backward(ctx, dy)
         return None, dy, None, grad_values
+
+
+# What `apply` calls in the end. The Python around it asks of every argument whether it escaped from a torch.func
+# transform, a cost for the host; no transform is active where these are called.
+_apply_eagerly = super(torch.autograd.Function, SparseDeltaLinearFunction).apply
+_attach_eagerly = super(torch.autograd.Function, SparseGradientFunction).apply
 
 
 def _save_for_backward(ctx, options: Options, x, weight, values, gather: bool = True) -> None:

@@ -36,7 +36,7 @@ def lt_sft(sums: Sums, density: float = 0.01) -> None:
             weight.grad = None
     del dense, pretrained
 
-    # Phase 2: the same training on those entries alone.
+    # Phase 2: those entries alone, at the rate of a delta.
     pk.sparse.add_deltas(model, layouts)
     optimizer = pk.optim.SparseAdamW(model, lr=1e-3)
     sums.fit(optimizer, sums.steps, "LT-SFT, phase 2: sparse")

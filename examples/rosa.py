@@ -28,10 +28,9 @@ class RoSALinear(pk.nn.SparseDeltaLinear):
         self.scaling = lora_alpha / r
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.write()
-        y = pk.lora_linear(x, self.weight, self.lora_A, self.lora_B, self.scaling, self.bias)
-        return pk.with_sparse_gradient_(y, x, self.values, self.layout)
+    def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """One op, to which the layer adds the gradient of Δ."""
+        return pk.lora_linear(x, weight, self.lora_A, self.lora_B, self.scaling, bias)
 
 
 def rosa(sums: Sums, density: float = 0.005, r: int = 8) -> None:

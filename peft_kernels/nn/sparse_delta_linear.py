@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -56,10 +57,17 @@ class NamedDelta(nn.Module):
         """Moves with the layer, but stays as wide as it was: half of a master would not be one."""
         before = self.values.data
         super()._apply(fn, recurse)
-        after = self.values.data
+        after, grad = self.values.data, self.values.grad
         if after.dtype != before.dtype and not before.is_meta:
-            self.values.data = before.to(after.device)
+            wide = torch.promote_types(after.dtype, torch.float32)
+            self.values.data = before.to(after.device, wide)
+            self.values.grad = None if grad is None else grad.to(wide)
         return self
+
+    def _load_from_state_dict(self, *args) -> None:
+        """Loading writes in place: not into a layout that somebody else has, too."""
+        self._buffers.update({name: self._buffers[name].clone() for name in self.dtypes})
+        super()._load_from_state_dict(*args)
 
     def extra_repr(self) -> str:
         return repr(self.layout)
@@ -130,7 +138,7 @@ class SparseDeltaLinear(nn.Linear):
         self.deltas = nn.ModuleDict()
         self.active: str | None = None
         self._written: tuple | None = None  # changes with what was written, and where
-        self._fresh = False  # no training forward since
+        self._trained = False  # a training forward since a step that writes, or none: then nothing is certain
         self.add_delta(name, delta)
         self.weight.requires_grad_(False)
         if self.bias is not None:
@@ -153,25 +161,32 @@ class SparseDeltaLinear(nn.Linear):
         """x [..., in_features] → [..., out_features], as `F.linear`, also under autocast."""
         own = self._parameters  # a look-up through nn.Module.__getattr__ costs the host half a microsecond
         weight, bias = own["weight"], own["bias"]
-        if self.active is None:
-            return F.linear(x, weight, bias)
-        self.write()
         if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # once, for the product and for what is saved
+        if self.active is None:
+            return self.product(x, weight, bias)
+        self.write()
         delta = self._modules["deltas"]._modules[self.active]
         values = delta._parameters["values"]
-        y = F.linear(x, weight, bias)
         if not (torch.is_grad_enabled() and values.requires_grad):
-            return y
-        self._fresh = False  # a step may follow, and one of torch's fused optimizers leaves no trace
-        return with_sparse_gradient_(y, x, values, delta.layout)
+            return self.product(x, weight, bias)
+        self._trained = True  # a step may follow, and one of torch's fused optimizers leaves no trace
+        # As rows: with leading dims y would be a view, whose gradient torch copies to follow a change in place.
+        rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        y = with_sparse_gradient_(self.product(rows, weight, bias), rows, values, delta.layout)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+    def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """y [..., N] of x [..., K] and the weight with Δ in it, for subclasses that add to it; no view of x."""
+        return F.linear(x, weight, bias)
 
     @torch.no_grad()
     def write(self, changed: bool = False, done: bool = False) -> None:
         """Write W₀ + Δ into the weight, unless it is known to be there. A forward calls this.
 
         Args:
-            changed: `values` are others than before, though their version may not show it (torch's fused optimizers).
+            changed: `values` are others than before, though their version may not show it, as after `values.data` was
+                written to. All forwards until the next in training then rely on what is written now.
             done: whoever changed them has written the weight, too.
         """
         if self.active is None:
@@ -181,15 +196,15 @@ class SparseDeltaLinear(nn.Linear):
             write_delta(self.weight, delta.base, delta.values, delta.layout)
             return
         stamp = (self.active, delta.values._version, delta.values.data_ptr(), self.weight.data_ptr())
-        changed = changed or stamp != self._written
-        if self._fresh and not changed and not _capturing(self.weight):
+        seen = changed or stamp != self._written
+        if not seen and not self._trained and not _capturing(self.weight):
             return
         # The same numbers as before, maybe: a backward that is still to come may go on with the weight that it saved.
         if not done:
             write_delta(self.weight.data, delta.base, delta.values, delta.layout)
-        if changed:
+        if seen:
             torch.autograd.graph.increment_version(self.weight)
-        self._written, self._fresh = stamp, True
+        self._written, self._trained = stamp, self._trained and not changed
 
     def add_delta(self, name: str, delta: SparseDelta | SparseLayout) -> None:
         """Add a delta, or an empty one (Δ = 0) at the positions of a layout; it does not go into the weight yet.
@@ -303,6 +318,10 @@ class SparseDeltaLinear(nn.Linear):
         W₀, beside which the deltas stay as they are."""
         own = f"{prefix}deltas."
         active = self.active
+        if f"{prefix}weight" not in state_dict:  # of what trains only: the next forward writes it
+            self._written = None
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *others)
+            return
         if not any(key.startswith(own) for key in state_dict):
             self.restore()
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *others)

@@ -83,6 +83,21 @@ class _WritesWeights:
     def _step_kernel(self, stepped: list[tuple[dict[str, Any], SparseDeltaLinear]]) -> None:
         """Of layers whose optimizer has a kernel."""
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Of this optimizer, or of torch's own: what it was told about its kernels is left out.
+
+        Raises:
+            ValueError: of an AdamW with amsgrad.
+        """
+        if any(group.get("amsgrad") for group in state_dict["param_groups"]):
+            raise ValueError("expected the state of an optimizer without amsgrad, got one with it")
+        own = ("fused", "foreach", "capturable")
+        groups = [
+            saved | {key: group[key] for key in own if key in group}
+            for saved, group in zip(state_dict["param_groups"], self.param_groups)
+        ]
+        super().load_state_dict(state_dict | {"param_groups": groups})
+
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_layers": self._layers, "_decays_weight": self._decays_weight}
 
@@ -91,7 +106,7 @@ class SparseAdamW(_WritesWeights, torch.optim.AdamW):
     """AdamW (Loshchilov & Hutter, 2019) on sparse deltas.
 
     `values` and both moments are float32; the weight is W₀ + Δ, rounded once to its dtype, so that updates too small
-    for a 16-bit weight add up in the master. 12 bytes a value, beside the layer's own; none for a frozen entry.
+    for a 16-bit weight add up in the master. 8 bytes a value beside the layer's own; none for a frozen entry.
 
     Args:
         params: a model (the active values of every `SparseDeltaLinear` in it), an iterable of layers and parameters, or

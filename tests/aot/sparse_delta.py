@@ -78,7 +78,7 @@ def _write(dtype: str, kind: str) -> Case:
         "second_ptr": second, "nnz": INT, "K": WIDE, "count": INT, "tile_rows": INT, "tile_columns": INT, "steps": INT,
         "row_start": INT, "row_stop": INT, "column_start": INT, "column_stop": INT,
         "stride_tn": WIDE, "stride_tk": 1, "stride_sn": WIDE, "stride_sk": 1,
-        "KIND": KINDS[kind], "BLOCK": configs.WRITTEN,
+        "KIND": KINDS[kind], "BY_NUMBER": dtype == "bf16", "BLOCK": configs.WRITTEN,
     }  # fmt: skip
     return Case(f"write_kernel-{kind}-{dtype}", write_kernel, arguments, 4, 3, False)
 

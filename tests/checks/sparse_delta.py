@@ -157,8 +157,13 @@ def check_runs(backend: str, device: str, monkeypatch) -> None:
 
 def check_writing(backend: str, kind: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
     """W₀ + Δ at the positions, in float32 rounded once, and nothing elsewhere; also into a transposed weight."""
-    layout = make_layout(kind, 64, 96, 0.1, tile=(8, 16)).to(device)
     torch.manual_seed(0)
+    _check_writing(backend, make_layout(kind, 64, 96, 0.1, tile=(8, 16)).to(device), device, dtype)
+    if kind == "blocks":
+        _check_writing(backend, make_layout(kind, 64, 96, 0.1, tile=(1, 16)).to(device), device, dtype)
+
+
+def _check_writing(backend: str, layout: pk.SparseLayout, device: str, dtype: torch.dtype) -> None:
     values = torch.randn(layout.nnz, device=device)
     for transposed in (False, True):
         weight = torch.randn(64, 96, device=device).to(dtype)

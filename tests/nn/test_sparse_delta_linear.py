@@ -96,6 +96,23 @@ class TestTraining:
                 torch.testing.assert_close(layer(x), F.linear(x, expected, layer.bias), rtol=0, atol=0)
             assert torch.equal(layer.weight, expected)
 
+    def test_a_fused_step_after_an_evaluation(self):
+        """A forward between backward and a step that leaves no trace, and a write through `.data` that is told of."""
+        layer, base = make_layer()
+        optimizer = OPTIMIZERS["AdamW, fused"](layer)
+        x = torch.randn(5, K)
+        layer(x).square().sum().backward()
+        with torch.no_grad():
+            layer(x)
+        layer.state_dict()
+        optimizer.step()
+        with torch.no_grad():
+            assert torch.equal(layer(x), F.linear(x, dense_weight(layer, base), layer.bias))
+        train(layer, pk.optim.SparseAdamW(layer), steps=1)
+        layer.values.data.mul_(0.5)
+        layer.write(changed=True)
+        assert torch.equal(layer.weight, dense_weight(layer, base))
+
     def test_our_step_writes_the_weight_itself(self):
         for make in (OPTIMIZERS["SparseAdamW"], OPTIMIZERS["SparseSGD"]):
             layer, base = make_layer()
@@ -238,13 +255,14 @@ class TestTraining:
         layer(torch.randn(8, K)).square().sum().backward()
         torch.testing.assert_close(layer.values.grad, layer.layout.take(layer.weight.grad))
 
-    def test_leading_dims(self):
-        layer, base = make_layer(bias=False)
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_leading_dims(self, bias):
+        layer, base = make_layer(bias=bias)
         for shape in ((K,), (0, K), (2, 3, K)):
             x = torch.randn(shape)
             y = layer(x)
-            torch.testing.assert_close(y, F.linear(x, base))
-            y.sum().backward()
+            torch.testing.assert_close(y, F.linear(x, base, layer.bias))
+            y.add_(1).sum().backward()
 
 
 class TestOptimizers:
@@ -311,11 +329,15 @@ class TestOptimizers:
 
     def test_state_of_torch_adamw_loads(self):
         layer, _ = make_layer()
-        theirs = torch.optim.AdamW([layer.values], lr=1e-2)
+        theirs = torch.optim.AdamW([layer.values], lr=1e-2, foreach=True)
         train(layer, theirs)
-        ours = pk.optim.SparseAdamW(layer, lr=1e-2)
+        ours = pk.optim.SparseAdamW(layer, lr=1e-3)
         ours.load_state_dict(theirs.state_dict())
         assert torch.equal(ours.state[layer.values]["exp_avg"], theirs.state[layer.values]["exp_avg"])
+        assert ours.param_groups[0]["fused"] and ours.param_groups[0]["lr"] == 1e-2
+        train(layer, ours)
+        with pytest.raises(ValueError, match="expected the state of an optimizer without amsgrad"):
+            ours.load_state_dict(torch.optim.AdamW([layer.values], amsgrad=True).state_dict())
 
     def test_sgd_leaves_the_gradient_as_it_was(self):
         layer, _ = make_layer()
@@ -449,6 +471,25 @@ class TestDeltas:
         layer.load_state_dict(without)
         assert layer.active is None and torch.equal(layer.weight, base)
 
+    def test_a_checkpoint_of_what_trains(self):
+        """Values alone, as trainable parameters are saved: the next forward computes with them."""
+        layer, base = make_layer()
+        train(layer, torch.optim.AdamW([layer.values], lr=1e-2))
+        fresh, _ = make_layer()
+        fresh.load_state_dict({"deltas.default.values": layer.values.detach()}, strict=False)
+        x = torch.randn(4, K)
+        assert fresh.active == "default" and torch.equal(fresh(x), layer(x))
+        fresh.restore()
+        assert torch.equal(fresh.weight, base)
+
+    def test_loading_leaves_a_shared_layout_alone(self):
+        layout = make_layout("entries", N, K, 0.1)
+        one, other = (pk.nn.SparseDeltaLinear(K, N, layout) for _ in range(2))
+        before = layout.indices()
+        one.load_state_dict(make_layer(seed=7)[0].state_dict())
+        assert one.layout != layout
+        assert torch.equal(layout.indices(), before) and torch.equal(other.layout.indices(), before)
+
     def test_a_checkpoint_that_lacks_a_delta(self):
         layer, _ = make_layer()
         state = layer.state_dict()
@@ -474,6 +515,11 @@ class TestDeltas:
         half = copy.deepcopy(layer).bfloat16()
         assert half.values.dtype == torch.float32 and torch.equal(half.values, layer.values)
         assert torch.equal(half(x.bfloat16()), F.linear(x.bfloat16(), dense_weight(half, base.bfloat16()), half.bias))
+        wide = copy.deepcopy(layer).double()
+        wide(x.double()).sum().backward()
+        assert wide.values.dtype == torch.float64
+        wide = wide.float()
+        assert wide.values.dtype == wide.values.grad.dtype == torch.float32
         assert layer.to("meta").layout.device.type == "meta"
 
     def test_from_linear_shares_and_freezes(self):

@@ -6,6 +6,7 @@ with torch.library so that torch.compile and opcheck see them.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -74,7 +75,8 @@ def with_sparse_gradient_(y: torch.Tensor, x: torch.Tensor, values: torch.Tensor
     (`F.linear`, `lora_linear`), and only the gradient of the values is added to it, without the dense dW.
 
     Args:
-        y: [..., N], becomes part of the graph of `values`, as by an operation in place.
+        y: [..., N], becomes part of the graph of `values`, as by an operation in place. No view, best: of one torch
+            copies the gradient.
         x: [..., K], of which y was made, in y's dtype.
         values, layout: as in :func:`sparse_delta_linear`; the values take part by their gradient only.
 
@@ -195,18 +197,22 @@ def _save_for_backward(ctx, options: Options, x, weight, values, gather: bool = 
     needs_x, needs_weight, needs_values, _ = options.needs
     kept = x if needs_weight or needs_values else None
     if kept is not None and gather and not needs_weight and options.layout.kind == "columns":
-        kept = reference.gather_columns(x.reshape(-1, x.shape[-1]), options.layout)
+        kept = reference.gather_columns(_flat_rows(x), options.layout)
     ctx.save_for_backward(kept, weight if needs_x else None, values if needs_x else None)
     ctx.options = options
     ctx.values_dtype = values.dtype
     ctx.shape = x.shape
 
 
+def _flat_rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., K] as [M, K], K = 0 too."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def _backward(ctx, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     layout, backend, needs = ctx.options
     x, weight, values = ctx.saved_tensors
-    x = x if x is None else x.reshape(-1, x.shape[-1])
-    rows = dy.reshape(-1, dy.shape[-1])
+    x, rows = x if x is None else _flat_rows(x), _flat_rows(dy)
     grads = iter(_backward_op(rows, x, weight, values, *_flat(layout), layout.shape, needs, ctx.values_dtype, backend))
     result = [next(grads) if needed else None for needed in needs]
     if needs[0]:
@@ -238,7 +244,7 @@ def _forward(x, weight, values, bias, layout, kind, tile, backend):
     if x.is_meta:
         return x.new_empty(*x.shape[:-1], weight.shape[0])
     layout = SparseLayout.of_tensors(kind, tuple(weight.shape), layout, tuple(tile))
-    rows = x.reshape(-1, x.shape[-1])
+    rows = _flat_rows(x)
     if backend == "reference":
         return unflatten(reference.forward(rows, weight, values, bias, layout), x.shape[:-1])
     from . import triton_forward  # needs Triton, which the package does not

@@ -92,8 +92,9 @@ def thin_kernel(
     blocks. Else rows and columns as they are.
     """
     tiles_k = tl.cdiv(K, BLOCK_K)
-    tile_n, tile_k = tl.program_id(0) // tiles_k, tl.program_id(0) % tiles_k
-    batch, split = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    tiles = tl.cdiv(N, BLOCK_N) * tiles_k
+    batch, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    tile_n, tile_k, split = tile // tiles_k, tile % tiles_k, tl.program_id(1).to(tl.int64)
     n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tile_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     rows, columns = n, k
@@ -201,7 +202,7 @@ def _thin(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: torch.
     split = tile.splits > 1
     partials = dy.new_empty(tile.splits, layout.nnz, dtype=torch.float32) if split else out
     per_split = triton.cdiv(triton.cdiv(M, tile.splits), tile.block_m) * tile.block_m
-    thin_kernel[(triton.cdiv(N, tile.block_n) * triton.cdiv(K, tile.block_k), batch, tile.splits)](
+    thin_kernel[(batch * triton.cdiv(N, tile.block_n) * triton.cdiv(K, tile.block_k), tile.splits)](
         dy, x, partials, index, M, N, K, layout.shape[1] // K if blocks else 0, per_split, *dy.stride(), *x.stride(),
         layout.nnz if split else 0, ROWS=rows, BLOCKS=blocks, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         BLOCK_M=tile.block_m, PRECISION=dot_precision(dy.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,

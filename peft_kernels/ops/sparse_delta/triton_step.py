@@ -134,15 +134,20 @@ def _table(members: list[Stepped], device: torch.device, tables: dict) -> tuple[
         pointers = [tensor.data_ptr() for tensor in (*one[:7], first, second)]
         rows.append((*pointers, *sizes, *one.weight.stride()))
     rows = tuple(rows)
-    if rows not in tables:
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if capturing or rows not in tables:
         counts = [triton.cdiv(one.layout.nnz, configs.WRITTEN) for one in members]
         chunks = [(delta, chunk) for delta, count in enumerate(counts) for chunk in range(count)]
-        while len(tables) >= _MOST_TABLES:
-            del tables[next(iter(tables))]
         host = torch.tensor(rows, dtype=torch.int64), torch.tensor(chunks, dtype=torch.int32)
         host = tuple(tensor.pin_memory() for tensor in host) if device.type == "cuda" else host
-        tables[rows] = (*(tensor.to(device, non_blocking=True) for tensor in host), host)
+        made = (*(tensor.to(device, non_blocking=True) for tensor in host), host)
+        if capturing:  # filled in replays only, and for them to keep
+            tables.setdefault("captured", []).append(made)
+            return made
+        while len(tables) >= _MOST_TABLES:
+            del tables[next(key for key in tables if key != "captured")]
+        tables[rows] = made
     return tables[rows]
 
 
-_MOST_TABLES = 8
+_MOST_TABLES = 64

@@ -43,19 +43,23 @@ def position(i, inside, first_ptr, second_ptr, K, count, tile_rows, tile_columns
         return group // across, group % across * tile_columns + offset
 
 
-@triton.jit(do_not_specialize=["nnz", "count", "steps", "row_start", "row_stop", "column_start", "column_stop"])
+@triton.jit(
+    do_not_specialize=[
+        "nnz", "count", "tile_rows", "tile_columns", "steps", "row_start", "row_stop", "column_start", "column_stop"
+    ]
+)  # fmt: skip
 def write_kernel(
     target_ptr, source_ptr, values_ptr, first_ptr, second_ptr, nnz, K, count, tile_rows, tile_columns, steps,
     row_start, row_stop, column_start, column_stop, stride_tn, stride_tk, stride_sn, stride_sk,
-    KIND: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, BY_NUMBER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """target[row − row_start, column − column_start] = source + value at the positions in a window of the weight. The
-    source is read where it is written to: at [row, column], or, with stride_sn = 0, at the value's own number."""
+    source is read at [row, column], or BY_NUMBER, as the values are."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < nnz
     row, column = position(i, inside, first_ptr, second_ptr, K, count, tile_rows, tile_columns, steps, KIND)
     inside &= (row >= row_start) & (row < row_stop) & (column >= column_start) & (column < column_stop)
-    source = source_ptr + (i if stride_sn == 0 else row * stride_sn + column * stride_sk)
+    source = source_ptr + (i if BY_NUMBER else row * stride_sn + column * stride_sk)
     total = tl.load(source, mask=inside, other=0.0).to(tl.float32) + tl.load(values_ptr + i, mask=inside, other=0.0)
     target = target_ptr + (row - row_start) * stride_tn + (column - column_start) * stride_tk
     tl.store(target, total.to(target_ptr.dtype.element_ty), mask=inside)
@@ -84,7 +88,7 @@ def write(
     write_kernel[(triton.cdiv(layout.nnz, configs.WRITTEN),)](
         target, source.contiguous() if source.dim() == 1 else source, values.contiguous(), *described(layout),
         rows.start, rows.stop, columns.start, columns.stop, *target.stride(), *strides,
-        KIND=KINDS[layout.kind], BLOCK=configs.WRITTEN, num_warps=4,
+        KIND=KINDS[layout.kind], BY_NUMBER=source.dim() == 1, BLOCK=configs.WRITTEN, num_warps=4,
     )  # fmt: skip
 
 

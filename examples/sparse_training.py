@@ -138,7 +138,9 @@ def compare() -> None:
     model, tokenizer = load_model(options)
     for name, recipe in recipes.items():
         before, after, trained, seconds = run(recipe, options, copy.deepcopy(model), tokenizer)
-        table.add_row(name, f"{before:.3f} → {after:.3f}", f"{trained:,}", f"{seconds:.0f}")
+        row = f"{before:.3f} → {after:.3f}", f"{trained:,}", f"{seconds:.0f}"
+        tqdm.write(f"{name}: held-out loss {row[0]}")
+        table.add_row(name, *row)
     make_console().print(table)
 
 

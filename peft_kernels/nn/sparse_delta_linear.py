@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..ops.common.messages import describe
+from ..ops.common.tensors import flatten
 from ..ops.sparse_delta import SparseDelta, SparseLayout, with_sparse_gradient_, write_delta
 
 
@@ -172,7 +172,7 @@ class SparseDeltaLinear(nn.Linear):
             return self.product(x, weight, bias)
         self._trained = True  # a step may follow, and one of torch's fused optimizers leaves no trace
         # As rows: with leading dims y would be a view, whose gradient torch copies to follow a change in place.
-        rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        rows = flatten(x)
         y = with_sparse_gradient_(self.product(rows, weight, bias), rows, values, delta.layout)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 

@@ -142,7 +142,7 @@ class SparseAdamW(_WritesWeights, torch.optim.AdamW):
         params = self._begin(params, decay)
         super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, capturable=capturable, fused=True)
         self._step_supports_amp_scaling = False  # GradScaler unscales and skips: weights are written here too
-        self._tables: dict = {}
+        self._tables = None
 
     @staticmethod
     def _has_kernel(layer: SparseDeltaLinear) -> bool:
@@ -151,8 +151,9 @@ class SparseAdamW(_WritesWeights, torch.optim.AdamW):
     def _step_kernel(self, stepped: list[tuple[dict[str, Any], SparseDeltaLinear]]) -> None:
         if not stepped:
             return
-        from ..ops.sparse_delta.triton_step import Stepped, adamw  # needs Triton, which the package does not
+        from ..ops.sparse_delta.triton_step import Stepped, Tables, adamw  # needs Triton, which the package does not
 
+        self._tables = self._tables or Tables()
         for group in self.param_groups:
             layers = [layer for owner, layer in stepped if owner is group]
             if not layers:
@@ -173,7 +174,7 @@ class SparseAdamW(_WritesWeights, torch.optim.AdamW):
                 torch.autograd.graph.increment_version(values)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_tables": {}}  # addresses in this process
+        return super().__getstate__() | {"_tables": None}  # addresses in this process
 
     @staticmethod
     def _decay_base(group: dict[str, Any], layer: SparseDeltaLinear) -> None:

@@ -3,7 +3,6 @@ interpreter (`tests/interpret`) and the GPU."""
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import torch
@@ -19,6 +18,7 @@ from peft_kernels.testing import (
     saved_tensors,
     truth,
 )
+from tests.checks.common import record_calls, strided, subsets
 
 #: Leading dims, K, N of each projection, R: off every tile, on it, a single row, none, a rank beyond a block.
 SHAPES = {
@@ -99,10 +99,6 @@ def check_subsets(backend: str, dropout_p: float = 0.25, **case_arguments) -> No
         assert sorted(found) == sorted(expected), f"frozen: {frozen}"
 
 
-def subsets(names: tuple[str, ...]) -> list[tuple[str, ...]]:
-    return [c for size in range(len(names) + 1) for c in itertools.combinations(names, size)]
-
-
 def check_runs(backend: str, device: str, monkeypatch) -> None:
     """The backend asked for is the one that runs, backward included, also outside of the block."""
     modules = [reference]
@@ -110,36 +106,21 @@ def check_runs(backend: str, device: str, monkeypatch) -> None:
         from peft_kernels.ops.lora_linear import triton_backward, triton_forward
 
         modules = [triton_forward, triton_backward]
-    called = []
-    for module in modules:
-        for direction in ("forward", "backward"):
-            if hasattr(module, direction):
-                original = getattr(module, direction)
-
-                def spy(*args, original=original, direction=direction):
-                    called.append((direction, args[-1]))
-                    return original(*args)
-
-                monkeypatch.setattr(module, direction, spy)
+    calls = record_calls(monkeypatch, modules)
     case = make_case(device=device)
     x = case.x.requires_grad_()
     with pk.use_backend(backend):
         (y,) = pk.lora_linear_shared_input(x, case.projections)
     y.sum().backward()
-    assert [direction for direction, _ in called] == ["forward", "backward"]
+    assert [direction for direction, *_ in calls] == ["forward", "backward"]
     if backend != "reference":
-        assert {name for _, name in called} == {backend}
+        assert {arguments[-1] for arguments in calls} == {backend}
 
 
 def check_layouts(backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
     """Strided x, a transposed weight (Conv1D), a bias and adapters that are views, a gradient of strides (0, 0)."""
     case = make_case((6, 10), 48, (32,), 8, dtype=dtype, device=device, dropout_p=0.2)
     (weight, lora_A, lora_B, scaling, bias) = case.projections[0]
-
-    def strided(tensor: torch.Tensor) -> torch.Tensor:
-        wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), float("nan"), dtype=dtype, device=device)
-        wide[..., ::2] = tensor
-        return wide[..., ::2]
 
     def results(x, weight, lora_A, lora_B, bias):
         leaves = [t.detach().requires_grad_() for t in (x, weight, lora_A, lora_B, bias)]

@@ -12,7 +12,7 @@ import peft_kernels as pk
 from peft_kernels.ops.masked_linear import reference
 from peft_kernels.testing import assert_within_eager, poisoned_allocations, saved_tensors
 from peft_kernels.testing.masked_linear import NAMES, eager, make_case, ours, run, truth
-from tests.checks.lora_linear import subsets
+from tests.checks.common import record_calls, strided, subsets
 
 #: Leading dims, K, N: off every tile, on it, a single row, none, a dimension of size 0.
 SHAPES = {
@@ -89,33 +89,21 @@ def check_runs(backend: str, device: str, monkeypatch) -> None:
         from peft_kernels.ops.masked_linear import triton_backward, triton_forward
 
         modules = [triton_forward, triton_backward]
-    called = []
-    for module in modules:
-        for direction in ("forward", "backward"):
-            if hasattr(module, direction):
-                original = getattr(module, direction)
-
-                def spy(*args, original=original, direction=direction):
-                    called.append((direction, args[-1]))
-                    return original(*args)
-
-                monkeypatch.setattr(module, direction, spy)
+    calls = record_calls(monkeypatch, modules)
     case = make_case(device=device)
     leaves = case.leaves()
     with pk.use_backend(backend):
         y = ours(case, leaves)
     y.sum().backward()
-    assert called == [("forward", backend), ("backward", backend)]
+    assert [(direction, arguments[-1]) for direction, *arguments in calls] == [
+        ("forward", backend),
+        ("backward", backend),
+    ]
 
 
 def check_layouts(backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
     """Strided x, a transposed weight (Conv1D), scores and a bias that are views, a gradient of strides (0, 0)."""
     case = make_case((6, 10), 48, 32, dtype=dtype, device=device)
-
-    def strided(tensor: torch.Tensor) -> torch.Tensor:
-        wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), float("nan"), dtype=dtype, device=device)
-        wide[..., ::2] = tensor
-        return wide[..., ::2]
 
     def results(**tensors):
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}

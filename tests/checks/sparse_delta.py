@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 
 import torch
@@ -13,6 +12,7 @@ import peft_kernels as pk
 from peft_kernels.ops.sparse_delta import reference, write_delta
 from peft_kernels.testing import assert_within_eager, poisoned_allocations, saved_tensors
 from peft_kernels.testing.sparse_delta import LEAVES, eager, make_case, make_layout, ours, ours_in_weight, run, truth
+from tests.checks.common import record_calls, strided, subsets
 
 #: Leading dims, K, N: off every tile, on it, a single row, none; blocks of 4 × 8 fill all of them.
 SHAPES = {
@@ -64,22 +64,21 @@ def check_subsets(backend: str, device: str = "cpu", dtype: torch.dtype = torch.
     for layout in LAYOUTS.values():
         arguments = {"batch": (5, 4), "in_features": 40, "out_features": 24, "dtype": dtype, "device": device} | layout
         everything = None
-        for size in range(len(LEAVES) + 1):
-            for frozen in itertools.combinations(LEAVES, size):
-                case = make_case(**arguments, frozen=frozen)
-                with pk.use_backend(backend), saved_tensors() as saved:
-                    results = run(case)
-                everything = everything or results
-                for name, value in results.items():
-                    torch.testing.assert_close(value, everything[name], rtol=0, atol=0, msg=f"{name}, frozen: {frozen}")
-                trains = {name: name not in frozen for name in LEAVES}
-                expected = []
-                if trains["weight"] or trains["values"]:
-                    thin = layout["kind"] == "columns" and not trains["weight"]
-                    expected.append(20 * (len(case.layout.tensors["index"]) if thin else 40))
-                if trains["x"]:
-                    expected += [case.weight.numel(), case.values.numel()]
-                assert sorted(tensor.numel() for tensor in saved) == sorted(expected), f"{layout}, frozen: {frozen}"
+        for frozen in subsets(LEAVES):
+            case = make_case(**arguments, frozen=frozen)
+            with pk.use_backend(backend), saved_tensors() as saved:
+                results = run(case)
+            everything = everything or results
+            for name, value in results.items():
+                torch.testing.assert_close(value, everything[name], rtol=0, atol=0, msg=f"{name}, frozen: {frozen}")
+            trains = {name: name not in frozen for name in LEAVES}
+            expected = []
+            if trains["weight"] or trains["values"]:
+                thin = layout["kind"] == "columns" and not trains["weight"]
+                expected.append(20 * (len(case.layout.tensors["index"]) if thin else 40))
+            if trains["x"]:
+                expected += [case.weight.numel(), case.values.numel()]
+            assert sorted(tensor.numel() for tensor in saved) == sorted(expected), f"{layout}, frozen: {frozen}"
 
 
 def check_strides(backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
@@ -88,11 +87,6 @@ def check_strides(backend: str, device: str = "cpu", dtype: torch.dtype = torch.
         case = make_case(
             **({"batch": (6, 10), "in_features": 48, "out_features": 32} | layout), dtype=dtype, device=device
         )
-
-        def strided(tensor: torch.Tensor) -> torch.Tensor:
-            wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), float("nan"), dtype=dtype, device=device)
-            wide[..., ::2] = tensor
-            return wide[..., ::2]
 
         def results(*leaves, layout=case.layout):
             leaves = [leaf.detach().requires_grad_() for leaf in leaves]
@@ -134,25 +128,17 @@ def check_empty(backend: str, device: str = "cpu") -> None:
 
 def check_runs(backend: str, device: str, monkeypatch) -> None:
     """The backend asked for is the one that runs, backward included, also outside of the block."""
-    modules = [(reference, "forward"), (reference, "backward")]
+    modules = [reference]
     if backend != "reference":
         from peft_kernels.ops.sparse_delta import triton_backward, triton_forward
 
-        modules = [(triton_forward, "forward"), (triton_backward, "backward")]
-    called = []
-    for module, direction in modules:
-        original = getattr(module, direction)
-
-        def spy(*args, original=original, direction=direction):
-            called.append(direction)
-            return original(*args)
-
-        monkeypatch.setattr(module, direction, spy)
+        modules = [triton_forward, triton_backward]
+    calls = record_calls(monkeypatch, modules)
     case = make_case(device=device)
     with pk.use_backend(backend):
         y = pk.sparse_delta_linear(case.x.requires_grad_(), case.weight, case.values, case.layout)
     y.sum().backward()
-    assert called == ["forward", "backward"]
+    assert [direction for direction, *_ in calls] == ["forward", "backward"]
 
 
 def check_writing(backend: str, kind: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:

@@ -556,4 +556,4 @@ class TestDeltas:
         assert torch.equal(layer.weight, base)
         layer.restore()
         with pytest.raises(RuntimeError, match="expected a delta in the weight, got none"):
-            layer.values  # noqa: B018
+            _ = layer.values

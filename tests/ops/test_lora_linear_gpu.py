@@ -7,6 +7,7 @@ import peft_kernels as pk
 from peft_kernels.ops.common import dropout
 from peft_kernels.testing import make_case
 from tests.checks import lora_linear as checks
+from tests.checks.common import captured
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ["triton:fused", "triton:blas", "reference"]
@@ -22,15 +23,6 @@ SHAPES = checks.SHAPES | {
     "large-qkv": {"batch": (1100,), "in_features": 1024, "out_features": (1024, 256, 256), "rank": 16},
     "large-odd": {"batch": (1037,), "in_features": 1032, "out_features": (1160,), "rank": 24},
 }
-
-
-@pytest.fixture(autouse=True)
-def exact_float32():
-    """Eager float32 on a GPU without tf32, as the kernels follow torch's own setting."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -93,23 +85,16 @@ def test_cuda_graph(backend, dropout_p):
             y = pk.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p=dropout_p, training=True)
         return [y, *torch.autograd.grad(y, (x, lora_A, lora_B), case.grad_ys[0])]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, results = captured(step)
     with torch.no_grad():
         x.copy_(torch.randn_like(x))
     graph.replay()
-    first = [value.clone() for value in captured]
+    first = [value.clone() for value in results]
     graph.replay()
     if dropout_p:
-        assert not torch.equal(first[0], captured[0])
+        assert not torch.equal(first[0], results[0])
     else:
-        for one, other, eager in zip(first, captured, step()):
+        for one, other, eager in zip(first, results, step()):
             assert torch.equal(one, other)
             assert torch.equal(one, eager)
 

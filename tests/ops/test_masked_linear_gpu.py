@@ -6,6 +6,7 @@ import torch
 import peft_kernels as pk
 from peft_kernels.testing.masked_linear import NAMES, make_case, ours
 from tests.checks import masked_linear as checks
+from tests.checks.common import captured
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ["triton", "reference"]
@@ -20,15 +21,6 @@ SHAPES = checks.SHAPES | {
     "large-few-rows": {"batch": (300,), "in_features": 1024, "out_features": 1536},
     "large-odd": {"batch": (1037,), "in_features": 1033, "out_features": 1161},
 }
-
-
-@pytest.fixture(autouse=True)
-def exact_float32():
-    """Eager float32 on a GPU without tf32, as the kernels follow torch's own setting."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -96,19 +88,12 @@ def test_cuda_graph(backend):
             y = ours(case, leaves)
         return [y, *torch.autograd.grad(y, list(leaves.values()), case.grad_y)]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, results = captured(step)
     with torch.no_grad():
         leaves["x"].copy_(torch.randn_like(leaves["x"]))
         case.threshold.fill_(0.7)
     graph.replay()
-    for one, eager in zip(captured, step()):
+    for one, eager in zip(results, step()):
         assert torch.equal(one, eager)
 
 

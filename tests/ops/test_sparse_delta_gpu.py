@@ -7,6 +7,7 @@ import torch
 import peft_kernels as pk
 from peft_kernels.testing.sparse_delta import make_layout
 from tests.checks import sparse_delta as checks
+from tests.checks.common import captured
 
 pytestmark = pytest.mark.gpu
 BACKENDS = ["triton", "reference"]
@@ -21,15 +22,6 @@ SHAPES = checks.SHAPES | {
     "large-odd": {"batch": (1037,), "in_features": 1032, "out_features": 1160},
 }
 LAYOUTS = checks.LAYOUTS | {"entries-few": {"kind": "entries", "density": 0.001}}
-
-
-@pytest.fixture(autouse=True)
-def exact_float32():
-    """Eager float32 on a GPU without tf32, as the kernels follow torch's own setting."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -110,15 +102,7 @@ def test_cuda_graph(kind):
         one(x).square().mean().backward()
         optimizer.step()
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step(layer, optimizers[0])
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step(layer, optimizers[0])
+    graph, _ = captured(lambda: step(layer, optimizers[0]), warm_up=3)
     for _ in range(4):
         graph.replay()
     for _ in range(7):

@@ -13,7 +13,8 @@ LIBRARY = torch.library.Library("peft_kernels", "DEF")
 def register(name: str, implementation: Callable) -> Callable:
     """Register the implementation of an op that is defined, for every backend key, and return what the autograd
     Function calls: the implementation itself in eager mode, and the registered op wherever somebody is watching
-    (torch.compile, export, fake tensors, any dispatch mode, torch.func, whose wrapped tensors not all of torch takes).
+    (torch.compile, export, fake and meta tensors, any dispatch mode, torch.func, whose wrapped tensors not all of torch
+    takes).
 
     The dispatcher boxes each of the op's arguments to pass it from Python through C++ to Python: about 10 µs a
     call on one core, more than the host spends on the three products of a small layer.
@@ -34,6 +35,7 @@ def register(name: str, implementation: Callable) -> Callable:
             torch.compiler.is_compiling()
             or torch._C._len_torch_dispatch_stack()
             or torch._C._are_functorch_transforms_active()
+            or (isinstance(args[0], torch.Tensor) and args[0].is_meta)
         ):
             return op(*args)
         return run(*args)
@@ -44,8 +46,3 @@ def register(name: str, implementation: Callable) -> Callable:
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, wherever its arguments are."""
     return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def unflatten(y: torch.Tensor, batch: torch.Size) -> torch.Tensor:
-    """y [M, N] as [*batch, N]. A view that a Function returns could not be written to in place by what follows."""
-    return y if len(batch) == 1 else torch.ops.aten._unsafe_view.default(y, (*batch, y.shape[1]))

@@ -14,6 +14,7 @@ import torch
 from ... import backends
 from ..common import dropout
 from ..common.library import LIBRARY, on_device_of, register
+from ..common.tensors import autocast
 from . import reference
 from .checks import check
 
@@ -149,11 +150,9 @@ def _run(
 
 def _autocast(x: torch.Tensor, projections: tuple[Projection, ...]) -> tuple[torch.Tensor, tuple[Projection, ...]]:
     """What `F.linear` does under autocast, except that float32 adapters stay as they are: kernels cast them."""
-    dtype = torch.get_autocast_dtype(x.device.type)
 
     def cast(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(dtype) if eligible else tensor
+        return autocast(tensor, x.device.type)
 
     def cast_adapter(tensor: torch.Tensor) -> torch.Tensor:
         return tensor if tensor.dtype == torch.float32 else cast(tensor)

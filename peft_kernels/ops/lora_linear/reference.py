@@ -13,7 +13,7 @@ import math
 import torch
 
 from ..common import dropout
-from ..common.library import unflatten
+from ..common.tensors import flatten, unflatten
 
 _TINY_PRODUCT = 1 << 16  # multiply-adds
 
@@ -35,7 +35,7 @@ def forward(
     Returns the ys [..., N_j]; then, if any is to be kept, S [M, Σ R_j] of the projections marked in save_s;
     then, if it is to be kept, the packed mask [streams, M, ceil(K / 8)].
     """
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    rows = flatten(x)
     low_dtype = _low_rank_dtype(rows, projections[2].shape[0], high_precision)
     masks = dropped = None
     if seed is None:
@@ -79,13 +79,13 @@ def backward(
 
     dH_j = scaling_j · dy_j·B_j, dx = Σ_j dy_j·W_j + D_j(dH_j·A_j), dA_j = dH_jᵀ·D_j(x), dB_j = dy_jᵀ·S_j.
     """
-    rows = x if x is None or x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    rows = None if x is None else flatten(x)
     rescale = dropout.rescale(dropout_p)
     grad_x, grads, column, kept = None, [], 0, None
     for j, grad_y in enumerate(grad_ys):
         weight, lora_A, lora_B, row_scaling = projections[4 * j : 4 * j + 4]
         needs_weight, needs_bias, needs_A, needs_B = needs[4 * j : 4 * j + 4]
-        dy = grad_y if grad_y.dim() == 2 else grad_y.reshape(-1, grad_y.shape[-1])
+        dy = flatten(grad_y)
         low = _as(dy, _low_rank_dtype(dy, ranks[j], high_precision))
         if masks is not None and j < len(masks):  # else the mask of the projection before is for all
             kept = dropout.unpack_mask(masks[j], (lora_A if needs_x else rows).shape[1], dy.dtype)

@@ -13,6 +13,7 @@ import torch
 from ... import backends
 from ..common.library import LIBRARY, on_device_of, register
 from ..common.messages import describe
+from ..common.tensors import autocast
 from . import reference
 
 
@@ -68,13 +69,9 @@ def _autocast(
     x: torch.Tensor, weight: torch.Tensor, scores: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
     """What `F.linear` does under autocast, except that float32 scores stay as they are: they are only compared."""
-    dtype = torch.get_autocast_dtype(x.device.type)
-
-    def cast(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(dtype) if eligible else tensor
-
-    return cast(x), cast(weight), scores if scores.dtype == torch.float32 else cast(scores), cast(bias)
+    kind = x.device.type
+    scores = scores if scores.dtype == torch.float32 else autocast(scores, kind)
+    return autocast(x, kind), autocast(weight, kind), scores, autocast(bias, kind)
 
 
 def _check(

@@ -8,12 +8,11 @@ of the registered ops (`op.py`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
 
-from ..common.library import unflatten
+from ..common.tensors import flatten, slices, unflatten
 
 _BAND_BYTES = 4 << 20
 
@@ -95,9 +94,4 @@ def rounded(threshold: float, threshold_tensor: torch.Tensor | None, dtype: torc
 def bands(length: int, other: int, element_size: int) -> Iterator[slice]:
     """Slices of `length` such that a band of [length, other] takes a few megabytes."""
     step = max(1, _BAND_BYTES // max(other * element_size, 1))
-    return (slice(start, min(start + step, length)) for start in range(0, length, step))
-
-
-def flatten(tensor: torch.Tensor) -> torch.Tensor:
-    """[..., C] as [M, C]."""
-    return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+    return slices(length, step)

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 
 from ..common.device import dot, tile_of
+from ..common.tensors import flatten
 from ..common.triton_host import architecture, dot_precision
 from . import configs
-from .reference import flatten
 from .triton_forward import aligned, masked_gemm, rounded_threshold
 
 

@@ -7,10 +7,9 @@ import triton
 import triton.language as tl
 
 from ..common.device import dot, tile_of
-from ..common.library import unflatten
+from ..common.tensors import flatten, unflatten
 from ..common.triton_host import architecture, dot_precision
 from . import configs
-from .reference import flatten
 
 
 @triton.jit

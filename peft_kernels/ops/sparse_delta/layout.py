@@ -10,6 +10,7 @@ from os import PathLike
 import torch
 
 from ..common.messages import describe
+from ..common.tensors import slices
 
 #: The names of what each kind of layout holds.
 INDEX_TENSORS = {
@@ -234,8 +235,7 @@ class SparseLayout:
             The band; what to index values in `values_shape` with; where each of them stands in the band, flat, int64.
         """
         (N, K), held = self.shape, self.tensors[INDEX_TENSORS[self.kind][-1]]
-        size = self.shape[dim]
-        bands = [slice(start, min(start + step, size)) for start in range(0, size, step)]
+        bands = list(slices(self.shape[dim], step))
 
         def count(end: int, step: int = 1) -> torch.Tensor:
             return step * torch.arange(end, device=held.device)

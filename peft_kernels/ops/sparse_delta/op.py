@@ -6,14 +6,14 @@ with torch.library so that torch.compile and opcheck see them.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 
 from ... import backends
-from ..common.library import LIBRARY, on_device_of, register, unflatten
+from ..common.library import LIBRARY, on_device_of, register
 from ..common.messages import describe
+from ..common.tensors import autocast, flatten, unflatten
 from . import reference
 from .layout import SparseLayout
 
@@ -48,7 +48,7 @@ def sparse_delta_linear(
         RuntimeError: if the backend asked for cannot run here.
     """
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
-        x, weight, bias = (_autocast(tensor, x.device.type) for tensor in (x, weight, bias))
+        x, weight, bias = (autocast(tensor, x.device.type) for tensor in (x, weight, bias))
     _check("sparse_delta_linear", x, values, layout)
     if weight.shape != layout.shape or weight.dtype != x.dtype or weight.device != x.device:
         expected = f"weight {list(layout.shape)}, as the layout's, in x's dtype {x.dtype} on {x.device}"
@@ -108,11 +108,6 @@ def write_delta(weight: torch.Tensor, base: torch.Tensor, values: torch.Tensor, 
         base: [nnz], what the weight held there before Δ. values: [nnz], Δ.
     """
     _write_op(weight, base, values, *_flat(layout), backends.choose("sparse_delta_linear", weight))
-
-
-def _autocast(tensor: torch.Tensor | None, device_type: str) -> torch.Tensor | None:
-    eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-    return tensor.to(torch.get_autocast_dtype(device_type)) if eligible else tensor
 
 
 def _check(op: str, x: torch.Tensor, values: torch.Tensor, layout: SparseLayout) -> None:
@@ -197,22 +192,17 @@ def _save_for_backward(ctx, options: Options, x, weight, values, gather: bool = 
     needs_x, needs_weight, needs_values, _ = options.needs
     kept = x if needs_weight or needs_values else None
     if kept is not None and gather and not needs_weight and options.layout.kind == "columns":
-        kept = reference.gather_columns(_flat_rows(x), options.layout)
+        kept = reference.gather_columns(flatten(x), options.layout)
     ctx.save_for_backward(kept, weight if needs_x else None, values if needs_x else None)
     ctx.options = options
     ctx.values_dtype = values.dtype
     ctx.shape = x.shape
 
 
-def _flat_rows(x: torch.Tensor) -> torch.Tensor:
-    """[..., K] as [M, K], K = 0 too."""
-    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-
-
 def _backward(ctx, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     layout, backend, needs = ctx.options
     x, weight, values = ctx.saved_tensors
-    x, rows = x if x is None else _flat_rows(x), _flat_rows(dy)
+    x, rows = x if x is None else flatten(x), flatten(dy)
     grads = iter(_backward_op(rows, x, weight, values, *_flat(layout), layout.shape, needs, ctx.values_dtype, backend))
     result = [next(grads) if needed else None for needed in needs]
     if needs[0]:
@@ -229,7 +219,6 @@ LIBRARY.define(
     "sparse_delta_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? values, Tensor[] layout, str kind, "
     "int[] tile, SymInt[] shape, bool[] needs, ScalarType values_dtype, str backend) -> Tensor[]"
 )
-
 LIBRARY.define(
     "sparse_delta_write(Tensor(a!) weight, Tensor base, Tensor values, Tensor[] layout, str kind, int[] tile, "
     "str backend) -> ()"
@@ -241,16 +230,13 @@ def _flat(layout: SparseLayout) -> tuple[list[torch.Tensor], str, tuple[int, ...
 
 
 def _forward(x, weight, values, bias, layout, kind, tile, backend):
-    if x.is_meta:
-        return x.new_empty(*x.shape[:-1], weight.shape[0])
     layout = SparseLayout.of_tensors(kind, tuple(weight.shape), layout, tuple(tile))
-    rows = _flat_rows(x)
     if backend == "reference":
-        return unflatten(reference.forward(rows, weight, values, bias, layout), x.shape[:-1])
+        return unflatten(reference.forward(flatten(x), weight, values, bias, layout), x.shape[:-1])
     from . import triton_forward  # needs Triton, which the package does not
 
     with on_device_of(x):
-        return unflatten(triton_forward.forward(rows, weight, values, bias, layout), x.shape[:-1])
+        return unflatten(triton_forward.forward(flatten(x), weight, values, bias, layout), x.shape[:-1])
 
 
 def _backward_of(dy, x, weight, values, layout, kind, tile, shape, needs, values_dtype, backend):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -26,11 +26,29 @@ SAMPLED_TOKENS = 64
 #: Smallest side of a block that has a product of its own.
 SMALLEST_BLOCK = 16
 
+Patched = Callable[[torch.Tensor, torch.Tensor, SparseLayout, int], Iterator[tuple[slice, torch.Tensor]]]
+
+
+def patched_bands(
+    weight: torch.Tensor, values: torch.Tensor, layout: SparseLayout, dim: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Rows or columns of the weight, a band at a time, with Δ in a copy of them."""
+    delta = _shaped(values, layout)
+    for band, chosen, place in layout.split(dim, band_step(layout, dim, weight.element_size(), PIECE_BYTES)):
+        patched = copy_of_band(weight, dim, band)
+        patched.put_(place, _patched(patched.take(place), delta[chosen].flatten()))
+        yield band, patched
+
 
 def forward(
-    x: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, layout: SparseLayout
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    layout: SparseLayout,
+    patched_bands: Patched = patched_bands,
 ) -> torch.Tensor:
-    """y = x·(W + Δ)ᵀ + bias, [M, N]; x [M, K]."""
+    """y = x·(W + Δ)ᵀ + bias, [M, N]; x [M, K]. `patched_bands`: another way to make them, such as Triton's."""
     if layout.kind == "columns":
         delta = _shaped(values, layout, x.dtype)
         return torch.nn.functional.linear(gather_columns(x, layout), delta, bias).addmm_(x, weight.t())
@@ -41,7 +59,7 @@ def forward(
             1, index, torch.nn.functional.linear(x, patched, None if bias is None else bias[index])
         )
     y = x.new_empty(x.shape[0], weight.shape[0])
-    for band, patched in _patched_bands(weight, values, layout, dim=0):
+    for band, patched in patched_bands(weight, values, layout, dim=0):
         if bias is None:
             torch.mm(x, patched.t(), out=y[:, band])
         else:  # before the result is rounded
@@ -49,35 +67,13 @@ def forward(
     return y
 
 
-def backward(
+def grad_x(
     dy: torch.Tensor,
-    x: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    values: torch.Tensor | None,
+    weight: torch.Tensor,
+    values: torch.Tensor,
     layout: SparseLayout,
-    needs: list[bool],
-    values_dtype: torch.dtype,
-) -> list[torch.Tensor]:
-    """The gradients that are needed, in this order: x, weight, values, bias.
-
-    Args:
-        dy: [M, N]. x: [M, K]; for columns it may be what `gather_columns` made of it, if the weight needs no gradient.
-        needs: four answers, in the order of the result.
-    """
-    needs_x, needs_weight, needs_values, needs_bias = needs
-    grads = []
-    if needs_x:
-        grads.append(grad_x(dy, weight, values, layout))
-    if needs_weight:
-        grads.append(dy.t().mm(x))
-    if needs_values:
-        grads.append(grad_values(dy, x, layout).to(values_dtype))
-    if needs_bias:
-        grads.append(dy.sum(0))
-    return grads
-
-
-def grad_x(dy: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, layout: SparseLayout) -> torch.Tensor:
+    patched_bands: Patched = patched_bands,
+) -> torch.Tensor:
     """dx = dy·(W + Δ), [M, K]."""
     if layout.kind == "rows":
         dx = dy[:, layout.tensors["index"]].mm(_shaped(values, layout, dy.dtype))
@@ -88,17 +84,21 @@ def grad_x(dy: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, layout:
         return dy.mm(weight).index_copy_(1, index, dy.mm(patched))
     if dy.element_size() == 2:  # by columns, since a sum in parts would round each of them to 16 bits
         dx = dy.new_empty(dy.shape[0], weight.shape[1])
-        for band, patched in _patched_bands(weight, values, layout, dim=1):
+        for band, patched in patched_bands(weight, values, layout, dim=1):
             torch.mm(dy, patched, out=dx[:, band])
         return dx
     dx = None
-    for band, patched in _patched_bands(weight, values, layout, dim=0):  # positions ascend by rows: nothing to search
+    for band, patched in patched_bands(weight, values, layout, dim=0):  # positions ascend by rows: nothing to search
         dx = dy[:, band].mm(patched) if dx is None else dx.addmm_(dy[:, band], patched)
     return dy.new_zeros(dy.shape[0], weight.shape[1]) if dx is None else dx
 
 
-def grad_values(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout) -> torch.Tensor:
-    """dvalues = dyᵀ·x at the layout's positions, [nnz], in dy's dtype or wider. For columns x may be gathered."""
+def grad_values(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: torch.dtype) -> torch.Tensor:
+    """dvalues = dyᵀ·x at the layout's positions, [nnz], `dtype`. For columns x may be gathered."""
+    return _grad_values(dy, x, layout).to(dtype)
+
+
+def _grad_values(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout) -> torch.Tensor:
     if layout.kind == "rows":
         return dy[:, layout.tensors["index"]].t().mm(x).flatten()
     if layout.kind == "columns":
@@ -110,6 +110,37 @@ def grad_values(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout) -> torc
     if few and dy.is_cpu and torch.backends.mkl.is_available():
         return _sampled(dy, x, layout)
     return _gathered_from_bands(dy, x, layout)
+
+
+def backward(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    values: torch.Tensor | None,
+    layout: SparseLayout,
+    needs: list[bool],
+    values_dtype: torch.dtype,
+    grad_x: Callable[..., torch.Tensor] = grad_x,
+    grad_values: Callable[..., torch.Tensor] = grad_values,
+) -> list[torch.Tensor]:
+    """The gradients that are needed, in this order: x, weight, values, bias.
+
+    Args:
+        dy: [M, N]. x: [M, K]; for columns it may be what `gather_columns` made of it, if the weight needs no gradient.
+        needs: four answers, in the order of the result.
+        grad_x, grad_values: other ways to compute them, such as Triton's.
+    """
+    needs_x, needs_weight, needs_values, needs_bias = needs
+    grads = []
+    if needs_x:
+        grads.append(grad_x(dy, weight, values, layout))
+    if needs_weight:
+        grads.append(dy.t().mm(x))
+    if needs_values:
+        grads.append(grad_values(dy, x, layout, values_dtype))
+    if needs_bias:
+        grads.append(dy.sum(0))
+    return grads
 
 
 def gather_columns(x: torch.Tensor, layout: SparseLayout) -> torch.Tensor:
@@ -135,16 +166,10 @@ def band_step(layout: SparseLayout, dim: int, element_size: int, piece_bytes: in
     return max(1, fitting // whole) * whole
 
 
-def _patched_bands(
-    weight: torch.Tensor, values: torch.Tensor, layout: SparseLayout, dim: int
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Rows or columns of the weight, a band at a time, with Δ in a copy of them."""
-    delta = _shaped(values, layout)
-    for band, chosen, place in layout.split(dim, band_step(layout, dim, weight.element_size(), PIECE_BYTES)):
-        part = weight[band] if dim == 0 else weight[:, band]
-        patched = torch.empty(part.shape, dtype=part.dtype, device=part.device).copy_(part)
-        patched.put_(place, _patched(patched.take(place), delta[chosen].flatten()))
-        yield band, patched
+def copy_of_band(weight: torch.Tensor, dim: int, band: slice) -> torch.Tensor:
+    """Rows (dim 0) or columns (dim 1) of the weight, contiguous."""
+    part = weight[band] if dim == 0 else weight[:, band]
+    return torch.empty(part.shape, dtype=part.dtype, device=part.device).copy_(part)
 
 
 def _gathered_from_bands(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout) -> torch.Tensor:

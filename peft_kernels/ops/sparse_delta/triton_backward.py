@@ -11,9 +11,10 @@ import triton.language as tl
 from ..common.device import dot, tile_of
 from ..common.reduce import split_reduce
 from ..common.triton_host import architecture, dot_precision, sm_count
-from . import configs
+from . import configs, reference
 from .layout import SparseLayout
 from .triton_forward import grad_x
+from .triton_write import row_of
 
 
 @triton.jit
@@ -124,17 +125,13 @@ def sampled_kernel(
     """out[i] = Σ_m dyᵀ[row, m]·xᵀ[column, m] for ENTRIES neighbours among the values; both operands contiguous."""
     i = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     inside = i < nnz
-    low, high = tl.zeros_like(i), tl.zeros_like(i) + N
-    for _ in range(steps):
-        middle = (low + high) // 2
-        before = tl.load(starts_ptr + middle, mask=inside, other=0) <= i
-        low, high = tl.where(before, middle, low), tl.where(before, high, middle)
+    row = row_of(i, inside, starts_ptr, N, steps)
     column = tl.load(columns_ptr + i, mask=inside, other=0).to(tl.int64)
     tokens = tl.arange(0, BLOCK_M)
     acc = tl.zeros((ENTRIES, BLOCK_M), tl.float32)
     for start in range(0, M, BLOCK_M):
         read = inside[:, None] & (start + tokens < M)[None, :]
-        dy = tl.load(dyt_ptr + low[:, None] * M + start + tokens[None, :], mask=read, other=0.0).to(tl.float32)
+        dy = tl.load(dyt_ptr + row[:, None] * M + start + tokens[None, :], mask=read, other=0.0).to(tl.float32)
         x = tl.load(xt_ptr + column[:, None] * M + start + tokens[None, :], mask=read, other=0.0).to(tl.float32)
         acc += dy * x
     tl.store(out_ptr + i, tl.sum(acc, 1).to(out_ptr.dtype.element_ty), mask=inside)
@@ -150,19 +147,9 @@ def backward(
     values_dtype: torch.dtype,
 ) -> list[torch.Tensor]:
     """As `reference.backward`; the values' gradient is written in its own dtype from float32 sums."""
-    needs_x, needs_weight, needs_values, needs_bias = needs
     if 0 in dy.stride():  # as of a sum: every load would go to one place
         dy = dy.contiguous()
-    grads = []
-    if needs_x:
-        grads.append(grad_x(dy, weight, values, layout))
-    if needs_weight:
-        grads.append(dy.t().mm(x))
-    if needs_values:
-        grads.append(grad_values(dy, x, layout, values_dtype))
-    if needs_bias:
-        grads.append(dy.sum(0))
-    return grads
+    return reference.backward(dy, x, weight, values, layout, needs, values_dtype, grad_x, grad_values)
 
 
 def grad_values(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: torch.dtype) -> torch.Tensor:
@@ -174,7 +161,7 @@ def grad_values(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: 
     if layout.kind in ("entries", "n_of_m"):
         return _gathered(dy, x, layout, dtype)
     if layout.kind == "columns" and x.shape[1] == layout.shape[1]:
-        x = x.index_select(1, layout.tensors["index"])
+        x = reference.gather_columns(x, layout)
     return _thin(dy, x, layout, dtype)
 
 

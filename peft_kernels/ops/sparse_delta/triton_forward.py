@@ -1,6 +1,7 @@
 """Forward and dx by Triton: where a delta has no structure, a band of W at a time is copied, patched by one kernel and
 multiplied by the vendor's GEMM. The copy costs two bytes of traffic for every byte of W, which is small beside the
-product; a GEMM of our own that patches its tiles would have to search the layout again for every block of tokens."""
+product; a GEMM of our own that patches its tiles would have to search the layout again for every block of tokens. Rows
+and columns are thin products of the vendor's already."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
+from ..common.tensors import slices
 from . import configs, reference
 from .layout import SparseLayout
 from .triton_write import write
@@ -16,32 +18,21 @@ from .triton_write import write
 def forward(
     x: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, layout: SparseLayout
 ) -> torch.Tensor:
-    """As `reference.forward`. Rows and columns are thin products of the vendor's there already."""
-    if layout.kind in ("rows", "columns"):
-        return reference.forward(x, weight, values, bias, layout)
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    for band in _bands(layout, 0, weight.element_size()):
-        patched = weight[band].clone()
-        write(patched, weight, values, layout, rows=band)
-        if bias is None:
-            torch.mm(x, patched.t(), out=y[:, band])
-        else:
-            torch.addmm(bias[band], x, patched.t(), out=y[:, band])
-    return y
+    """As `reference.forward`."""
+    return reference.forward(x, weight, values, bias, layout, patched_bands)
 
 
 def grad_x(dy: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, layout: SparseLayout) -> torch.Tensor:
     """As `reference.grad_x`."""
-    if layout.kind in ("rows", "columns"):
-        return reference.grad_x(dy, weight, values, layout)
-    dx = dy.new_empty(dy.shape[0], weight.shape[1])
-    for band in _bands(layout, 1, weight.element_size()):
-        patched = weight[:, band].clone()
-        write(patched, weight, values, layout, columns=band)
-        torch.mm(dy, patched, out=dx[:, band])
-    return dx
+    return reference.grad_x(dy, weight, values, layout, patched_bands)
 
 
-def _bands(layout: SparseLayout, dim: int, element_size: int) -> Iterator[slice]:
-    size, step = layout.shape[dim], reference.band_step(layout, dim, element_size, configs.BAND_BYTES)
-    return (slice(start, min(start + step, size)) for start in range(0, size, step))
+def patched_bands(
+    weight: torch.Tensor, values: torch.Tensor, layout: SparseLayout, dim: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """As `reference.patched_bands`, without a look at the layout by the host."""
+    step = reference.band_step(layout, dim, weight.element_size(), configs.BAND_BYTES)
+    for band in slices(layout.shape[dim], step):
+        patched = reference.copy_of_band(weight, dim, band)
+        write(patched, weight, values, layout, **{("rows", "columns")[dim]: band})
+        yield band, patched

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -32,6 +34,15 @@ class Stepped(NamedTuple):
     base: torch.Tensor
     weight: torch.Tensor
     layout: SparseLayout
+
+
+@dataclass
+class Tables:
+    """Addresses that steps have used, on the device: by what they are, the last of them; and those that captured CUDA
+    graphs read in their replays."""
+
+    known: dict[tuple, tuple] = field(default_factory=dict)
+    captured: list[tuple] = field(default_factory=list)
 
 
 @triton.jit
@@ -90,14 +101,14 @@ def adamw(
     weight_decay: float,
     decays_weight: bool,
     maximize: bool,
-    tables: dict,
+    tables: Tables,
 ) -> None:
     """A step of AdamW on every delta, and W₀ + Δ into its weight: one launch for all of one kind, weight dtype and
     width of indices, which is most often all of them.
 
     Args:
         lr: a float, or a tensor of one element on the device.
-        tables: kept by the caller between steps: the addresses that the last ones used, on the device.
+        tables: kept by the caller between steps.
     """
     groups: dict[tuple, list[Stepped]] = {}
     for one in stepped:
@@ -108,7 +119,7 @@ def adamw(
         table, chunks, _ = _table(members, device, tables)
         is_tensor = isinstance(lr, torch.Tensor) and lr.device == device
         lr = lr if is_tensor else float(lr)
-        logs = [torch.tensor(beta, dtype=torch.float64).log().item() for beta in betas]
+        logs = [math.log(beta) for beta in betas]
         with torch.cuda.device_of(table):
             adamw_kernel[(len(chunks),)](
                 table, chunks, 0.0 if is_tensor else lr, lr if is_tensor else None, *logs, 1 - betas[0], 1 - betas[1],
@@ -124,7 +135,7 @@ _TYPES = {
 }  # fmt: skip
 
 
-def _table(members: list[Stepped], device: torch.device, tables: dict) -> tuple[torch.Tensor, torch.Tensor, tuple]:
+def _table(members: list[Stepped], device: torch.device, tables: Tables) -> tuple[torch.Tensor, torch.Tensor, tuple]:
     """Addresses and sizes of every delta, int64 [deltas, 17]; which chunk of which delta a program takes, int32
     [programs, 2]; and what both were copied from, which a captured CUDA graph copies again in each replay. Gradients
     are new tensors in every step, most often at the same addresses."""
@@ -135,19 +146,19 @@ def _table(members: list[Stepped], device: torch.device, tables: dict) -> tuple[
         rows.append((*pointers, *sizes, *one.weight.stride()))
     rows = tuple(rows)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if capturing or rows not in tables:
+    if capturing or rows not in tables.known:
         counts = [triton.cdiv(one.layout.nnz, configs.WRITTEN) for one in members]
         chunks = [(delta, chunk) for delta, count in enumerate(counts) for chunk in range(count)]
         host = torch.tensor(rows, dtype=torch.int64), torch.tensor(chunks, dtype=torch.int32)
         host = tuple(tensor.pin_memory() for tensor in host) if device.type == "cuda" else host
         made = (*(tensor.to(device, non_blocking=True) for tensor in host), host)
         if capturing:  # filled in replays only, and for them to keep
-            tables.setdefault("captured", []).append(made)
+            tables.captured.append(made)
             return made
-        while len(tables) >= _MOST_TABLES:
-            del tables[next(key for key in tables if key != "captured")]
-        tables[rows] = made
-    return tables[rows]
+        while len(tables.known) >= _MOST_TABLES:
+            del tables.known[next(iter(tables.known))]
+        tables.known[rows] = made
+    return tables.known[rows]
 
 
 _MOST_TABLES = 64

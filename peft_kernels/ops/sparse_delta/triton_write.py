@@ -15,6 +15,17 @@ KINDS = {"entries": 0, "rows": 1, "columns": 2, "blocks": 3, "n_of_m": 4}
 
 
 @triton.jit
+def row_of(i, inside, starts_ptr, N, steps):
+    """The row, int64, of the entries number `i` (int64): starts[row] ≤ i < starts[row + 1]."""
+    low, high = tl.zeros_like(i), tl.zeros_like(i) + N
+    for _ in range(steps):
+        middle = (low + high) // 2
+        before = tl.load(starts_ptr + middle, mask=inside, other=0) <= i
+        low, high = tl.where(before, middle, low), tl.where(before, high, middle)
+    return low
+
+
+@triton.jit
 def position(i, inside, first_ptr, second_ptr, K, count, tile_rows, tile_columns, steps, KIND: tl.constexpr):
     """Row and column, int64, of the values number `i` (int64), as `SparseLayout.indices` has them.
 
@@ -22,12 +33,8 @@ def position(i, inside, first_ptr, second_ptr, K, count, tile_rows, tile_columns
     weight for entries, else how many the layout holds. steps: of a binary search among the rows.
     """
     if KIND == 0:
-        low, high = tl.zeros_like(i), tl.zeros_like(i) + count  # row_starts[low] ≤ i < row_starts[high]
-        for _ in range(steps):
-            middle = (low + high) // 2
-            before = tl.load(first_ptr + middle, mask=inside, other=0) <= i
-            low, high = tl.where(before, middle, low), tl.where(before, high, middle)
-        return low, tl.load(second_ptr + i, mask=inside, other=0).to(tl.int64)
+        row = row_of(i, inside, first_ptr, count, steps)
+        return row, tl.load(second_ptr + i, mask=inside, other=0).to(tl.int64)
     elif KIND == 1:
         return tl.load(first_ptr + i // K, mask=inside, other=0), i % K
     elif KIND == 2:

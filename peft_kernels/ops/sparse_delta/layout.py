@@ -232,7 +232,8 @@ class SparseLayout:
         apart. Not for rows and columns, which take no bands.
 
         Yields:
-            The band; what to index values in `values_shape` with; where each of them stands in the band, flat, int64.
+            The band; what to index values in `values_shape` with; where each of them stands in the band, flat, int64:
+            one behind its end for those that are in no part of it, which is sooner done than to find them out.
         """
         (N, K), held = self.shape, self.tensors[INDEX_TENSORS[self.kind][-1]]
         bands = list(slices(self.shape[dim], step))
@@ -247,8 +248,9 @@ class SparseLayout:
         elif self.kind == "entries":
             rows = torch.repeat_interleave(count(N), self.tensors["row_starts"].diff(), output_size=self.nnz)
             for band in bands:
-                chosen = ((held >= band.start) & (held < band.stop)).nonzero().squeeze(1)
-                yield band, chosen, rows[chosen] * (band.stop - band.start) + (held[chosen] - band.start)
+                width = band.stop - band.start
+                inside = (held >= band.start) & (held < band.stop)
+                yield band, slice(None), torch.where(inside, rows * width + (held - band.start), N * width)
         elif self.kind == "n_of_m":
             m = self.tile[1]
             for band in bands:

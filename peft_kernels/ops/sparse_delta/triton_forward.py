@@ -33,6 +33,6 @@ def patched_bands(
     """As `reference.patched_bands`, without a look at the layout by the host."""
     step = reference.band_step(layout, dim, weight.element_size(), configs.BAND_BYTES)
     for band in slices(layout.shape[dim], step):
-        patched = reference.copy_of_band(weight, dim, band)
+        patched, _ = reference.copy_of_band(weight, dim, band)
         write(patched, weight, values, layout, **{("rows", "columns")[dim]: band})
         yield band, patched

@@ -34,8 +34,11 @@ def patched_bands(
     """Rows or columns of the weight, a band at a time, with Δ in a copy of them."""
     step = band_step(layout, dim, weight.element_size(), PIECE_BYTES)
     if layout.kind == "entries" and dim == 0 and values.dtype == weight.dtype:  # what torch adds without positions
-        for band in slices(layout.shape[0], step):
-            yield band, torch.add(weight[band], _csr(layout, values, band))
+        (N, K), starts, columns = layout.shape, layout.tensors["row_starts"], layout.tensors["columns"]
+        ends = [*starts[::step].tolist(), layout.nnz]
+        for band, first, last in zip(slices(N, step), ends, ends[1:]):
+            counts, part = starts[band.start : band.stop + 1] - first, slice(first, last)
+            yield band, torch.add(weight[band], _csr(counts, columns[part], values[part], K))
         return
     delta = _shaped(values, layout)
     for band, chosen, place in layout.split(dim, step):
@@ -202,8 +205,10 @@ def _grad_blocks(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout) -> tor
 def _sampled(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout) -> torch.Tensor:
     """One dot product an entry, in float32 at least (SDDMM); each has one owner, so that the sum's order is fixed."""
     wide = torch.promote_types(dy.dtype, torch.float32)
-    result = _csr(layout, dy.new_zeros(layout.nnz, dtype=wide), slice(0, layout.shape[0]))
-    for tokens in slices(len(dy), 2 * SAMPLED_TOKENS):
+    zeros = dy.new_zeros(layout.nnz, dtype=wide)
+    result = _csr(layout.tensors["row_starts"], layout.tensors["columns"], zeros, layout.shape[1])
+    at_once = SAMPLED_TOKENS if dy.dtype != wide else 2 * SAMPLED_TOKENS  # what is widened takes as much room again
+    for tokens in slices(len(dy), at_once):
         for left, right in zip(_transposed(dy[tokens].to(wide)), _transposed(x[tokens].to(wide))):
             torch.sparse.sampled_addmm(result, left, right.t(), out=result)
     return result.values()
@@ -220,13 +225,11 @@ def _transposed(rows: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.channel_shuffle(channels_last, tokens).reshape(pieces, rows.shape[1], tokens)
 
 
-def _csr(layout: SparseLayout, values: torch.Tensor, rows: slice) -> torch.Tensor:
-    """Some rows of Δ in torch's CSR."""
+def _csr(starts: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, K: int) -> torch.Tensor:
+    """Entries in torch's own form; of a layout they are in it but for the columns' dtype."""
     _quiet_about_csr()
-    starts = layout.tensors["row_starts"][rows.start : rows.stop + 1]
-    first, last = starts[[0, -1]].tolist()
-    columns, shape = layout.tensors["columns"][first:last].to(starts.dtype), (rows.stop - rows.start, layout.shape[1])
-    return torch.sparse_csr_tensor(starts - first, columns, values[first:last], shape, check_invariants=False)
+    shape = (len(starts) - 1, K)
+    return torch.sparse_csr_tensor(starts, columns.to(starts.dtype), values, shape, check_invariants=False)
 
 
 @functools.cache

@@ -6,7 +6,6 @@ VENV   ?= .venv
 # The Triton that the oldest supported torch brings: compiled for beside the newest.
 OLDEST_TRITON := 3.6.0
 DEMO  := examples.finetune_smollm2
-BENCH := benchmarks.run
 
 PY  := $(VENV)/bin/python
 # `-c` holds the versions; no isolation, so that a build uses the torch that is installed and fetches no other.
@@ -30,7 +29,7 @@ unexport TRITON_INTERPRET
 help:
 	@echo "make demo          fine-tune SmolLM2-135M with PEFT, accelerated, with IST, and compare"
 	@echo "make test          the whole suite on this machine"
-	@echo "make bench         the benchmarks"
+	@echo "make bench         every provider on every op, and a report: about nine minutes"
 	@echo "make lint          ruff: rules and format"
 	@echo "make format        ruff: put both right"
 	@echo "make aot-all       compile every configuration of every kernel, for every architecture"
@@ -75,8 +74,11 @@ $(TRITON_STAMP): $(VENV_STAMP)
 demo: setup
 	@$(PY) -m $(DEMO)
 
+# Measures what is not there yet, then writes pages about all that is there.
+BENCH_OUT := benchmarks/output
 bench: setup
-	@$(PY) -m $(BENCH) $(BENCH_ARGS)
+	@$(PY) -m benchmarks run --out $(BENCH_OUT) $(BENCH_ARGS)
+	@$(PY) -m benchmarks report --results $(BENCH_OUT) --docs $(BENCH_OUT)/report
 
 # $(call stage,what it is,command): says what runs, how long it took, and stops at the first that fails.
 define stage

@@ -22,7 +22,8 @@ import peft_kernels as pk
 from .authors_ist import AuthorsIST
 
 LORA, AUTHORS, ACCELERATED, OURS = "LoRA, PEFT", "IST, authors on PEFT", "LoRA, accelerated", "IST, ours"
-AT_LABELS, BUDGET, CHECKPOINTED = "IST, logits at labels", "IST, ours, budget", "  with checkpoints"
+AT_LABELS, BUDGET, CHECKPOINTED = "IST, logits at labels", "IST, ours, budget", "IST, budget, checkpoints"
+HALF, PARTS = "IST, budget, loop every 20", "parts of a step"
 NEVER = 10**9  # the interval of timed steps: their loop is timed by itself
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 #: Of relative errors. In bfloat16 both sides round every activation, and only a blunder stands out.
@@ -246,11 +247,11 @@ def parts_of(lane: Lane, tokens: tuple[int, int]) -> dict[str, Callable[[Batch],
 
 
 def saved_at(lane: Lane, batch: Batch, depth: float) -> tuple[float, float]:
-    """MiB that a step's forward keeps for backward, at this depth: in all, and in the decoder's layers."""
+    """Bytes that a step's forward keeps for backward, at this depth: in all, and in the decoder's layers."""
     points = []
     for _ in range(4 if lane.ist else 1):
         drawn = lane.choose()
-        points.append([(size / 2**20, drawn) for size in saved_bytes(lane, batch)])
+        points.append([(size, drawn) for size in saved_bytes(lane, batch)])
     total, in_layers = (statistics.median(at_depth(column, depth)) for column in zip(*points))
     return total, in_layers
 

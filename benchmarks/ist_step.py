@@ -1,9 +1,7 @@
-"""Whole training steps: LoRA and IST on plain PEFT, and both of ours, by turns on one frozen model.
+"""The op `ist_step`, whole training steps: LoRA and IST on plain PEFT, and both of ours, by turns on one frozen model.
 
-    python -m benchmarks.ist_step                # SmolLM2-135M on the CPU, layers of Llama-3-8B's shapes on a GPU
-    python -m benchmarks.ist_step --tiny         # a model of nothing: does it run?
-
-Every provider trains adapters of its own by AdamW, on a base that all share; the settings are the IST paper's.
+SmolLM2-135M on the CPU, layers of Llama-3-8B's shapes on a GPU. Every provider trains adapters of its own by AdamW, on
+a base that all share; the settings are the IST paper's.
 
 How a number comes about. First, those that must agree are compared: loss and gradients of the accelerated model and of
 PEFT's, with all layers and with one drawn set of them, and what the importance loops find. Then rounds: each provider
@@ -25,26 +23,29 @@ tell it apart: there is none.
 
 from __future__ import annotations
 
-import argparse
+import functools
 import random
 import statistics
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 from . import plots
 from .ist_providers import (
     ACCELERATED,
+    AT_LABELS,
     AUTHORS,
     BUDGET,
+    CHECKPOINTED,
+    HALF,
     LORA,
+    OURS,
+    PARTS,
     Case,
     Lane,
     at_depth,
@@ -54,7 +55,9 @@ from .ist_providers import (
     parts_of,
     saved_at,
 )
-from .measure import machine, quantile, write
+from .measure import quantile
+from .registry import STEP, OpSpec, Request
+from .resultfile import Row
 
 LABELLED = {"labels everywhere": 1.0, "labels on a quarter": 0.25}  # share of a row's positions
 INTERVAL, EXAMPLES = 10, 16  # of the importance loop
@@ -64,50 +67,57 @@ DRAWS = 500
 Times = dict[tuple[str, str], list[tuple[float, int]]]
 
 
-def main(arguments: list[str] | None = None) -> None:
-    options = parse_arguments(arguments)
+class Setting(NamedTuple):
+    """A share of a row's positions that carries labels.
+
+    Attributes:
+        tokens: of a row.
+        tiny: a tiny random Llama.
+    """
+
+    name: str
+    labelled: float
+    dtype: torch.dtype
+    tokens: int
+    tiny: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def cases(device: str) -> list[Setting]:
+    dtype, tokens = (torch.bfloat16, 512) if device == "cuda" else (torch.float32, 64)
+    return [Setting(name, share, dtype, tokens) for name, share in LABELLED.items()]
+
+
+@functools.cache
+def prepared(device: str, tokens: int, tiny: bool) -> tuple[Case, list[Lane], dict[str, float]]:
+    """A model, its providers, and the depth in layers that each one's backward has on average: for all settings."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
-    deadline, console = time.perf_counter() + 60 * options.minutes, Console(width=100)
-    facts, case = machine(options.device), load(options.device, options.tokens, options.tiny)
-    where = facts.get("gpu", facts["cpu"])
-    console.print(f"{case.name}, text of Python's help, PEFT {facts['peft']}, {where}")
+    case = load(device, tokens, tiny)
     lanes = make_lanes(case.base)
-    for setting, labelled in LABELLED.items():
-        console.print(f"relative differences, {setting}: {check(lanes, case, labelled)}")
+    for labelled in LABELLED.values():
+        check(lanes, case, labelled)
     depths = {lane.name: statistics.fmean(lane.choose() for _ in range(DRAWS)) for lane in lanes}
-    if options.device == "cuda":  # its first calls choose configurations, and our estimator a way
+    if device == "cuda":  # its first calls choose configurations, and our estimator a way
         for number in range(5):
             for lane in lanes:
                 lane.step(case.batch(number, case.rows, 1.0))
                 if lane.ist:
                     lane.loop(case.batch(number, EXAMPLES, 1.0))
-    rows, parts, stem = [], {}, f"ist_step_{facts.get('gpu', 'cpu').replace(' ', '_')}"
-    for number, (setting, labelled) in enumerate(LABELLED.items()):
-        batch = case.batch(0, case.rows, labelled)
-        saved = {lane.name: saved_at(lane, batch, depths[lane.name]) for lane in lanes}
-        seconds = (deadline - time.perf_counter()) / (len(LABELLED) - number)
-        times = interleave(lanes, case, labelled, seconds, options.rounds, setting)
-        found, parts[setting] = summarize(lanes, times, depths, saved, batch["input_ids"].numel())
-        rows += [{"setting": setting} | row for row in found]
-        console.print(table(f"{setting}, {found[0]['rounds']} rounds", found))
-        console.print(bounds(found, parts[setting]))
-        write({"machine": facts, "case": case.name, "rows": rows, "parts_ms": parts}, options.out, stem)
-    plot = plots.draw_steps(rows, f"{case.name}, {where}", options.out / f"{stem}.png")
-    console.print(f"{len(rows)} rows and their plot: {plot}")
+    return case, lanes, depths
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
-    parser.add_argument("--minutes", type=float, default=6.0, help="time budget; three rounds are made in any case")
-    parser.add_argument("--rounds", type=int, default=60, help="at most so many for each of the two settings")
-    parser.add_argument("--tokens", type=int, help="of a row (CPU: 64, GPU: 512)")
-    parser.add_argument("--tiny", action="store_true", help="a tiny random Llama")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "output")
-    options = parser.parse_args(arguments)
-    options.device = "cuda" if torch.cuda.is_available() and not options.cpu else "cpu"
-    options.tokens = options.tokens or (512 if options.device == "cuda" else 64)
-    return options
+def measure(setting: Setting, request: Request, most: int = 60) -> list[Row]:
+    """A row a provider; one more for the budget with the loop half as often; and the parts of a step."""
+    case, lanes, depths = prepared(request.device, setting.tokens, setting.tiny)
+    lanes = [lane for lane in lanes if request.wants(lane.name) or lane.name in (LORA, AUTHORS, ACCELERATED)]
+    batch = case.batch(0, case.rows, setting.labelled)
+    saved = {lane.name: saved_at(lane, batch, depths[lane.name]) for lane in lanes}
+    times = interleave(lanes, case, setting.labelled, request.seconds, most, setting.name)
+    rows, parts = summarize(lanes, times, depths, saved, batch["input_ids"].numel())
+    facts = {"model": case.name, "dtype": str(setting.dtype).removeprefix("torch.")}
+    return [facts | row for row in [*rows, {"provider": PARTS, "parts_us": parts}]]
 
 
 def interleave(lanes: list[Lane], case: Case, labelled: float, seconds: float, most: int, setting: str) -> Times:
@@ -161,64 +171,65 @@ def clock(call: Callable[[], int], gpu: bool) -> tuple[float, int, int]:
 
 def summarize(
     lanes: list[Lane], times: Times, depths: dict[str, float], saved: dict[str, tuple[float, float]], tokens: int
-) -> tuple[list[dict], dict[str, float]]:
-    """A row a provider, one more for the budget with the loop half as often, and the parts of a step in ms."""
-    middle = {key: statistics.median(ms for ms, _ in values) for key, values in times.items()}
-    rows = []
+) -> tuple[list[Row], dict[str, float]]:
+    """A row a provider, one more for the budget with the loop half as often, and the parts of a step in µs."""
+    middle = {key: 1e3 * statistics.median(ms for ms, _ in values) for key, values in times.items()}
+    rows: list[Row] = []
     for lane in lanes:
-        steps = at_depth(times[lane.name, "step"], depths[lane.name])
+        steps = [1e3 * ms for ms in at_depth(times[lane.name, "step"], depths[lane.name])]
         step, loop = statistics.median(steps), middle.get((lane.name, "loop"), 0.0)
-        row = {
-            "provider": lane.name, "interval": INTERVAL, "step_ms": step, "step_p20_ms": quantile(steps, 0.2),
-            "step_p80_ms": quantile(steps, 0.8), "loop_ms": loop,
-            "tokens_per_s": 1e3 * tokens / (step + loop / INTERVAL),
-            "tokens_per_s_interval_20": 1e3 * tokens / (step + loop / 20),
-            "backward_skipped": 1 - depths[lane.name] / len(lane.blocks), "saved_mib": saved[lane.name][0],
-            "saved_in_layers_mib": saved[lane.name][1], "peak_gib": lane.peak / 2**30 if lane.peak else None,
-            "rounds": len(steps),
+        row: Row = {
+            "provider": lane.name, "mode": STEP, "interval": INTERVAL, "p20_us": quantile(steps, 0.2), "p50_us": step,
+            "p80_us": quantile(steps, 0.8), "rounds": len(steps), "loop_us": loop or None,
+            "tokens_per_s": 1e6 * tokens / (step + loop / INTERVAL),
+            "backward_skipped_share": 1 - depths[lane.name] / len(lane.blocks),
+            "saved_bytes": saved[lane.name][0], "saved_in_layers_bytes": saved[lane.name][1],
+            "peak_bytes": lane.peak or None,
         }  # fmt: skip
         rows.append(row)
         if lane.name == BUDGET:
-            changed = {"provider": "  with loop every 20", "interval": 20}
-            rows.append(row | changed | {"tokens_per_s": row["tokens_per_s_interval_20"]})
+            half = {"provider": HALF, "interval": 20, "tokens_per_s": 1e6 * tokens / (step + loop / 20)}
+            rows.append(row | half)
     speed = {row["provider"]: row["tokens_per_s"] for row in rows}
     for row in rows:
         row |= {"of_authors": row["tokens_per_s"] / speed[AUTHORS], "of_lora": row["tokens_per_s"] / speed[LORA]}
-    return rows, {name: ms for (name, what), ms in middle.items() if what == "part"}
+    return rows, {name: us for (name, what), us in middle.items() if what == "part"}
 
 
-def table(title: str, rows: list[dict]) -> Table:
-    result = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    headings = (
-        "", "step\nms", "spread", "loop\nms", "tokens/s", "×\nauthors", "×\nLoRA", "back\nskipped", "saved\nMiB",
-        "…in\nlayers", "peak\nGiB",
-    )  # fmt: skip
-    for heading in headings:
-        result.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for row in rows:
-        spread = (row["step_p80_ms"] - row["step_p20_ms"]) / row["step_ms"]
-        result.add_row(
-            row["provider"], f"{row['step_ms']:.0f}", f"{spread:.0%}",
-            f"{row['loop_ms']:.0f}" if row["loop_ms"] else "–", f"{row['tokens_per_s']:.0f}",
-            f"{row['of_authors']:.2f}", f"{row['of_lora']:.2f}", f"{row['backward_skipped']:.0%}",
-            f"{row['saved_mib']:.0f}", f"{row['saved_in_layers_mib']:.0f}",
-            f"{row['peak_gib']:.1f}" if row["peak_gib"] else "–",
-        )  # fmt: skip
-    return result
+COLUMNS = {
+    "loop": "loop_us", "tokens\n/s": "tokens_per_s", "×\nauthors": "of_authors", "×\nLoRA": "of_lora",
+    "back\nskipped": "backward_skipped_share", "saved\nMiB": "saved_bytes", "…in\nlayers": "saved_in_layers_bytes",
+    "peak\nMiB": "peak_bytes",
+}  # fmt: skip
 
 
-def bounds(rows: list[dict], parts: dict[str, float]) -> str:
+def summary(rows: list[Row]) -> str:
     """What of a step the kernels do not touch, and how far that lets them go."""
-    steps = {row["provider"]: row["step_ms"] for row in rows}
-    linears, frozen, head = parts.values()
-    rest = steps[ACCELERATED] - linears - head
-    return (
-        f"an accelerated step of all layers, {steps[ACCELERATED]:.0f} ms: adapted linears {linears:.0f} (their frozen "
-        f"weights alone {frozen:.0f}), lm_head and loss {head:.0f}, attention, norms, other linears and the optimizer "
-        f"{rest:.0f}. With adapters for nothing it would be {steps[LORA] / (frozen + head + rest):.2f} × as fast as "
-        f"PEFT's, with adapted linears for nothing {steps[LORA] / (head + rest):.2f} ×."
-    )
+    lines = []
+    for case in dict.fromkeys(row["case"] for row in rows):
+        of_case = {row["provider"]: row for row in rows if row["case"] == case}
+        linears, frozen, head = (us / 1e3 for us in of_case[PARTS]["parts_us"].values())
+        accelerated, lora = (of_case[name]["p50_us"] / 1e3 for name in (ACCELERATED, LORA))
+        rest = accelerated - linears - head
+        lines.append(
+            f"{case}: an accelerated step of all layers, {accelerated:.0f} ms: adapted linears {linears:.0f} (their "
+            f"frozen weights alone {frozen:.0f}), lm_head and loss {head:.0f}, attention, norms, other linears and the "
+            f"optimizer {rest:.0f}. With adapters for nothing it would be {lora / (frozen + head + rest):.2f} × as "
+            f"fast as PEFT's, with adapted linears for nothing {lora / (head + rest):.2f} ×."
+        )
+    return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    main()
+def providers(device: str) -> dict[str, str | None]:
+    names = (LORA, AUTHORS, ACCELERATED, OURS, AT_LABELS, BUDGET)
+    return dict.fromkeys((*names, CHECKPOINTED) if device == "cuda" else names)
+
+
+def plot(rows: list[Row], where: str, path: Path) -> Path:
+    return plots.draw_steps([row for row in rows if "mode" in row], where, path)
+
+
+SPEC = OpSpec(
+    "ist_step", "whole training steps: LoRA and IST on PEFT and on ours", (STEP,), cases, providers, measure, COLUMNS,
+    summary, plot, share=4.0,
+)  # fmt: skip

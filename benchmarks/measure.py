@@ -1,80 +1,120 @@
-"""How it is measured: correctness first, then interleaved timing; the machine's ceilings and description; the files."""
+"""How it is measured: interleaved timing, memory, host time; the machine's ceilings and its description."""
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import platform
+import random
+import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from peft_kernels.testing import assert_within_eager, truth
-from peft_kernels.testing.lora_linear import LoRACase
+from .registry import BACKWARD, BOTH, FORWARD
+from .resultfile import Row
 
-from .registry import Provider, Ready, Shape, eager, make_inputs
+#: Runs some work, and calls what it is given at the end of each part.
+Marked = Callable[[Callable[[], None]], None]
 
-
-def check(provider: Provider, shape: Shape, case: LoRACase) -> str | None:
-    """None where outputs and gradients are within twice eager's error (against float64), else what is wrong.
-
-    With dropout only ours can be checked, since its masks can be drawn again; the others are checked without.
-    """
-    if not provider.adapters:
-        return None
-    if shape.p and not provider.ours:
-        case = make_inputs(Shape(shape.M, shape.K, shape.Ns, shape.R, shape.dtype), case.x.device.type)
-    exact = truth(case)
-    yardstick = _results(eager(case)) if not case.dropout_p else _masked_eager(case)
-    torch.manual_seed(case.seed)
-    found = _results(provider.build(case))
-    try:
-        for name, value in found.items():
-            expected = yardstick[name]
-            assert_within_eager(name, value.to(expected.dtype), expected, exact[name])
-    except AssertionError as error:
-        return str(error)
-    return None
-
-
-def _results(ready: Ready) -> dict[str, torch.Tensor]:
-    ys = ready.forward()
-    grads = torch.autograd.grad(ys, ready.leaves, ready.grad_ys)
-    names = ["grad of x"] + [f"grad of {name}{j}" for j in range(len(ys)) for name in ("lora_A", "lora_B")]
-    return {f"y{j}": y.detach() for j, y in enumerate(ys)} | dict(zip(names, grads))
-
-
-def _masked_eager(case: LoRACase) -> dict[str, torch.Tensor]:
-    from peft_kernels.testing import eager as masked
-
-    return masked(case)
+GPU_STATE = {"sm_mhz": "clocks.sm", "celsius": "temperature.gpu", "watts": "power.draw"}
 
 
 class Timer:
-    """Time of a call in µs: CUDA events with a cold L2 on a GPU, the wall clock (the mean of `repeats`) on the CPU."""
+    """µs from the start of a call to each of its marks: CUDA events with a cold L2 on a GPU, the wall clock (the mean
+    of `repeats`) on the CPU."""
 
     def __init__(self, device: str) -> None:
-        self.gpu = device == "cuda"
-        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=device) if self.gpu else None
+        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=device) if device == "cuda" else None
 
-    def __call__(self, call: Callable[[], object], repeats: int = 1) -> float:
-        if not self.gpu:
-            began = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            return (time.perf_counter() - began) / repeats * 1e6
+    def __call__(self, call: Marked, repeats: int = 1) -> tuple[float, ...]:
+        if self.flush is None:
+            runs = [self._wall_clock(call) for _ in range(repeats)]
+            return tuple(statistics.fmean(part) * 1e6 for part in zip(*runs))
+        marks: list[torch.cuda.Event] = []
+
+        def mark() -> None:
+            marks.append(torch.cuda.Event(enable_timing=True))
+            marks[-1].record()
+
         self.flush.random_(0, 255)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        mark()
+        call(mark)
+        marks[-1].synchronize()
+        return tuple(marks[0].elapsed_time(end) * 1e3 for end in marks[1:])
+
+    @staticmethod
+    def _wall_clock(call: Marked) -> list[float]:
+        marks: list[float] = []
+        began = time.perf_counter()
+        call(lambda: marks.append(time.perf_counter()))
+        return [end - began for end in marks]
+
+
+def whole(call: Callable[[], object]) -> Marked:
+    """A call of one part."""
+
+    def marked(mark: Callable[[], None]) -> None:
         call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3
+        mark()
+
+    return marked
+
+
+def interleaved(
+    calls: dict[str, Marked], timer: Callable[..., tuple[float, ...]], seconds: float, least: int = 7, most: int = 101
+) -> dict[str, list[tuple[float, ...]]]:
+    """Every call once a round, in an order drawn anew, for about `seconds`; the first two rounds warm up and do not
+    count.
+
+    What ran before a call is not its concern, but is felt: 2 % at 300 µs. So each runs once untimed right before, and
+    short ones are repeated on the CPU until the shortest fills 2 ms.
+    """
+    times: dict[str, list[tuple[float, ...]]] = {name: [] for name in calls}
+    order, began, rounds, repeats, shortest = random.Random(0), time.perf_counter(), 0, 1, float("inf")
+    while rounds < 2 + least or (rounds < 2 + most and time.perf_counter() - began < seconds):
+        for name in order.sample(list(calls), len(calls)):
+            calls[name](lambda: None)
+            elapsed = timer(calls[name], repeats)
+            if rounds >= 2:
+                times[name].append(elapsed)
+            shortest = min(shortest, elapsed[-1])
+        rounds += 1
+        repeats = max(1, int(2000 / shortest))
+    return times
+
+
+def rows_of(times: dict[str, list[tuple[float, ...]]], parts: tuple[str, ...], references: dict[str, str]) -> list[Row]:
+    """A row for each provider and mode.
+
+    Args:
+        times: µs of each round, to the end of each of `parts`.
+        parts: the modes that end where a mark does; backward is what lies between forward and both.
+        references: key → provider. Each row gets `of_<key>`, the median over rounds of its time over that one's.
+    """
+
+    def column(provider: str, mode: str) -> list[float]:
+        if mode == BACKWARD:
+            forward, both = parts.index(FORWARD), parts.index(BOTH)
+            return [marks[both] - marks[forward] for marks in times[provider]]
+        return [marks[parts.index(mode)] for marks in times[provider]]
+
+    modes = [*parts, BACKWARD] if {FORWARD, BOTH} <= set(parts) else list(parts)
+    rows = []
+    for provider in times:
+        for mode in modes:
+            values = column(provider, mode)
+            row: Row = {"provider": provider, "mode": mode}
+            row |= {f"p{q}_us": quantile(values, q / 100) for q in (20, 50, 80)} | {"rounds": len(values)}
+            for key, reference in references.items():
+                if reference in times:
+                    ratios = [value / other for value, other in zip(values, column(reference, mode))]
+                    row[f"of_{key}"] = statistics.median(ratios)
+            rows.append(row)
+    return rows
 
 
 def host_microseconds(call: Callable[[], object], repeats: int = 200) -> float:
@@ -104,47 +144,72 @@ def graphed(call: Callable[[], object]) -> Callable[[], None]:
     return graph.replay
 
 
-def interleaved(
-    calls: dict[str, Callable[[], object]], timer: Timer, seconds: float, least: int = 7, most: int = 101
-) -> dict[str, list[float]]:
-    """Every call once a round (ABC CBA ABC …), for about `seconds`; the first two rounds warm up and do not count.
-
-    What ran before a call is not its concern, but is felt: 2 % at 300 µs. So each runs once untimed right before,
-    short ones are repeated on the CPU until the shortest fills 2 ms, and the order turns round every time.
-    """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    began, rounds, repeats, shortest = time.perf_counter(), 0, 1, float("inf")
-    while rounds < 2 + least or (rounds < 2 + most and time.perf_counter() - began < seconds):
-        for name, call in list(calls.items())[:: -1 if rounds % 2 else 1]:
-            call()
-            elapsed = timer(call, repeats)
-            if rounds >= 2:
-                times[name].append(elapsed)
-            shortest = min(shortest, elapsed)
-        rounds += 1
-        repeats = max(1, int(2000 / shortest))
-    return times
-
-
 def quantile(values: list[float], q: float) -> float:
     ordered = sorted(values)
     return ordered[min(int(q * len(ordered)), len(ordered) - 1)]
 
 
-def ceilings(device: str, dtypes: set[torch.dtype]) -> dict[str, float]:
+# --- Memory --------------------------------------------------------------------------------------------------
+
+
+def saved_bytes(forward: Callable[[], object], kept: Iterable[torch.Tensor]) -> int:
+    """What a forward keeps for backward, each storage once. `kept` stays between steps anyway, and costs nothing."""
+    ignored, saved = {tensor.untyped_storage().data_ptr() for tensor in kept}, {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.detach()  # what a node saves of its own output would keep the node, and the node it, for good
+        for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):  # PEFT saves a COO tensor
+            saved[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = forward()
+    del y
+    return sum(size for pointer, size in saved.items() if pointer not in ignored)
+
+
+def peak_bytes(call: Callable[[], object], device: str) -> int:
+    """What a call takes at its peak beyond what it finds taken: by torch's allocator, whose events the profiler lists
+    on a CPU. What a library takes by itself (MKL, cuBLAS) is not seen."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        found = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - found
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports every start and stop
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        call()
+    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
+    taken = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        taken += event.nbytes()
+        peak = max(peak, taken)
+    return peak
+
+
+# --- The machine ---------------------------------------------------------------------------------------------
+
+
+def ceilings(device: str, dtypes: Iterable[torch.dtype]) -> dict[str, float]:
     """FLOP/s of a large matmul a dtype, and bytes/s of a large copy (read + written), on random data."""
     size, copied = (8192, 2 << 30) if device == "cuda" else (2048, 256 << 20)
     timer = Timer(device)
     found = {}
     for dtype in dtypes:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        times = interleaved({"mm": lambda left=left, right=right: left @ right}, timer, 1.0, least=5)["mm"]
-        found[str(dtype)] = 2 * size**3 / (quantile(times, 0.5) * 1e-6)
+        calls = {"mm": whole(lambda left=left, right=right: left @ right)}
+        found[str(dtype)] = 2 * size**3 / (_median(interleaved(calls, timer, 1.0, least=5)["mm"]) * 1e-6)
     source = torch.empty(copied, dtype=torch.uint8, device=device).random_(0, 255)
     target = torch.empty_like(source)
-    times = interleaved({"copy": lambda: target.copy_(source)}, timer, 1.0, least=5)["copy"]
-    found["bytes"] = 2 * copied / (quantile(times, 0.5) * 1e-6)
+    times = interleaved({"copy": whole(lambda: target.copy_(source))}, timer, 1.0, least=5)["copy"]
+    found["bytes"] = 2 * copied / (_median(times) * 1e-6)
     return found
+
+
+def _median(times: list[tuple[float, ...]]) -> float:
+    return statistics.median(marks[-1] for marks in times)
 
 
 def machine(device: str) -> dict[str, str]:
@@ -169,15 +234,26 @@ def machine(device: str) -> dict[str, str]:
     return facts
 
 
-def write(document: dict, out: Path, stem: str) -> None:
-    """The document as JSON, and its "rows" as CSV."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{stem}.json").write_text(json.dumps(document, indent=1))
-    columns = list(dict.fromkeys(key for row in document["rows"] for key in row))
-    with open(out / f"{stem}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(document["rows"])
+def where(facts: dict[str, str]) -> str:
+    """The device, in words."""
+    return facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads"
+
+
+def gpu_state() -> Row:
+    """Clock, temperature and power of the GPU as they are now; nothing on a CPU, or where nvidia-smi is not there."""
+    if not torch.cuda.is_available():
+        return {}
+    query = ",".join(GPU_STATE.values())
+    answer = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", f"--id={_gpu()}")
+    try:
+        return dict(zip(GPU_STATE, map(float, answer.split(","))))
+    except ValueError:
+        return {}
+
+
+def _gpu() -> str:
+    """As nvidia-smi knows it: CUDA_VISIBLE_DEVICES may have renumbered it."""
+    return f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
 
 
 def _cpu_name() -> str:

@@ -1,12 +1,8 @@
-"""Training a few entries of one linear layer's weight: ours, the peers' ways, and the bare linear.
-
-    python -m benchmarks.sparse_delta            # the CPU grid, or the GPU's where there is a GPU
-    python -m benchmarks.sparse_delta --tiny     # a layer of nothing: does it run?
+"""The op `sparse_delta`: training a few entries of one linear layer's weight: ours, the peers' ways, the bare linear.
 
 A step is forward, backward (values' gradient and dx), AdamW and zero_grad. It is clocked at the end of each part, so
-that one step gives three times: forward, forward + backward, whole. In every round each provider makes one step, right
-after one that is not clocked, in an order drawn anew. Times are medians over rounds; ratios are medians over rounds of
-values of the same round. The bare linear trains nothing: its step is forward and dx, and no layer can undercut it.
+that one step gives forward, forward + backward, and the whole. The bare linear trains nothing: its step is forward and
+dx, and no layer can undercut it.
 
 FLOPs: two a multiply-add of y, dx and the values' gradient, of the trained entries alone. Bytes, forward: x, W, y once;
 backward: dy and W once, of x the columns with a trained entry, dx, the gradient and the layout; AdamW: the gradient
@@ -20,9 +16,6 @@ counted; what forward keeps for backward is counted apart, x among it.
 
 from __future__ import annotations
 
-import argparse
-import random
-import statistics
 import time
 import warnings
 from dataclasses import dataclass
@@ -30,32 +23,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
 
 import peft_kernels as pk
 from peft_kernels.testing.sparse_delta import SparseCase
 
 from . import plots
-from .measure import Timer, ceilings, machine, quantile, write
-from .sparse_providers import (
-    ACCELERATED,
-    BARE,
-    DENSE,
-    SHIRA,
-    Lane,
-    check,
-    makers,
-    peak_bytes,
-    right_results,
-    saved_bytes,
-)
+from .measure import Timer, interleaved, peak_bytes, rows_of, saved_bytes
+from .registry import BACKWARD, BOTH, FORWARD, STEP, OpSpec, Request
+from .resultfile import Row
+from .sparse_providers import ACCELERATED, BARE, DENSE, SHIRA, Lane, check, makers, right_results
 
-PARTS = ("forward", "forward_backward", "step")
-COMPARED = {"bare": BARE, "dense": DENSE, "shira": SHIRA}
-WARM_UP, LEAST = 1, 3  # rounds
+PARTS = (FORWARD, BOTH, STEP)
+REFERENCES = {"bare": BARE, "dense": DENSE, "shira": SHIRA}
 
 
 class Shape(NamedTuple):
@@ -102,42 +81,22 @@ def shapes(device: str) -> list[Shape]:
     return large + [Shape(M, *features[0], torch.bfloat16) for M in (16, 256)]
 
 
-def main(arguments: list[str] | None = None) -> None:
-    options = parse_arguments(arguments)
-    warnings.filterwarnings("ignore", message="Sparse invariant checks")  # of torch, about PEFT's tensors
-    began, console = time.perf_counter(), Console(width=100)
-    deadline, facts = began + 60 * options.minutes, machine(options.device)
-    console.print(f"training a part of one weight, PEFT {facts['peft']}, {facts.get('gpu', facts['cpu'])}")
-    found = [Shape(8, 128, 96, torch.float32)] if options.tiny else shapes(options.device)
-    peaks = ceilings(options.device, {shape.dtype for shape in found})
-    planned, rows = [(shape, pattern) for pattern in PATTERNS for shape in found], []
-    stem = f"sparse_delta_{facts.get('gpu', 'cpu').replace(' ', '_')}"
-    for index, (shape, pattern) in enumerate(tqdm(planned, unit="case")):
-        seconds = (deadline - time.perf_counter()) / (len(planned) - index)
-        if seconds <= 0:
-            console.print(f"out of time: {len(planned) - index} cases left out, from {shape} {pattern} on")
-            break
-        rows += measure(shape, pattern, options.device, peaks, seconds, options.rounds)
-        here = [row for row in rows if (row["shape"], row["pattern"]) == (str(shape), str(pattern))]
-        with console.capture() as capture:
-            console.print(table(f"{shape}, {pattern}, {here[0]['nnz']:,} values", here))
-        tqdm.write(capture.get())
-        write({"machine": facts, "ceilings": peaks, "rows": rows}, options.out, stem)
-    console.print(summary(rows))
-    plot = plots.draw_sparse(rows, facts.get("gpu", facts["cpu"]), options.out / f"{stem}.png")
-    console.print(f"{len(rows)} rows and their plot: {plot}, {time.perf_counter() - began:.0f} s")
+class Work(NamedTuple):
+    """A layer, and which of its entries train."""
+
+    shape: Shape
+    pattern: Pattern
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.shape.dtype
+
+    def __str__(self) -> str:
+        return f"{self.shape}, {self.pattern}"
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
-    parser.add_argument("--minutes", type=float, default=5.0, help="time budget")
-    parser.add_argument("--rounds", type=int, default=30, help="at most so many for each case; three are made anyway")
-    parser.add_argument("--tiny", action="store_true", help="a tiny layer")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "output")
-    options = parser.parse_args(arguments)
-    options.device = "cuda" if torch.cuda.is_available() and not options.cpu else "cpu"
-    return options
+def cases(device: str) -> list[Work]:
+    return [Work(shape, pattern) for pattern in PATTERNS for shape in shapes(device)]
 
 
 def make_case(shape: Shape, pattern: Pattern, device: str, seed: int = 0) -> SparseCase:
@@ -167,160 +126,121 @@ def make_layout(pattern: Pattern, N: int, K: int, device: str, seed: int = 0) ->
     )["weight"]  # fmt: skip
 
 
-def flops(shape: Shape, nnz: int, part: str) -> int:
+def flops(shape: Shape, nnz: int, mode: str) -> int:
     M, K, N, _ = shape
-    return 2 * M * N * K if part == "forward" else 4 * M * N * K + 2 * M * nnz
+    backward = 2 * M * N * K + 2 * M * nnz
+    return {FORWARD: 2 * M * N * K, BACKWARD: backward}.get(mode, 2 * M * N * K + backward)
 
 
-def bytes_moved(shape: Shape, layout: pk.SparseLayout, part: str) -> int:
+def bytes_moved(shape: Shape, layout: pk.SparseLayout, mode: str) -> int:
     """The fewest, by the rules at the top; values, their gradient and moments are float32."""
     (M, K, N, dtype), nnz = shape, layout.nnz
-    total = (M * K + N * K + M * N) * dtype.itemsize
-    if part != "forward":
-        columns = int(layout.mask().any(0).sum())
-        total += (M * N + N * K + M * columns + M * K) * dtype.itemsize + layout.nbytes + 4 * nnz
-    if part == "step":
-        total += (1 + 2 * 3) * 4 * nnz + 2 * dtype.itemsize * nnz
-    return total
+    columns = int(layout.mask().any(0).sum())
+    forward = (M * K + N * K + M * N) * dtype.itemsize
+    backward = (M * N + N * K + M * columns + M * K) * dtype.itemsize + layout.nbytes + 4 * nnz
+    update = (1 + 2 * 3) * 4 * nnz + 2 * dtype.itemsize * nnz
+    both = forward + backward
+    return {FORWARD: forward, BACKWARD: backward, BOTH: both, STEP: both + update}[mode]
 
 
-def measure(
-    shape: Shape, pattern: Pattern, device: str, peaks: dict[str, float], seconds: float, most: int
-) -> list[dict]:
-    """A row for each provider."""
-    began, case = time.perf_counter(), make_case(shape, pattern, device)
-    layout, dtype = case.layout, str(shape.dtype).removeprefix("torch.")
+def measure(work: Work, request: Request) -> list[Row]:
+    """Rows of every provider and mode; what a step holds and takes stands with the whole step."""
+    warnings.filterwarnings("ignore", message="Sparse invariant checks")  # of torch, about PEFT's tensors
+    began, (shape, pattern) = time.perf_counter(), work
+    case = make_case(shape, pattern, request.device)
+    layout = case.layout
     facts = {
-        "shape": str(shape), "pattern": str(pattern), **shape._asdict(), "dtype": dtype, "kind": layout.kind,
-        "r": pattern.r, "density": layout.density, "nnz": layout.nnz,
+        "shape": str(shape), "pattern": str(pattern), **shape._asdict(), "kind": layout.kind, "r": pattern.r,
+        "density": layout.density, "nnz": layout.nnz, "dtype": str(shape.dtype).removeprefix("torch."),
     }  # fmt: skip
-    lanes, wrong, results = [], [], right_results(case)
-    for make in makers(device, shira=pattern.r > 0):
+    lanes: dict[str, Lane] = {}
+    rows: list[Row] = []
+    results = right_results(case)
+    for make in makers(request.device, shira=pattern.r > 0):
         lane = make(case)
-        error = check(lane, *results)
-        if error is None:
-            lanes.append(make(case))
-        else:
-            wrong.append(facts | {"provider": lane.name, "error": error})
-    del results
-    rounds = interleave(lanes, device, seconds - (time.perf_counter() - began), most)
-    floors = [
-        1e3 * max(flops(shape, layout.nnz, part) / peaks[str(shape.dtype)],
-                  bytes_moved(shape, layout, part) / peaks["bytes"])
-        for part in PARTS
-    ]  # fmt: skip
-    rows = []
-    for lane in lanes:
-        row, times = facts | {"provider": lane.name, "error": None}, [took[lane.name] for took in rounds]
-        for index, part in enumerate(PARTS):
-            column = [clocked[index] for clocked in times]
-            row |= {f"{part}_{q}_ms": quantile(column, int(q[1:]) / 100) for q in ("p20", "p50", "p80")}
-            for key, other in COMPARED.items():
-                pairs = [took[lane.name][index] / took[other][index] for took in rounds if other in took]
-                row[f"{part}_of_{key}"] = statistics.median(pairs) if pairs else None
-            row[f"{part}_of_floor"] = row[f"{part}_p50_ms"] / floors[index]
-        weight, held, peak = case.weight.nbytes, lane.held_bytes(), peak_bytes(lane.step, device)
-        row |= {
-            "bytes_per_value": (held - weight) / layout.nnz if lane.optimizer else None,
-            "saved_bytes": saved_bytes(lane), "held_bytes": held, "peak_bytes": peak, "memory_bytes": held + peak,
-            "memory_without_weight_bytes": held + peak - weight, "rounds": len(rounds),
-        }  # fmt: skip
-        rows.append(row)
-    memory = {row["provider"]: row for row in rows}
-    for row in rows:
-        for key in ("memory", "memory_without_weight"):
-            dense = memory[DENSE][f"{key}_bytes"] if DENSE in memory else None
-            row[f"{key}_of_dense"] = row[f"{key}_bytes"] / dense if dense else None
-    return rows + wrong
-
-
-def interleave(lanes: list[Lane], device: str, seconds: float, most: int) -> list[dict[str, list[float]]]:
-    """What `clock` gives of each lane, for about `seconds`, at least `LEAST` rounds; the first warms up."""
-    order, began, rounds = random.Random(0), time.perf_counter(), []
-    flush = Timer(device).flush
-    while len(rounds) < WARM_UP + most:
-        if len(rounds) >= WARM_UP + LEAST and time.perf_counter() - began > seconds:
-            break
-        took = {}
-        for lane in order.sample(lanes, len(lanes)):
-            lane.step()  # what ran before is felt in a step, but not its concern
-            took[lane.name] = clock(lane, flush)
-        rounds.append(took)
-    return rounds[WARM_UP:]
-
-
-def clock(lane: Lane, flush: torch.Tensor | None) -> list[float]:
-    """Milliseconds from the start of a step to the end of each part; on a GPU the device's, after `flush` has taken the
-    place of all else in its L2."""
-    marks: list = []
-
-    def mark() -> None:
-        if flush is None:
-            marks.append(time.perf_counter())
-        else:
-            marks.append(torch.cuda.Event(enable_timing=True))
-            marks[-1].record()
-
-    if flush is not None:
-        flush.random_(0, 255)
-    mark()
-    y = lane.forward()
-    mark()
-    lane.backward(y, lane.case.dy)
-    mark()
-    lane.update()
-    mark()
-    if flush is None:
-        return [1e3 * (end - marks[0]) for end in marks[1:]]
-    marks[-1].synchronize()
-    return [marks[0].elapsed_time(end) for end in marks[1:]]
-
-
-def table(title: str, rows: list[dict]) -> Table:
-    result = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    headings = (
-        "", "fwd\nms", "+ bwd\nms", "step\nms", "×\nbare", "×\ndense", "×\nfloor", "bytes/\nvalue", "saved\nMiB",
-        "memory\nMiB", "less W\nMiB",
-    )  # fmt: skip
-    for heading in headings:
-        result.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for row in rows:
-        if row["error"]:
-            result.add_row(row["provider"], "[bold red]wrong[/]")
-            result.caption = f"{row['provider']}: {row['error']}"
+        if not request.wants(lane.name) and lane.name not in REFERENCES.values():
             continue
-        numbers = [row[f"{part}_p50_ms"] for part in PARTS]
-        numbers += [row[f"step_of_{key}"] for key in ("bare", "dense", "floor")] + [row["bytes_per_value"]]
-        numbers += [row[f"{key}_bytes"] / 2**20 for key in ("saved", "memory", "memory_without_weight")]
-        result.add_row(row["provider"], *map(_short, numbers))
-    return result
+        error = check(lane, *results)
+        if error:
+            rows.append({"provider": lane.name, "error": error})
+        else:
+            lanes[lane.name] = make(case)
+    del results
+    seconds = request.seconds - (time.perf_counter() - began)
+    calls = {name: lane.step for name, lane in lanes.items()}
+    times = interleaved(calls, Timer(request.device), seconds, least=3, most=30)
+    for row in rows_of(times, PARTS, REFERENCES):
+        lane, mode = lanes[row["provider"]], row["mode"]
+        if request.modes and mode not in request.modes:
+            continue
+        rate, bandwidth = request.ceilings[str(shape.dtype)], request.ceilings["bytes"]
+        floor = max(flops(shape, layout.nnz, mode) / rate, bytes_moved(shape, layout, mode) / bandwidth)
+        row["of_floor"] = row["p50_us"] / (1e6 * floor)
+        if mode == STEP:
+            row |= memory(lane, case, request.device)
+        rows.append(row)
+    steps = {row["provider"]: row for row in rows if row.get("mode") == STEP}
+    for row in steps.values():
+        for key in ("memory", "memory_without_weight"):
+            row[f"{key}_of_dense"] = row[f"{key}_bytes"] / steps[DENSE][f"{key}_bytes"] if DENSE in steps else None
+    return [facts | row for row in rows]
 
 
-def _short(value: float | None) -> str:
-    """Three digits, two of them decimals at most."""
-    return "–" if value is None else f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
+def memory(lane: Lane, case: SparseCase, device: str) -> Row:
+    """What a lane that has made a step holds, and what its next one takes."""
+    held, peak = lane.held_bytes(), peak_bytes(lane.step, device)
+    return {
+        "bytes_per_value": (held - case.weight.nbytes) / case.layout.nnz if lane.optimizer else None,
+        "saved_bytes": saved_bytes(lane.forward, lane.kept), "held_bytes": held, "peak_bytes": peak,
+        "memory_bytes": held + peak, "memory_without_weight_bytes": held + peak - case.weight.nbytes,
+    }  # fmt: skip
 
 
-def summary(rows: list[dict]) -> str:
+COLUMNS = {
+    "×\nbare": "of_bare", "×\ndense": "of_dense", "×\nSHiRA": "of_shira", "×\nfloor": "of_floor",
+    "bytes/\nvalue": "bytes_per_value", "saved\nMiB": "saved_bytes", "memory\nMiB": "memory_bytes",
+}  # fmt: skip
+
+
+def summary(rows: list[Row]) -> str:
     """The bars, and how every shape stands to them."""
-    rows = [row for row in rows if not row["error"]]
-    ours = "ours, triton" if any(row["provider"] == "ours, triton" for row in rows) else "ours, reference"
+    timed = [row for row in rows if "mode" in row]
+    ours = "ours, triton" if any(row["provider"] == "ours, triton" for row in timed) else "ours, reference"
     bars = (
-        (ours, "entries 1 %", "step_of_dense", 1.0, f"step of {DENSE}"),
-        (ours, "entries 1 %", "memory_of_dense", 0.5, f"memory of {DENSE}"),
-        (ours, "columns 1 %", "step_of_dense", 1 / 1.3, f"step of {DENSE}"),
-        (ACCELERATED, "entries r=", "forward_backward_of_shira", 1 / 1.3, f"forward + backward of {SHIRA}"),
-        (ACCELERATED, "entries r=", "step_of_shira", 1 / 1.3, f"step of {SHIRA}"),
+        (ours, STEP, "entries 1 %", "of_dense", 1.0, f"step of {DENSE}"),
+        (ours, STEP, "entries 1 %", "memory_of_dense", 0.5, f"memory of {DENSE}"),
+        (ours, STEP, "columns 1 %", "of_dense", 1 / 1.3, f"step of {DENSE}"),
+        (ACCELERATED, BOTH, "entries r=", "of_shira", 1 / 1.3, f"forward + backward of {SHIRA}"),
+        (ACCELERATED, STEP, "entries r=", "of_shira", 1 / 1.3, f"step of {SHIRA}"),
     )
     lines = []
-    for provider, pattern, key, bar, what in bars:
-        found = [row for row in rows if row["provider"] == provider and row["pattern"].startswith(pattern) and row[key]]
+    for provider, mode, pattern, key, bar, what in bars:
+        found = [
+            row for row in timed
+            if (row["provider"], row["mode"]) == (provider, mode)
+            and row["pattern"].startswith(pattern) and row.get(key)
+        ]  # fmt: skip
         lines += [f"{provider}, {pattern}: at most {bar:.2f} of the {what}"] if found else []
         for row in found:
             verdict = "met   " if row[key] <= bar else "MISSED"
-            lines.append(f"  {row[key]:.3f}  {verdict}  {row['shape']}, {row['pattern']}")
+            lines.append(f"  {row[key]:.3f}  {verdict}  {row['case']}")
     return "\n".join(lines) or "nothing of ours to hold to the bars"
 
 
-if __name__ == "__main__":
-    main()
+def providers(device: str) -> dict[str, str | None]:
+    from importlib.util import find_spec
+
+    tiny = make_case(Shape(2, 64, 64, torch.float32), Pattern("entries", r=1), "cpu")
+    peft = find_spec("peft") is not None
+    names = {make(tiny).name: None for make in makers(device, shira=peft)}
+    return names | ({} if peft else {SHIRA: "peft is not installed"})
+
+
+def plot(rows: list[Row], where: str, path: Path) -> Path:
+    return plots.draw_sparse(rows, where, path)
+
+
+SPEC = OpSpec(
+    "sparse_delta", "a linear layer of whose weight a few entries train", (FORWARD, BACKWARD, BOTH, STEP), cases,
+    providers, measure, COLUMNS, summary, plot, share=3.0,
+)  # fmt: skip

@@ -1,9 +1,8 @@
-"""What `sparse_delta` compares: ways to train a few entries of one linear layer's weight; their check, their memory."""
+"""What `sparse_delta` compares: ways to train a few entries of one linear layer's weight; their check."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -59,9 +58,15 @@ class Lane:
             self.optimizer.zero_grad()
         self.x.grad = None
 
-    def step(self) -> None:
-        self.backward(self.forward(), self.case.dy)
+    def step(self, mark: Callable[[], None] = lambda: None) -> None:
+        """Marks the end of forward, of backward, and of the update."""
+        y = self.forward()
+        mark()
+        self.backward(y, self.case.dy)
+        del y
+        mark()
         self.update()
+        mark()
 
     def gradient(self) -> torch.Tensor:
         """Of the values, [nnz] in the layout's order."""
@@ -270,43 +275,3 @@ def _stepped(case: SparseCase) -> dict[str, torch.Tensor]:
         values.grad = alone.grad.to(values.dtype)
         optimizer.step()
     return {"weight": base + values.to(dtype), "weight without a master": alone}
-
-
-# --- Memory --------------------------------------------------------------------------------------------------
-
-
-def saved_bytes(lane: Lane) -> int:
-    """What a forward keeps for backward, each storage once; what is kept between steps anyway costs nothing."""
-    ignored, saved = {tensor.untyped_storage().data_ptr() for tensor in lane.kept}, {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.detach()  # what a node saves of its own output would keep the node, and the node it, for good
-        for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):  # PEFT saves a COO tensor
-            saved[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = lane.forward()
-    del y
-    return sum(size for pointer, size in saved.items() if pointer not in ignored)
-
-
-def peak_bytes(call: Callable[[], object], device: str) -> int:
-    """What a call takes at its peak beyond what it finds taken: by torch's allocator, whose events the profiler lists
-    on a CPU. What a library takes by itself (MKL, cuBLAS) is not seen."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        found = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - found
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports every start and stop
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        call()
-    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
-    taken = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        taken += event.nbytes()
-        peak = max(peak, taken)
-    return peak

@@ -1,23 +1,27 @@
-"""The registry through pytest-benchmark: `pytest benchmarks/`. Correctness is asserted, time is only reported."""
+"""The registry through pytest-benchmark: `pytest benchmarks/ --benchmark-only`, and `--benchmark-compare` between runs.
+
+The first case of each LoRA op, by every provider. Correctness is asserted, time is only reported."""
 
 import pytest
 import torch
 
-from benchmarks.measure import check
-from benchmarks.registry import OPS, make_inputs, providers
+from benchmarks.lora import check, make_inputs
+from benchmarks.providers import all_providers
+from benchmarks.specs import SPECS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [
-    pytest.param(shape, provider, id=f"{op}-{shape}-{provider.name}".replace(" ", "_"))
-    for op, spec in OPS.items()
-    for shape in spec.shapes(DEVICE)[:1]
-    for provider in providers(shape, DEVICE)
+    pytest.param(SPECS[op].cases(DEVICE)[0], provider, id=f"{op}-{provider.name}".replace(" ", "_"))
+    for op in ("lora_linear", "lora_linear_shared_input")
+    for provider in all_providers(DEVICE)
 ]
 
 
-@pytest.mark.parametrize("direction", ["forward", "forward_backward"])
+@pytest.mark.parametrize("direction", ["forward", "both"])
 @pytest.mark.parametrize(("shape", "provider"), CASES)
 def test_provider(benchmark, shape, provider, direction):
+    if provider.why_not or (provider.sixteen_bits and shape.dtype.itemsize != 2):
+        pytest.skip(provider.why_not or "for a 16-bit base")
     case = make_inputs(shape, DEVICE)
     assert check(provider, shape, case) is None
     call = getattr(provider.build(case), direction)

@@ -11,11 +11,14 @@ their loss curves, the importance of the layers as IST saw it, and the adapter s
 from __future__ import annotations
 
 import argparse
+import io
+import logging
 import os
 import statistics
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.util import find_spec
@@ -25,6 +28,7 @@ from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # everything is on this machine
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it where it is, and it says what it lacks
 
 missing = [
     name
@@ -37,6 +41,7 @@ if missing:
 import reasoning_gym
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -103,17 +108,28 @@ def main() -> None:
             runs[name] = own_process.submit(run, options, name).result()
     ratios = compare_steps(with_adapter(model, options), tokenizer, train, options)
 
-    print_table(console, runs, before, ratios, options)
+    table, facts = table_of(runs, before, options), facts_of(runs, ratios)
+    console.print(table)
+    console.print("\n".join(facts))
+    save_table(table, output / "results.md", facts)
     console.print(f"loss curves: {draw_losses(runs, output / 'losses.png')}")
     console.print(f"importance of layers: {output / 'importance.png'}, as a table: {output / 'importance.txt'}")
-    console.print(
-        f"adapter: {output / 'accelerated'}, read back by plain PEFT: "
-        f"largest difference of logits {runs['accelerated'].reloaded_difference:.1e}"
-    )
+    console.print(f"adapter: {output / 'accelerated'}")
 
 
 def make_console() -> Console:
     return Console(width=min(Console().width, 100))
+
+
+def save_table(table: Table, path: Path, facts: Sequence[str] = ()) -> None:
+    """As Markdown, without the title; the facts below it."""
+    table.box, table.title = box.MARKDOWN, None
+    for row in table.rows:
+        row.end_section = False
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([console.export_text().strip(), *(f"\n{fact}." for fact in facts), ""]))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -338,9 +354,7 @@ def compare_steps(model, tokenizer, train, options) -> list[float]:
     return ratios
 
 
-def print_table(
-    console: Console, runs: dict[str, Run], before: tuple[float, float], ratios: list[float], options
-) -> None:
+def table_of(runs: dict[str, Run], before: tuple[float, float], options) -> Table:
     table = Table(title=f"SmolLM2-135M, LoRA r 16 on all linear layers, {options.steps} steps of {options.batch_size}")
     table.add_column("before → after")
     for name in runs:
@@ -365,14 +379,17 @@ def print_table(
     row_of_ist("layer updates, min/mean/max", lambda s: layer_updates(s.updates))
     row_of_ist("backward skipped", lambda s: f"{s.skipped:.0%}")
     row_of_ist("time of estimates", lambda s: f"{s.estimate_seconds:.1f} s")
-    console.print(table)
-    one, other = runs["PEFT"].losses, runs["accelerated"].losses
-    difference = max(abs(a - b) for a, b in zip(one, other))
-    console.print(f"largest difference of the training losses, PEFT and accelerated: {difference:.1e}")
-    console.print(
+    return table
+
+
+def facts_of(runs: dict[str, Run], ratios: list[float]) -> list[str]:
+    losses = zip(runs["PEFT"].losses, runs["accelerated"].losses)
+    return [
+        f"largest difference of the training losses, PEFT and accelerated: {max(abs(a - b) for a, b in losses):.1e}",
         f"time of a step, accelerated over PEFT: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to "
-        f"{max(ratios):.3f} in {len(ratios)} interleaved rounds"
-    )
+        f"{max(ratios):.3f} in {len(ratios)} interleaved rounds",
+        f"adapter read back by plain PEFT: largest difference of logits {runs['accelerated'].reloaded_difference:.1e}",
+    ]
 
 
 def layer_updates(updates: list[int]) -> str:

@@ -10,11 +10,20 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
 # First: it sets the environment, and says what is missing.
-from examples.finetune_smollm2 import encode, load_model, make_console, make_tasks, parser_of_example, quieten
+from examples.finetune_smollm2 import (
+    encode,
+    load_model,
+    make_console,
+    make_tasks,
+    parser_of_example,
+    quieten,
+    save_table,
+)
 
 # isort: split
 from rich.table import Table
@@ -142,6 +151,7 @@ def compare() -> None:
         tqdm.write(f"{name}: held-out loss {row[0]}")
         table.add_row(name, *row)
     make_console().print(table)
+    save_table(table, Path(options.output) / "results.md")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ left=$((budget - SECONDS))
 echo "== the GPU benchmarks, at most $left s"
 # The benchmarks plan by --minutes; the limit is for one that does not come back.
 timeout --signal=INT --kill-after=10 "$left" \
-    python3 -m benchmarks.run --gpu --minutes "$((left / 60)).$((left % 60 * 10 / 60))" "$@"
+    python3 -m benchmarks run --device cuda --minutes "$((left / 60)).$((left % 60 * 10 / 60))" "$@"
 bench=$?
 echo "== the GPU benchmarks: $([ $bench = 0 ] && echo done || echo "FAILED ($bench)"), $SECONDS s since the start"
 

@@ -1,102 +1,326 @@
-"""The benchmark's own arithmetic, and that it catches what is wrong."""
+"""The benchmark's own arithmetic, that it catches what is wrong, and that nothing is lost when it is ended."""
 
-import csv
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
-from benchmarks import plots, run
-from benchmarks.measure import check, interleaved, quantile
-from benchmarks.registry import (
-    OPS,
-    Shape,
-    base_flops,
-    bytes_moved,
-    flops,
-    launches_and_bytes,
-    make_inputs,
-    ours,
-    providers,
-)
+from benchmarks import __main__ as command
+from benchmarks import compare, host, lora, providers, run, specs
+from benchmarks.lora import Shape, base_flops, bytes_moved, check, flops, make_inputs
+from benchmarks.measure import Timer, interleaved, peak_bytes, quantile, rows_of, saved_bytes, whole
+from benchmarks.providers import BARE, EAGER, PEFT, Provider, all_providers
+from benchmarks.registry import BACKWARD, BOTH, FORWARD, STEP, Request
+from benchmarks.resultfile import ResultFile
+from benchmarks.specs import SPECS
 
 REFERENCE = Shape(8192, 4096, (4096,), 16, torch.bfloat16)
 SMALL = Shape(12, 24, (16,), 4, torch.float32)
+CEILINGS = {"torch.float32": 1e11, "torch.bfloat16": 1e11, "bytes": 1e10}
+ONE_AT_A_TIME = ("torch.compile", "torch.compile, max-autotune")  # take seconds each
 
 
-def test_flops_and_bytes_by_hand():
-    gemm = 2 * 8192 * 4096 * 4096
-    low_rank = 2 * 8192 * 4096 * 16
-    assert base_flops(REFERENCE, backward=False) == gemm == 274877906944
-    assert flops(REFERENCE, backward=False) == gemm + 2 * low_rank
-    assert flops(REFERENCE, backward=True) == 2 * gemm + 6 * low_rank
-    matrix, weight, adapter, s = 8192 * 4096 * 2, 4096 * 4096 * 2, 4096 * 16 * 2, 8192 * 16 * 2
-    forward = 2 * matrix + weight + 2 * adapter
-    assert matrix == 67108864
-    assert bytes_moved(REFERENCE, backward=False) == forward
-    backward = 2 * s + 3 * matrix + weight + 4 * adapter
-    assert bytes_moved(REFERENCE, backward=True) == forward + backward
-    mask = 8192 * 4096 // 8
-    assert bytes_moved(replace(REFERENCE, p=0.1), backward=True) == forward + backward + 2 * mask
+class TestCounting:
+    def test_flops_and_bytes_by_hand(self):
+        gemm = 2 * 8192 * 4096 * 4096
+        low_rank = 2 * 8192 * 4096 * 16
+        assert base_flops(REFERENCE, FORWARD) == base_flops(REFERENCE, BACKWARD) == gemm == 274877906944
+        assert flops(REFERENCE, FORWARD) == gemm + 2 * low_rank
+        assert flops(REFERENCE, BACKWARD) == gemm + 4 * low_rank
+        assert flops(REFERENCE, BOTH) == 2 * gemm + 6 * low_rank
+        matrix, weight, adapter, s = 8192 * 4096 * 2, 4096 * 4096 * 2, 4096 * 16 * 2, 8192 * 16 * 2
+        forward = 2 * matrix + weight + 2 * adapter
+        assert matrix == 67108864
+        assert bytes_moved(REFERENCE, FORWARD) == forward
+        backward = 2 * s + 3 * matrix + weight + 4 * adapter
+        assert bytes_moved(REFERENCE, BOTH) == forward + backward
+        mask = 8192 * 4096 // 8
+        assert bytes_moved(replace(REFERENCE, p=0.1), BOTH) == forward + backward + 2 * mask
+
+    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    @pytest.mark.parametrize("op", SPECS)
+    def test_cases_are_distinct(self, op, device):
+        cases = SPECS[op].cases(device)
+        assert len(set(map(str, cases))) == len(cases) > 1
+        assert {case.dtype for case in cases} <= {torch.float32, torch.bfloat16, torch.float16}
 
 
-def test_sharing_reads_x_once():
-    counted = launches_and_bytes(replace(REFERENCE, Ns=(4096, 1024, 1024)))
-    assert counted["together"]["sums of dx"] == 0
-    assert counted["one by one"]["sums of dx"] == 2
-    for key in ("launches", "passes over x and dx (bytes)"):
-        assert counted["together"][key] < counted["one by one"][key]
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("op", OPS)
-def test_shapes_are_distinct(op, device):
-    shapes = OPS[op].shapes(device)
-    assert len(set(map(str, shapes))) == len(shapes) > 4
-
-
-def test_every_provider_is_right():
-    for shape in (SMALL, replace(SMALL, Ns=(16, 8), p=0.25), replace(SMALL, dtype=torch.bfloat16)):
-        case = make_inputs(shape, "cpu")
-        for provider in providers(shape, "cpu"):
-            if provider.name != "torch.compile":
+class TestProviders:
+    @pytest.mark.parametrize("shape", [SMALL, replace(SMALL, Ns=(16, 8), p=0.25), replace(SMALL, dtype=torch.bfloat16)])
+    def test_every_one_is_right(self, shape):
+        case = make_inputs(replace(shape, K=64), "cpu")
+        shape, names = replace(shape, K=64), []
+        for provider in all_providers("cpu"):
+            if not lora.why_not(provider, shape) and provider.name not in ONE_AT_A_TIME:
                 assert check(provider, shape, case) is None, provider.name
+                names.append(provider.name)
+        assert {BARE, EAGER, PEFT, "Axolotl-style", "LoRAFusion-style", "ours, reference"} <= set(names)
+        assert ("PEFT f32" in names) == (shape.dtype == torch.bfloat16)
+
+    def test_one_that_is_wrong_is_caught(self):
+        (right,) = (p for p in all_providers("cpu") if p.name == "ours, reference")
+
+        def wrong(case):
+            scaled = [p._replace(scaling=p.scaling * 1.001) for p in case.projections]
+            return right.build(replace(case, projections=scaled))
+
+        case = make_inputs(SMALL, "cpu")
+        assert check(right, SMALL, case) is None
+        assert "error" in check(replace(right, build=wrong), SMALL, case)
+
+    def test_one_that_is_not_here_says_why(self):
+        assert providers.why_not_installed("no-such-package") == "no-such-package is not installed"
+        (unsloth,) = (p for p in all_providers("cpu") if p.name == "Unsloth")
+        assert "unsloth" in unsloth.why_not
+
+    def test_accelerated_is_accelerated(self):
+        case = make_inputs(SMALL, "cpu")
+        nodes = {
+            p.name: type(p.build(case).forward()[0].grad_fn).__name__
+            for p in all_providers("cpu")
+            if PEFT in p.name and not p.base
+        }
+        assert "LoRALinear" in nodes["PEFT, accelerated"] and "LoRALinear" in nodes["PEFT f32, accelerated"]
+        assert "LoRALinear" not in nodes["PEFT"] + nodes["PEFT f32"]
+
+    def test_what_is_saved_and_taken(self):
+        case = make_inputs(replace(SMALL, R=2), "cpu")
+        built = {p.name: p.build(case) for p in all_providers("cpu") if p.name in (BARE, "ours, reference")}
+        x, y, s = 12 * 24 * 4, 12 * 16 * 4, 12 * 2 * 4
+        assert saved_bytes(built[BARE].forward, built[BARE].kept) == 0
+        assert saved_bytes(built["ours, reference"].forward, built["ours, reference"].kept) == x + s
+        assert peak_bytes(built[BARE].both, "cpu") == x + y
 
 
-def test_a_wrong_provider_is_caught():
-    (right,) = (p for p in providers(SMALL, "cpu") if p.ours)
+class TestTiming:
+    def test_interleaving(self):
+        called = []
+        calls = {name: whole(lambda name=name: called.append(name)) for name in "ab"}
+        times = interleaved(calls, lambda call, repeats: call(lambda: None) or (1e6,), seconds=0.0, least=3)
+        assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
+        pairs = list(zip(called[::2], called[1::2]))
+        assert all(one == other for one, other in pairs)  # each right after an untimed call of its own
+        rounds = [{pairs[at][0], pairs[at + 1][0]} for at in range(0, len(pairs), 2)]
+        assert rounds == [{"a", "b"}] * 5
+        assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0
 
-    def wrong(case):
-        scaled = [p._replace(scaling=p.scaling * 1.001) for p in case.projections]
-        return ours(replace(case, projections=scaled), "reference")
+    def test_marks(self):
+        def call(mark):
+            mark()
+            mark()
 
-    case = make_inputs(SMALL, "cpu")
-    assert check(right, SMALL, case) is None
-    assert "error" in check(replace(right, build=wrong), SMALL, case)
+        first, second = Timer("cpu")(call, repeats=3)
+        assert 0 <= first <= second
+
+    def test_rows(self):
+        times = {"a": [(1.0, 3.0, 4.0), (2.0, 4.0, 6.0)], "b": [(2.0, 6.0, 8.0), (2.0, 8.0, 12.0)]}
+        rows = {(r["provider"], r["mode"]): r for r in rows_of(times, (FORWARD, BOTH, STEP), {"a": "a", "none": "c"})}
+        assert set(rows) == {(name, mode) for name in "ab" for mode in (FORWARD, BACKWARD, BOTH, STEP)}
+        assert rows["b", BACKWARD]["p50_us"] == 6.0
+        assert rows["b", STEP] == {
+            "provider": "b", "mode": STEP, "p20_us": 8.0, "p50_us": 12.0, "p80_us": 12.0, "rounds": 2, "of_a": 2.0,
+        }  # fmt: skip
+        assert [(r["provider"], r["mode"]) for r in rows_of(times, (FORWARD,), {})] == [("a", FORWARD), ("b", FORWARD)]
 
 
-def test_interleaving():
-    called = []
-    calls = {name: lambda name=name: called.append(name) for name in "ab"}
-    times = interleaved(calls, lambda call, repeats: call() or 1e6, seconds=0.0, least=3)
-    assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
-    assert called == ["a", "a", "b", "b", "b", "b", "a", "a"] * 2 + ["a", "a", "b", "b"]
-    assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0
+class TestResultFile:
+    FACTS: ClassVar = {"device": "cpu", "cpu": "a processor", "threads": "2", "commit": "abc"}
+
+    def begun(self, path, **facts):
+        file = ResultFile(path)
+        return file, file.begin("lora_linear", self.FACTS | facts, CEILINGS)
+
+    def test_round_trip(self, tmp_path):
+        path = tmp_path / "folder" / "results.jsonl"
+        file, aside = self.begun(path)
+        file.add("one", [{"provider": "a", "mode": BOTH, "p50_us": 1.5}, {"provider": "µ", "error": "wrong"}])
+        again = ResultFile(path)
+        assert (again.op, again.machine, again.ceilings) == ("lora_linear", self.FACTS, CEILINGS)
+        assert again.rows == file.rows
+        assert again.rows[0] == {"op": "lora_linear", "case": "one", "provider": "a", "mode": BOTH, "p50_us": 1.5}
+        assert aside is None
+
+    @pytest.mark.parametrize("cut", [1, 30])
+    def test_what_a_kill_cut_off_is_dropped(self, tmp_path, cut):
+        path = tmp_path / "results.jsonl"
+        file, _ = self.begun(path)
+        file.add("one", [{"provider": "a"}])
+        whole = path.read_bytes()
+        file.add("two", [{"provider": "b"}])
+        path.write_bytes(path.read_bytes()[:-cut])
+        file, aside = self.begun(path)
+        assert list(file.cases) == ["one"]
+        assert aside is None
+        assert path.read_bytes() == whole
+        file.add("two", [{"provider": "c"}])
+        assert list(ResultFile(path).cases) == ["one", "two"]
+
+    def test_of_another_commit_is_moved_aside(self, tmp_path):
+        path = tmp_path / "results.jsonl"
+        file, _ = self.begun(path)
+        file.add("one", [{"provider": "a"}])
+        file, aside = self.begun(path, commit="def")
+        assert aside == tmp_path / "results.abc.jsonl"
+        assert list(ResultFile(aside).cases) == ["one"]
+        assert not file.cases and not ResultFile(path).cases
+
+    def test_another_file(self, tmp_path):
+        path = tmp_path / "results.jsonl"
+        path.write_text("not a result\nat all\n")
+        with pytest.raises(ValueError, match=r"expected a result file in .*results.jsonl, got in line 1: not a result"):
+            ResultFile(path)
 
 
-def test_results_are_written(tmp_path):
-    rows = [
-        {"op": "lora_linear", "shape": "s", "provider": name, "direction": "forward+backward", "error": None,
-         "of_linear": 1.0 + number, "of_floor": 2.0}
-        for number, name in enumerate(("nn.Linear", "PEFT", "ours"))
-    ]  # fmt: skip
-    facts = {"cpu": "a processor"}
-    run.save(rows, facts, {"bytes": 1.0}, tmp_path)
-    document = json.loads((tmp_path / "lora_linear_cpu.json").read_text())
-    assert document["rows"] == rows
-    assert document["machine"] == facts
-    with open(tmp_path / "lora_linear_cpu.csv") as file:
-        assert [row["provider"] for row in csv.DictReader(file)] == ["nn.Linear", "PEFT", "ours"]
-    for path in plots.draw(rows, facts, tmp_path):
-        assert path.read_bytes().startswith(b"\x89PNG")
+@pytest.fixture
+def tiny(monkeypatch):
+    """The command, with two tiny cases of one op, and ceilings that are not measured."""
+    cases = [SMALL, replace(SMALL, M=5)]
+    spec = replace(SPECS["lora_linear"], cases=lambda device: cases)
+    monkeypatch.setitem(specs.SPECS, "lora_linear", spec)
+    monkeypatch.setattr(run, "ceilings", lambda device, dtypes: CEILINGS)
+    monkeypatch.setattr(lora, "interleaved", partial(interleaved, least=2, most=2))
+    found = [p for p in all_providers("cpu") if p.name not in ONE_AT_A_TIME]
+    monkeypatch.setattr(lora, "all_providers", lambda device: found)
+    return found
+
+
+ARGUMENTS = ["run", "--op", "lora_linear", "--device", "cpu", "--minutes", "100", "--out"]
+
+
+class TestCommand:
+    def rows(self, folder):
+        (path,) = folder.glob("lora_linear*.jsonl")
+        return ResultFile(path).rows
+
+    def test_a_run(self, tmp_path, tiny, capsys):
+        command.main([*ARGUMENTS, str(tmp_path)])
+        printed = capsys.readouterr().out
+        assert max(map(len, printed.splitlines())) <= 100
+        rows = self.rows(tmp_path)
+        timed = {(row["case"], row["provider"], row["mode"]): row for row in rows if "mode" in row}
+        for mode in (FORWARD, BACKWARD, BOTH):
+            row = timed[str(SMALL), "ours, reference", mode]
+            assert row["p20_us"] <= row["p50_us"] <= row["p80_us"]
+            assert row["of_floor"] == pytest.approx(row["p50_us"] / lora.floor_us(SMALL, mode, CEILINGS))
+        assert timed[str(SMALL), BARE, BOTH]["of_bare"] == 1.0
+        assert {row["provider"] for row in rows if row.get("skipped")} >= {"Unsloth", "PEFT f32"}
+        assert next(tmp_path.glob("*.png")).read_bytes().startswith(b"\x89PNG")
+
+    def test_killed_and_gone_on_with(self, tmp_path, tiny, monkeypatch, capsys):
+        command.main([*ARGUMENTS, str(tmp_path / "whole")])
+        measure, done = SPECS["lora_linear"].measure, []
+
+        def killed(case, request):
+            if done:
+                raise KeyboardInterrupt
+            done.append(case)
+            return measure(case, request)
+
+        whole_spec = specs.SPECS["lora_linear"]
+        monkeypatch.setitem(specs.SPECS, "lora_linear", replace(whole_spec, measure=killed))
+        with pytest.raises(KeyboardInterrupt):
+            command.main([*ARGUMENTS, str(tmp_path / "parts")])
+        assert len({row["case"] for row in self.rows(tmp_path / "parts")}) == 1
+        first = self.rows(tmp_path / "parts")
+        monkeypatch.setitem(specs.SPECS, "lora_linear", whole_spec)
+        capsys.readouterr()
+        command.main([*ARGUMENTS, str(tmp_path / "parts")])
+        assert "1 of 2 cases are there already" in capsys.readouterr().out
+
+        def keys(folder):
+            return [(row["case"], row["provider"], row.get("mode")) for row in self.rows(folder)]
+
+        assert self.rows(tmp_path / "parts")[: len(first)] == first
+        assert keys(tmp_path / "parts") == keys(tmp_path / "whole")
+
+    def test_a_wrong_provider_gets_no_time(self, tmp_path, tiny, capsys):
+        right = next(p for p in tiny if p.name == EAGER)
+        tiny.append(Provider("wrong on purpose", lambda case: right.build(replace(case, x=1.001 * case.x))))
+        command.main([*ARGUMENTS, str(tmp_path)])
+        assert "wrong on purpose: wrong, not timed" in capsys.readouterr().out
+        found = [row for row in self.rows(tmp_path) if row["provider"] == "wrong on purpose"]
+        assert len(found) == 2
+        assert all("max error" in row["error"] and "p50_us" not in row for row in found)
+
+    def test_choice(self, tmp_path, tiny):
+        command.main([*ARGUMENTS, str(tmp_path), "--provider", "ours", "--mode", "forward", "--case", "M=5"])
+        rows = [row for row in self.rows(tmp_path) if "mode" in row]
+        assert {row["provider"] for row in rows} == {BARE, EAGER, PEFT, "ours, reference"}
+        assert {(row["case"], row["mode"]) for row in rows} == {("M=5 24→16 R=4 f32 p=0", FORWARD)}
+
+    def test_list(self, capsys):
+        command.main(["list", "--device", "cpu", "--cases"])
+        printed = capsys.readouterr().out
+        for words in (*SPECS, "not here: unsloth", "M=512 576→1536 R=16 bf16 p=0.1", "labels on a quarter"):
+            assert words in printed
+
+    def test_no_gpu(self, tmp_path):
+        if not torch.cuda.is_available():
+            with pytest.raises(SystemExit, match="expected a CUDA GPU that torch can use, got none"):
+                command.main(["run", "--device", "cuda", "--out", str(tmp_path)])
+
+
+class TestCompare:
+    def result(self, path, time, spread=0.1, mode=BOTH, ratio=None):
+        file = ResultFile(path)
+        file.begin("lora_linear", {"commit": path.stem, "cpu": "one", "threads": "2"}, {})
+        row = {"provider": "ours, reference", "mode": mode, "p50_us": time, "of_bare": ratio}
+        file.add("case", [row | {"p20_us": time * (1 - spread / 2), "p80_us": time * (1 + spread / 2)}])
+        return str(path)
+
+    @pytest.mark.parametrize(
+        ("time", "ratio", "verdict"),
+        [(50.0, None, "1 faster"), (200.0, None, "1 slower"), (105.0, None, "1 within"), (200.0, 1.0, "1 within")],
+    )
+    def test_files(self, tmp_path, capsys, time, ratio, verdict):
+        before = self.result(tmp_path / "a.jsonl", 100.0, ratio=ratio)
+        command.main(["compare", before, self.result(tmp_path / "b.jsonl", time, ratio=ratio)])
+        assert verdict in capsys.readouterr().out
+
+    def test_nothing_in_common(self, tmp_path):
+        before, after = self.result(tmp_path / "a.jsonl", 1.0), self.result(tmp_path / "b.jsonl", 1.0, mode=FORWARD)
+        with pytest.raises(SystemExit, match="expected rows of 'ours' for the same cases in both, got none"):
+            command.main(["compare", before, after])
+        with pytest.raises(SystemExit, match="expected two result files or two revisions, got"):
+            command.main(["compare", before, "HEAD"])
+
+    def test_a_revision_that_is_not_there(self, tmp_path):
+        with pytest.raises(SystemExit, match="expected a result file or a revision of git, got 'no-such-revision'"):
+            compare.checked_out("no-such-revision", tmp_path / "tree")
+
+
+def test_through_pytest_benchmark(tmp_path):
+    pytest_ = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks",
+        "--benchmark-only",
+        "-q",
+        f"--benchmark-storage={tmp_path}",
+    ]
+    for option, words in (("--benchmark-autosave", "Saved benchmark data"), ("--benchmark-compare", "(NOW)")):
+        command = [*pytest_, "-k", "lora_linear-eager", option]
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+        assert words in done.stdout + done.stderr
+        assert "2 passed" in done.stdout
+
+
+def test_host_costs():
+    rows = host.measure(host.LAYER, Request("cpu", seconds=0.1))
+    found = {(row["provider"], row["mode"]): row for row in rows}
+    assert found["PEFT", FORWARD]["of_peft"] == 1.0
+    assert found["ours, nn.LoRALinear", FORWARD]["p50_us"] < found["ours, nn.LoRALinear", BOTH]["p50_us"]
+    assert "× PEFT's forward: ours, nn.LoRALinear" in host.summary([row | {"case": "c"} for row in rows])
+
+
+def test_rows_are_json():
+    rows = lora.measure(SMALL, Request("cpu", CEILINGS, 0.1, providers=("ours",)))
+    assert json.loads(json.dumps(rows)) == rows

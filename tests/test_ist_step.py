@@ -1,27 +1,28 @@
 """The benchmark of whole training steps at its shortest, and that it catches what is wrong."""
 
-import csv
-import json
-
 import pytest
 import torch
+from rich.console import Console
 
-from benchmarks import ist_step, run, sparse_delta
+from benchmarks import ist_step, run, tables
 from benchmarks.authors_ist import AuthorsIST
 from benchmarks.ist_providers import (
     ACCELERATED,
     AT_LABELS,
     AUTHORS,
     BUDGET,
+    HALF,
     LORA,
     OURS,
+    PARTS,
     at_depth,
     check,
     load,
     make_lanes,
 )
 from benchmarks.ist_providers import saved_bytes as saved
-from benchmarks.registry import OPS
+from benchmarks.registry import Request
+from benchmarks.specs import SPECS
 from tests.ist.transcription import ist as transcribed
 
 
@@ -36,49 +37,40 @@ def lanes(case):
     return {lane.name: lane for lane in make_lanes(case.base)}
 
 
-def test_a_tiny_run(tmp_path, capsys):
-    ist_step.main(["--cpu", "--tiny", "--tokens", "16", "--rounds", "4", "--minutes", "5", "--out", str(tmp_path)])
-    printed = capsys.readouterr().out
-    for words in ("relative differences", "labels on a quarter", "with loop every 20", "lm_head and loss"):
-        assert words in " ".join(printed.split())
-    assert max(map(len, printed.splitlines())) <= 100
-    document = json.loads((tmp_path / "ist_step_cpu.json").read_text())
-    rows = {(row["setting"], row["provider"]): row for row in document["rows"]}
+def test_a_tiny_run(tmp_path):
+    rows = []
+    for name, labelled in ist_step.LABELLED.items():
+        setting = ist_step.Setting(name, labelled, torch.float32, 16, tiny=True)
+        found = ist_step.measure(setting, Request("cpu", seconds=100.0), most=4)
+        rows += [{"op": "ist_step", "case": name} | row for row in found]
+    ist_step.prepared.cache_clear()
+    of = {(row["case"], row["provider"]): row for row in rows}
     for setting in ist_step.LABELLED:
-        assert len(document["parts_ms"][setting]) == 3
+        assert len(of[setting, PARTS]["parts_us"]) == 3
         for name in (LORA, AUTHORS, ACCELERATED, OURS, AT_LABELS, BUDGET):
-            row = rows[setting, name]
+            row = of[setting, name]
             assert row["rounds"] == 4
-            expected = 1e3 * 2 * 16 / (row["step_ms"] + row["loop_ms"] / 10)
-            assert row["tokens_per_s"] == pytest.approx(expected)
-            assert (row["loop_ms"] > 0) == name.startswith("IST")
+            loop = row["loop_us"] or 0.0
+            assert row["tokens_per_s"] == pytest.approx(1e6 * 2 * 16 / (row["p50_us"] + loop / 10))
+            assert (loop > 0) == name.startswith("IST")
+        assert of[setting, HALF]["tokens_per_s"] > of[setting, BUDGET]["tokens_per_s"]
         # 2 of 8 layers: the lowest is number 2 on average.
-        assert rows[setting, AUTHORS]["backward_skipped"] == pytest.approx(2 / 8, abs=0.05)
-        assert rows[setting, BUDGET]["backward_skipped"] > 0.4
-        assert 0 < rows[setting, BUDGET]["saved_in_layers_mib"] < rows[setting, OURS]["saved_in_layers_mib"]
-    with open(tmp_path / "ist_step_cpu.csv") as file:
-        assert len(list(csv.DictReader(file))) == len(document["rows"])
-    assert (tmp_path / "ist_step_cpu.png").read_bytes().startswith(b"\x89PNG")
+        assert of[setting, AUTHORS]["backward_skipped_share"] == pytest.approx(2 / 8, abs=0.05)
+        assert of[setting, BUDGET]["backward_skipped_share"] > 0.4
+        assert 0 < of[setting, BUDGET]["saved_in_layers_bytes"] < of[setting, OURS]["saved_in_layers_bytes"]
+    console = Console(width=100, record=True)
+    console.print(tables.terminal([row for row in rows if row["case"] == "labels on a quarter"], ist_step.COLUMNS))
+    assert HALF in console.export_text()
+    assert "labels on a quarter: an accelerated step" in ist_step.summary(rows)
+    assert ist_step.plot(rows, "here", tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_time_of_a_whole_run_is_shared(monkeypatch):
-    called = []
-    monkeypatch.setattr(run, "measure_layers", lambda options: called.append((options.ops, options.minutes)))
-    for command in (sparse_delta, ist_step):
-        parse = command.parse_arguments
-        monkeypatch.setattr(command, "main", lambda arguments, parse=parse: called.append(parse(arguments)))
-    run.main(["--cpu", "--minutes", "11"])
-    (ops, minutes), deltas, steps = called
-    assert ops == list(OPS)
-    assert [minutes, deltas.minutes, steps.minutes] == pytest.approx([4, 3, 4])
-    assert deltas.device == steps.device == "cpu"
-    run.main(["--op", "ist_step", "--minutes", "2", "--quick"])
-    assert called[3].minutes == 2
-    assert called[3].rounds == 3
-    run.main(["--op", "sparse_delta", "--minutes", "2"])
-    assert called[4].minutes == 2
-    run.main(["--op", "lora_linear", "--minutes", "3"])
-    assert called[5:] == [(["lora_linear"], 3)]
+def test_time_is_shared():
+    specs = [SPECS["lora_linear"], SPECS["ist_step"]]
+    left = [(spec, case) for spec in specs for case in range(2)]
+    shares = [spec.share for spec in specs]
+    assert run.seconds_of(specs[0], left, 70.0) == pytest.approx(70.0 * shares[0] / sum(shares) / 2)
+    assert run.seconds_of(specs[1], left[3:], 70.0) == 70.0
 
 
 def test_the_authors_ist_is_the_algorithm(case, lanes):

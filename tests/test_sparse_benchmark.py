@@ -1,13 +1,13 @@
 """The benchmark of sparse deltas at its shortest: its arithmetic, and that it catches what is wrong."""
 
-import csv
-import json
-
 import pytest
 import torch
+from rich.console import Console
 
-from benchmarks import sparse_delta
-from benchmarks.sparse_delta import PATTERNS, Pattern, Shape, bytes_moved, flops, make_case, make_layout, shapes
+from benchmarks import plots, sparse_delta, tables
+from benchmarks.measure import interleaved, peak_bytes, saved_bytes
+from benchmarks.registry import BACKWARD, BOTH, FORWARD, STEP, Request
+from benchmarks.sparse_delta import PATTERNS, Pattern, Shape, Work, bytes_moved, flops, make_case, make_layout, shapes
 from benchmarks.sparse_providers import (
     ACCELERATED,
     BARE,
@@ -20,9 +20,7 @@ from benchmarks.sparse_providers import (
     Ours,
     check,
     makers,
-    peak_bytes,
     right_results,
-    saved_bytes,
 )
 from peft_kernels.integrations.peft.shira import FusedShiraLinear
 
@@ -38,15 +36,16 @@ def lanes_of(shape, pattern):
 def test_flops_and_bytes_by_hand():
     shape = Shape(8192, 4096, 4096, torch.bfloat16)
     gemm, matrix, weight, nnz = 2 * 8192 * 4096 * 4096, 8192 * 4096 * 2, 4096 * 4096 * 2, 41 * 4096
-    assert flops(shape, nnz, "forward") == gemm == 274877906944
-    assert flops(shape, nnz, "forward_backward") == flops(shape, nnz, "step") == 2 * gemm + 2 * 8192 * nnz
+    assert flops(shape, nnz, FORWARD) == gemm == 274877906944
+    assert flops(shape, nnz, BACKWARD) == gemm + 2 * 8192 * nnz
+    assert flops(shape, nnz, BOTH) == flops(shape, nnz, STEP) == 2 * gemm + 2 * 8192 * nnz
     layout = make_layout(Pattern("columns", 1.0), 4096, 4096, "cpu")
     assert layout.nnz == nnz
     forward = 2 * matrix + weight
     backward = 2 * matrix + weight + 8192 * 41 * 2 + 41 * 8 + 4 * nnz
-    assert bytes_moved(shape, layout, "forward") == forward == 167772160
-    assert bytes_moved(shape, layout, "forward_backward") == forward + backward
-    assert bytes_moved(shape, layout, "step") == forward + backward + 28 * nnz + 2 * 2 * nnz
+    assert bytes_moved(shape, layout, FORWARD) == forward == 167772160
+    assert bytes_moved(shape, layout, BOTH) == forward + backward
+    assert bytes_moved(shape, layout, STEP) == forward + backward + 28 * nnz + 2 * 2 * nnz
 
 
 def test_layouts_are_what_they_are_called():
@@ -124,14 +123,15 @@ def test_what_a_step_keeps_and_takes():
         "ours, Δ apart, reference": 4 * nnz + moments + layout,
     }
     x, y = 4 * M * K, 4 * M * N
-    saved = {name: saved_bytes(lane) for name, lane in lanes.items()}
+    saved = {name: saved_bytes(lane.forward, lane.kept) for name, lane in lanes.items()}
     assert (saved[BARE], saved[DENSE], saved["ours, reference"], saved[ACCELERATED]) == (0, x, x, x)
     assert saved[SCATTER] == x + weight  # the clone
     assert saved[SHIRA] > x + weight
     assert peak_bytes(lanes[BARE].step, "cpu") == y + x
     assert peak_bytes(lanes[DENSE].step, "cpu") == y + x + weight
     _, lanes = lanes_of(TINY, COLUMNS)
-    assert saved_bytes(lanes["ours, reference"]) == 4 * M * 6
+    ours = lanes["ours, reference"]
+    assert saved_bytes(ours.forward, ours.kept) == 4 * M * 6
 
 
 def test_accelerated_is_accelerated():
@@ -148,32 +148,37 @@ def test_a_backend_is_forced():
     assert Apart(case, "reference").forward().shape == (8, 96)
 
 
-def test_a_tiny_run(tmp_path, capsys, monkeypatch):
+def test_a_tiny_run(tmp_path, monkeypatch):
     class Wrong(LearnsTooMuch):
         name = "wrong on purpose"
 
-    monkeypatch.setattr(sparse_delta, "PATTERNS", (ENTRIES, Pattern("columns", 1.0), RANK))
-    monkeypatch.setattr(sparse_delta, "ceilings", lambda device, dtypes: {"torch.float32": 1e11, "bytes": 1e10})
     monkeypatch.setattr(sparse_delta, "makers", lambda *where, **which: [*makers(*where, **which), Wrong])
-    sparse_delta.main(["--cpu", "--tiny", "--rounds", "3", "--out", str(tmp_path)])
-    printed = capsys.readouterr().out
-    for words in ("entries r=4, 896 values", "wrong on purpose", "at most 0.50 of the memory of dense, masked"):
+    monkeypatch.setattr(sparse_delta, "interleaved", lambda *a, **k: interleaved(*a, **(k | {"most": 3})))
+    request = Request("cpu", {"torch.float32": 1e11, "bytes": 1e10}, 100.0)
+    rows = []
+    for pattern in (ENTRIES, Pattern("columns", 1.0), RANK):
+        work = Work(TINY, pattern)
+        rows += [{"op": "sparse_delta", "case": str(work)} | row for row in sparse_delta.measure(work, request)]
+    console = Console(width=100, record=True)
+    console.print(tables.terminal(rows[-29:], sparse_delta.COLUMNS))
+    printed = " ".join(console.export_text().split())
+    for words in ("entries r=4", "wrong on purpose: wrong, not timed: weight: max error"):
         assert words in printed
-    assert max(map(len, printed.splitlines())) <= 100
-    document = json.loads((tmp_path / "sparse_delta_cpu.json").read_text())
-    rows = {(row["pattern"], row["provider"]): row for row in document["rows"]}
-    assert len(rows) == 3 * (5 + 1) + 2
-    assert "weight: max error" in rows["entries 1 %", "wrong on purpose"]["error"]
-    for row in rows.values():
-        if not row["error"]:
-            assert row["rounds"] == 3
-            assert row["forward_p50_ms"] < row["step_p50_ms"]
+    assert "at most 0.50 of the memory of dense, masked" in sparse_delta.summary(rows)
+    timed = {(row["pattern"], row["provider"], row["mode"]): row for row in rows if "mode" in row}
+    assert len(timed) == 4 * (2 * 5 + 7)
+    wrong = [row for row in rows if row.get("error")]
+    assert [row["provider"] for row in wrong] == ["wrong on purpose"] * 3
+    assert "weight: max error" in wrong[0]["error"]
+    for (pattern, provider, mode), row in timed.items():
+        assert row["rounds"] == 3
+        assert row["p50_us"] > 0
+        if mode == STEP:
+            assert timed[pattern, provider, FORWARD]["p50_us"] < row["p50_us"]
             assert row["memory_bytes"] == row["held_bytes"] + row["peak_bytes"]
-    bare, dense = rows["entries 1 %", BARE], rows["entries 1 %", DENSE]
-    assert bare["step_of_bare"] == dense["memory_of_dense"] == 1.0
-    assert rows["entries r=4", ACCELERATED]["step_of_shira"] > 0
-    floor = 1e3 * bytes_moved(TINY, make_layout(ENTRIES, 96, 128, "cpu"), "step") / 1e10
-    assert dense["step_of_floor"] == pytest.approx(dense["step_p50_ms"] / floor)
-    with open(tmp_path / "sparse_delta_cpu.csv") as file:
-        assert len(list(csv.DictReader(file))) == len(document["rows"])
-    assert (tmp_path / "sparse_delta_cpu.png").read_bytes().startswith(b"\x89PNG")
+    dense = timed["entries 1 %", DENSE, STEP]
+    assert timed["entries 1 %", BARE, STEP]["of_bare"] == dense["memory_of_dense"] == 1.0
+    assert timed["entries r=4", ACCELERATED, STEP]["of_shira"] > 0
+    floor = 1e6 * bytes_moved(TINY, make_layout(ENTRIES, 96, 128, "cpu"), STEP) / 1e10
+    assert dense["of_floor"] == pytest.approx(dense["p50_us"] / floor)
+    assert plots.draw_sparse(rows, "here", tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import peft_kernels as pk
-from benchmarks.sparse_providers import peak_bytes
+from benchmarks.measure import peak_bytes
 from peft_kernels.testing import saved_tensors
 from peft_kernels.testing.sparse_delta import make_layout
 

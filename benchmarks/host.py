@@ -1,0 +1,158 @@
+"""The op `host`: what a call costs beside its arithmetic, at shapes so tiny that there is none. One thread.
+
+A case is a kind of call: a module's, an op's, a layer's that trains a few entries. On a GPU nothing waits for the
+device, so that it is the host's time there too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import peft_kernels as pk
+
+from . import plots
+from .measure import Timer, interleaved, rows_of, whole
+from .registry import BOTH, FORWARD, OpSpec, Request
+from .resultfile import Row
+
+LINEAR = "nn.Linear"
+M, K, N, R = 2, 8, 8, 2
+REPEATS = 50  # calls a measurement
+
+
+class Calls(NamedTuple):
+    """A kind of call."""
+
+    name: str
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        return self.name
+
+
+LAYER, OP, SPARSE = Calls("LoRA layer"), Calls("LoRA op"), Calls("layer with a sparse delta")
+
+
+def cases(device: str) -> list[Calls]:
+    return [LAYER, OP, SPARSE]
+
+
+def makers(calls: Calls, device: str) -> dict[str, Callable[[], Callable[[torch.Tensor], torch.Tensor]]]:
+    """Name → what makes a function of x [M, K]."""
+    return {LAYER: layers, OP: ops, SPARSE: sparse}[calls](device)
+
+
+def layers(device: str) -> dict[str, Callable]:
+    def linear() -> torch.nn.Module:
+        return torch.nn.Linear(K, N, device=device)
+
+    def peft(accelerate: bool) -> torch.nn.Module:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(torch.nn.Sequential(linear()), LoraConfig(r=R, target_modules=["0"]))
+        if accelerate:
+            pk.integrations.peft.accelerate(model)
+        return model.base_model.model[0]
+
+    return {
+        LINEAR: linear,
+        "PEFT": lambda: peft(False),
+        "PEFT, accelerated": lambda: peft(True),
+        "ours, nn.LoRALinear": lambda: pk.nn.LoRALinear(K, N, R, device=device),
+    }
+
+
+def ops(device: str) -> dict[str, Callable]:
+    weight, lora_A, lora_B = (torch.randn(size, device=device) for size in ((N, K), (R, K), (N, R)))
+    lora_A.requires_grad_()
+    lora_B.requires_grad_()
+    return {
+        LINEAR: lambda: lambda x: F.linear(x, weight),
+        "eager": lambda: lambda x: F.linear(x, weight) + F.linear(F.linear(x, lora_A), lora_B) * 2.0,
+        "ours": lambda: lambda x: pk.lora_linear(x, weight, lora_A, lora_B, 2.0),
+    }
+
+
+def sparse(device: str) -> dict[str, Callable]:
+    layout = pk.SparseLayout.from_indices((N, K), torch.arange(0, N * K, 3)).to(device)
+
+    def linear() -> torch.nn.Module:
+        return torch.nn.Linear(K, N, device=device)
+
+    def scatter() -> Callable:
+        weight, flat = torch.randn(N, K, device=device), layout.indices()
+        values = torch.zeros(layout.nnz, device=device, requires_grad=True)
+        return lambda x: F.linear(x, weight.flatten().index_add(0, flat, values).view(N, K))
+
+    def apart() -> Callable:
+        weight, values = torch.randn(N, K, device=device), torch.zeros(layout.nnz, device=device, requires_grad=True)
+        return lambda x: pk.sparse_delta_linear(x, weight, values, layout)
+
+    return {
+        LINEAR: linear,
+        "clone + scatter": scatter,
+        "ours, nn.SparseDeltaLinear": lambda: pk.nn.SparseDeltaLinear.from_linear(linear(), layout),
+        "ours, sparse_delta_linear": apart,
+    }
+
+
+def measure(calls: Calls, request: Request) -> list[Row]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        made = {
+            name: make() for name, make in makers(calls, request.device).items()
+            if request.wants(name) or name == LINEAR
+        }  # fmt: skip
+        x = torch.randn(M, K, device=request.device, requires_grad=True)
+        rows = []
+        for mode in (FORWARD, BOTH):
+            repeated = {name: whole(_repeated(call, x, mode)) for name, call in made.items()}
+            times = interleaved(repeated, Timer("cpu"), min(request.seconds / 2, 10.0))
+            times = {name: [(us / REPEATS,) for (us,) in column] for name, column in times.items()}
+            rows += rows_of(times, (mode,), {"linear": LINEAR, "peft": "PEFT", "eager": "eager"})
+    finally:
+        torch.set_num_threads(threads)
+    return [{"dtype": "float32"} | row for row in rows if not request.modes or row["mode"] in request.modes]
+
+
+def _repeated(call: Callable, x: torch.Tensor, mode: str) -> Callable[[], None]:
+    def forward() -> None:
+        for _ in range(REPEATS):
+            call(x)
+
+    def both() -> None:
+        for _ in range(REPEATS):
+            call(x).sum().backward()
+
+    return forward if mode == FORWARD else both
+
+
+COLUMNS = {"×\nnn.Linear": "of_linear", "×\nPEFT": "of_peft",
+           "×\neager": "of_eager"}  # fmt: skip
+
+
+def summary(rows: list[Row]) -> str:
+    """The bar: a module's forward at most 0.8 × PEFT's."""
+    found = [row for row in rows if row["provider"].startswith(("ours", "PEFT, acc")) and row.get("of_peft")]
+    lines = [f"  {row['of_peft']:.2f} × PEFT's {row['mode']}: {row['provider']}" for row in found]
+    return "\n".join(["host time of a module, at most 0.80 × PEFT's forward:", *lines])
+
+
+def providers(device: str) -> dict[str, str | None]:
+    return {f"{calls}: {name}": None for calls in cases(device) for name in makers(calls, device)}
+
+
+def plot(rows: list[Row], where: str, path: Path) -> Path:
+    return plots.draw_hosts(rows, where, path)
+
+
+SPEC = OpSpec(
+    "host", "what a call costs the host, at shapes of nothing", (FORWARD, BOTH), cases, providers, measure, COLUMNS,
+    summary, plot, share=0.3,
+)  # fmt: skip

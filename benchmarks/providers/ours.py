@@ -1,0 +1,35 @@
+"""`pk.lora_linear`, and `pk.lora_linear_shared_input` where projections share x, by each backend that can run."""
+
+from __future__ import annotations
+
+import torch
+
+import peft_kernels as pk
+from peft_kernels import backends
+from peft_kernels.testing.lora_linear import LoRACase
+
+from . import Provider, Ready, ready
+
+
+def providers(device: str) -> list[Provider]:
+    names = ("triton:fused", "triton:blas", "reference") if device == "cuda" else ("reference",)
+    return [
+        Provider(f"ours, {backend}", lambda case, backend=backend: build(case, backend), our_masks=True)
+        for backend in names
+    ]
+
+
+def build(case: LoRACase, backend: str) -> Ready:
+    dropout = dict(dropout_p=case.dropout_p, training=True)
+
+    def forward(x: torch.Tensor, projections: list[pk.Projection], _: float) -> tuple[torch.Tensor, ...]:
+        if len(projections) == 1:
+            return (pk.lora_linear(x, *projections[0], **dropout),)
+        return pk.lora_linear_shared_input(x, projections, **dropout)
+
+    def forced(x: torch.Tensor, projections: list[pk.Projection], p: float) -> tuple[torch.Tensor, ...]:
+        with pk.use_backend(backend):
+            return forward(x, projections, p)
+
+    # Where it is what `auto` takes nothing needs forcing, which costs the host time.
+    return ready(case, forward if backends.choose("lora_linear", case.x) == backend else forced)

@@ -1,0 +1,7 @@
+"""The ops of the benchmark, in the order that they are measured in."""
+
+from __future__ import annotations
+
+from . import host, ist_step, lora, sparse_delta
+
+SPECS = {spec.name: spec for spec in (*lora.SPECS, host.SPEC, sparse_delta.SPEC, ist_step.SPEC)}

@@ -1,0 +1,80 @@
+"""Tables of one case's rows: for the terminal, 100 columns at most, and for Markdown."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from .registry import MODES
+from .resultfile import Row
+
+Columns = dict[str, str]  # heading → key of a row
+
+
+def short(key: str, value: object) -> str:
+    """A value as the end of its key says: three digits, and the unit where it has one."""
+    if value is None:
+        return "–"
+    if not isinstance(value, (int, float)):
+        return str(value)
+    if key.endswith("_us"):
+        for unit, size in (("s", 1e6), ("ms", 1e3)):
+            if abs(value) >= size:
+                return f"{digits(value / size)} {unit}"
+        return f"{digits(value)} µs"
+    if key.endswith("_bytes"):
+        return f"{digits(value / 2**20)}"
+    if key.endswith("_share"):
+        return f"{value:.0%}"
+    return digits(value)
+
+
+def digits(value: float) -> str:
+    """Three digits, two of them decimals at most."""
+    return f"{value:.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}"
+
+
+def lines(rows: list[Row], columns: Columns) -> tuple[list[str], list[list[str]]]:
+    """Headings, and a line for each provider of one case: the median of each mode, then of the longest mode its spread
+    (what 20 to 80 % of the rounds lie in) and the columns that have something in them."""
+    timed: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if "mode" in row:
+            timed.setdefault(row["provider"], {})[row["mode"]] = row
+    columns = {heading: key for heading, key in columns.items() if any(row.get(key) is not None for row in rows)}
+    modes = [mode for mode in MODES if any(mode in found for found in timed.values())]
+    body = []
+    for provider, found in timed.items():
+        last = found[modes[-1]]
+        times = [short("_us", found[mode]["p50_us"]) for mode in modes]
+        spread = f"{(last['p80_us'] - last['p20_us']) / last['p50_us']:.0%}"
+        body.append([provider, *times, spread, *(short(key, last.get(key)) for key in columns.values())])
+    return ["", *modes, "spread", *columns], body
+
+
+def terminal(rows: list[Row], columns: Columns) -> Table:
+    """Of one case. Who was wrong stands at the foot, with what was wrong; who could not run is left out."""
+    title = f"{rows[0]['op']}: {rows[0]['case']}"
+    result = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), caption_justify="left")
+    head, body = lines(rows, columns)
+    for number, heading in enumerate(head):
+        result.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    for cells in body:
+        result.add_row(*cells)
+    wrong = [f"{row['provider']}: wrong, not timed: {row['error']}" for row in rows if row.get("error")]
+    result.caption = Text("\n".join(wrong), "bold red") if wrong else None
+    return result
+
+
+def markdown(rows: list[Row], columns: Columns) -> str:
+    """Of one case."""
+    head, body = lines(rows, columns)
+    body += [[row["provider"], f"wrong: {row['error']}"] + [""] * (len(head) - 2) for row in rows if row.get("error")]
+    return grid([heading.replace("\n", " ") for heading in head], body, "--:")
+
+
+def grid(head: list[str], body: list[list[str]], rule: str = "---") -> str:
+    """A table of Markdown; `rule` is that of all columns but the first."""
+    ruled = ["---", *[rule] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ruled, *body))

@@ -35,16 +35,17 @@ class Calls(NamedTuple):
         return self.name
 
 
-LAYER, OP, SPARSE = Calls("LoRA layer"), Calls("LoRA op"), Calls("layer with a sparse delta")
+LAYER, OP, SHARED = Calls("LoRA layer"), Calls("LoRA op"), Calls("LoRA op, three projections that share x")
+SPARSE, MASKED = Calls("layer with a sparse delta"), Calls("weight masked by scores")
 
 
 def cases(device: str) -> list[Calls]:
-    return [LAYER, OP, SPARSE]
+    return [LAYER, OP, SHARED, SPARSE, MASKED]
 
 
 def makers(calls: Calls, device: str) -> dict[str, Callable[[], Callable[[torch.Tensor], torch.Tensor]]]:
     """Name → what makes a function of x [M, K]."""
-    return {LAYER: layers, OP: ops, SPARSE: sparse}[calls](device)
+    return {LAYER: layers, OP: ops, SHARED: shared, SPARSE: sparse, MASKED: masked}[calls](device)
 
 
 def layers(device: str) -> dict[str, Callable]:
@@ -75,6 +76,40 @@ def ops(device: str) -> dict[str, Callable]:
         LINEAR: lambda: lambda x: F.linear(x, weight),
         "eager": lambda: lambda x: F.linear(x, weight) + F.linear(F.linear(x, lora_A), lora_B) * 2.0,
         "ours": lambda: lambda x: pk.lora_linear(x, weight, lora_A, lora_B, 2.0),
+    }
+
+
+def shared(device: str) -> dict[str, Callable]:
+    projections = [
+        pk.Projection(
+            torch.randn(N, K, device=device), torch.randn(R, K, device=device).requires_grad_(),
+            torch.randn(N, R, device=device).requires_grad_(), 2.0, None,
+        )
+        for _ in range(3)
+    ]  # fmt: skip
+
+    def eager(x: torch.Tensor) -> torch.Tensor:
+        low_rank = (F.linear(F.linear(x, p.lora_A), p.lora_B) * p.scaling for p in projections)
+        return torch.stack([F.linear(x, p.weight) + added for p, added in zip(projections, low_rank)])
+
+    return {
+        LINEAR: lambda: lambda x: torch.stack([F.linear(x, p.weight) for p in projections]),
+        "eager": lambda: eager,
+        "ours": lambda: lambda x: torch.stack(pk.lora_linear_shared_input(x, projections)),
+    }
+
+
+def masked(device: str) -> dict[str, Callable]:
+    weight, scores = torch.randn(N, K, device=device), torch.randn(N, K, device=device).requires_grad_()
+
+    def eager(x: torch.Tensor) -> torch.Tensor:
+        mask = (scores.detach() >= 0.0).to(weight.dtype)
+        return F.linear(x, weight * (mask - scores.detach() + scores))  # straight through
+
+    return {
+        LINEAR: lambda: lambda x: F.linear(x, weight),
+        "eager": lambda: eager,
+        "ours": lambda: lambda x: pk.masked_linear(x, weight, scores, 0.0),
     }
 
 

@@ -20,10 +20,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import peft_kernels as pk
 
 from .authors_ist import AuthorsIST
+from .providers import why_not_installed
 
 LORA, AUTHORS, ACCELERATED, OURS = "LoRA, PEFT", "IST, authors on PEFT", "LoRA, accelerated", "IST, ours"
 AT_LABELS, BUDGET, CHECKPOINTED = "IST, logits at labels", "IST, ours, budget", "IST, budget, checkpoints"
 HALF, PARTS = "IST, budget, loop every 20", "parts of a step"
+LIGER = "LoRA, accelerated, Liger"
 NEVER = 10**9  # the interval of timed steps: their loop is timed by itself
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 #: Of relative errors. In bfloat16 both sides round every activation, and only a blunder stands out.
@@ -149,10 +151,20 @@ def make_lanes(base: nn.Module) -> list[Lane]:
     pk.integrations.transformers.logits_at_labels(lanes[-1].model)
     budget = lowest_budget(lanes[0].model)
     lanes.append(Lane(BUDGET, base, accelerated=True, ist=ours(backward_budget=budget)))
+    if not why_no_liger(base.device.type):
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        lanes.append(Lane(LIGER, base, accelerated=True))
+        # Norms, MLP and loss of this model; its rotary embedding would be every other model's too.
+        _apply_liger_kernel_to_instance(lanes[-1].model.get_base_model(), rope=False)
     if base.device.type == "cuda":  # what it is for is memory, and that is measured there only
         checkpointed = ours(backward_budget=budget, checkpoint_beyond_budget=True)
         lanes.append(Lane(CHECKPOINTED, base, accelerated=True, ist=checkpointed))
     return lanes
+
+
+def why_no_liger(device: str) -> str | None:
+    return why_not_installed("liger_kernel") or (None if device == "cuda" else "liger_kernel needs a GPU")
 
 
 def lowest_budget(model: nn.Module) -> float:
@@ -173,11 +185,12 @@ def check(lanes: list[Lane], case: Case, labelled: float) -> str:
         loss = lane.loss(batch)
         loss.backward()
         losses[lane.name] = loss.item()
-    for ours, theirs in ((ACCELERATED, LORA), (OURS, AUTHORS), (AT_LABELS, AUTHORS)):
-        pairs = [(p.grad, q.grad) for p, q in zip(lane_of[ours].adapters, lane_of[theirs].adapters)]
-        if any((one is None) != (other is None) for one, other in pairs):
+    pairs = ((ACCELERATED, LORA), (LIGER, LORA), (OURS, AUTHORS), (AT_LABELS, AUTHORS))
+    for ours, theirs in (pair for pair in pairs if pair[0] in lane_of):
+        grads = [(p.grad, q.grad) for p, q in zip(lane_of[ours].adapters, lane_of[theirs].adapters)]
+        if any((one is None) != (other is None) for one, other in grads):
             raise RuntimeError(f"{ours}: expected gradients of the adapters that {theirs} has them of, got others")
-        one, other = (torch.cat([grad.flatten() for grad in side if grad is not None]) for side in zip(*pairs))
+        one, other = (torch.cat([grad.flatten() for grad in side if grad is not None]) for side in zip(*grads))
         errors[f"{ours}: loss"] = abs(losses[ours] / losses[theirs] - 1)
         errors[f"{ours}: gradients"] = float((one - other).norm() / other.norm())
     for lane in lanes:

@@ -43,6 +43,7 @@ from .ist_providers import (
     BUDGET,
     CHECKPOINTED,
     HALF,
+    LIGER,
     LORA,
     OURS,
     PARTS,
@@ -54,6 +55,7 @@ from .ist_providers import (
     make_lanes,
     parts_of,
     saved_at,
+    why_no_liger,
 )
 from .measure import quantile
 from .registry import STEP, OpSpec, Request
@@ -222,7 +224,8 @@ def summary(rows: list[Row]) -> str:
 
 def providers(device: str) -> dict[str, str | None]:
     names = (LORA, AUTHORS, ACCELERATED, OURS, AT_LABELS, BUDGET)
-    return dict.fromkeys((*names, CHECKPOINTED) if device == "cuda" else names)
+    found: dict[str, str | None] = dict.fromkeys((*names, CHECKPOINTED) if device == "cuda" else names)
+    return found | {LIGER: why_no_liger(device)}
 
 
 def plot(rows: list[Row], where: str, path: Path) -> Path:

@@ -1,10 +1,11 @@
-"""`python -m peft_kernels env`: what is here, which backend each op would take, and why."""
+"""`python -m peft_kernels env`: what is here, which backend each op would take, and why; `… tune`: measure this GPU."""
 
 from __future__ import annotations
 
 import argparse
 import platform
 import subprocess
+import sys
 import textwrap
 from collections.abc import Iterator
 from importlib import metadata
@@ -12,7 +13,8 @@ from importlib import metadata
 import torch
 
 import peft_kernels
-from peft_kernels import _native, backends
+from peft_kernels import _native, backends, tune
+from peft_kernels.tune import session
 
 _WIDTH = 80
 _LABEL = 28  # columns of a row's label, the indent included
@@ -20,10 +22,17 @@ _BESIDE = ("triton", "peft", "transformers", "accelerate", "numpy")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m peft_kernels", description=__doc__.partition(":")[0])
+    parser = argparse.ArgumentParser(prog="python -m peft_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("env", help="versions, GPU, native library, and the backend each op would take")
-    parser.parse_args()
+    tuner = commands.add_parser(
+        "tune", help="measure this GPU, and keep the fastest tiles", description=tune.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    session.add_arguments(tuner)
+    options = parser.parse_args()
+    if options.command == "tune":
+        sys.exit(session.main(options))
     print(env())
 
 
@@ -69,13 +78,15 @@ def _torch_build() -> str:
 
 
 def _gpus() -> Iterator[tuple[str, str]]:
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        yield "driver", _driver_version()
+    else:
         yield "none", "torch sees no GPU"
-        return
-    yield "driver", _driver_version()
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         yield f"device {index}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+    measured, missing = session.current_gpu()
+    yield "tuning tables", session.tables_used(measured) if measured else f"none: {missing}"
 
 
 def _driver_version() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -67,20 +68,39 @@ def cases(architecture: int | str) -> Iterator[Case]:
                 yield from _cases_of(architecture, variant, M, N, R)
 
 
+def candidates(architecture: int | str) -> Iterator[Case]:
+    """Of 16-bit layers, at a large and at a small shape. A tile that was measured on one layer serves three as well."""
+    arch = architecture if isinstance(architecture, int) else 0
+    shapes = itertools.product((SHAPES[-1], SHAPES[1]), RANKS[:3])
+    for v, ((M, N), R) in itertools.product([v for v in VARIANTS if v.size == 2 and not v.high], shapes):
+        width, masks = R if v.dropout else v.n * R, v.n * v.dropout
+        for tile in configs.shrink_candidates(M, N, width, v.size, v.dropout, v.high, arch):
+            yield _shrink(v, tile)
+        for tile in configs.x_pass_candidates(M, N, width, v.size, v.high, arch):
+            yield _x_pass(v, tile)
+        for tile in configs.dy_pass_candidates(M, N, R, v.size, v.high, arch):
+            yield _dy_pass(v, tile)
+        for tile in configs.gemm_candidates(M, N, R, v.size, False, masks, v.high, True, arch):
+            yield _gemm(v, tile, base=True)
+            yield _gemm(v, tile, base=False)
+        for tile in configs.gemm_candidates(M, N, R, v.size, True, masks, v.high, True, arch) if arch >= 90 else ():
+            yield from (_gemm_tma(v, tile, R, transposed) for transposed in (True, False))
+
+
 def _cases_of(architecture: int | str, v: Variant, M: int, N: int, R: int) -> list[Case]:
     arch = architecture if isinstance(architecture, int) else 0
     masks = v.n * v.dropout
     tile = configs.gemm_tile(M, N, R, v.size, arch, False, masks, v.high)
     made = [
-        _shrink(v, M, N, R),
+        _shrink(v, configs.shrink_tile(M, N, R if v.dropout else v.n * R, v.size, v.dropout, v.high)),
         _gemm(v, tile, base=True),
         _gemm(v, tile, base=False),
-        _x_pass(v, M, N, R),
+        _x_pass(v, configs.x_pass_tile(M, N, R if v.dropout else v.n * R, v.size, v.high)),
         _reduce(v, R),
         _reduce(v, N),
     ]
     if configs.LARGEST_RANK_OF_DY_PASS[v.size] >= R:
-        made.append(_dy_pass(v, M, N, R, arch))
+        made.append(_dy_pass(v, configs.dy_pass_tile(M, N, R, v.size, v.high, arch)))
     if arch >= 90 and v.size == 2:
         tile = configs.gemm_tile(M, N, R, v.size, arch, True, masks, v.high)
         made += [_gemm_tma(v, tile, R, transposed) for transposed in (True, False)]
@@ -93,9 +113,7 @@ def _case(kernel: Any, v: Variant, tile: Any, arguments: dict[str, Any], matrix:
     return Case(name, kernel, arguments, tile.num_warps, tile.num_stages, matrix and v.dtype != "fp32")
 
 
-def _shrink(v: Variant, M: int, K: int, R: int) -> Case:
-    width = R if v.dropout else v.n * R
-    tile = configs.shrink_tile(M, K, width, v.size, v.dropout, v.high)
+def _shrink(v: Variant, tile: configs.ShrinkTile) -> Case:
     arguments = {
         "x_ptr": v.pointer, "a_ptr": f"*{v.adapter}:16", "s_ptr": v.low_rank_pointer,
         "mask_ptr": BYTES if v.dropout else None, "seed_ptr": SEED if v.dropout else None,
@@ -153,8 +171,7 @@ def _gemm_tma(v: Variant, tile: configs.GemmTile, R: int, transposed: bool) -> C
     return _case(extended_gemm_tma_kernel, v, tile, arguments)
 
 
-def _dy_pass(v: Variant, M: int, N: int, R: int, arch: int) -> Case:
-    tile = configs.dy_pass_tile(M, N, R, v.size, v.high, arch)
+def _dy_pass(v: Variant, tile: configs.PassTile) -> Case:
     arguments = {
         "dy_ptr": v.pointer, "b_ptr": f"*{v.adapter}:16", "s_ptr": v.low_rank_pointer,
         "dh_ptr": FLOAT32, "db_ptr": FLOAT32, "M": INT, "N": WIDE, "R": WIDE, "rows_per_chunk": WIDE,
@@ -164,8 +181,7 @@ def _dy_pass(v: Variant, M: int, N: int, R: int, arch: int) -> Case:
     return _case(dy_pass_kernel, v, tile, arguments)
 
 
-def _x_pass(v: Variant, M: int, K: int, R: int) -> Case:
-    tile = configs.x_pass_tile(M, K, R if v.dropout else v.n * R, v.size, v.high)
+def _x_pass(v: Variant, tile: configs.PassTile) -> Case:
     arguments = {
         "x_ptr": v.pointer, "dh_ptr": v.low_rank_pointer, "da_ptr": FLOAT32,
         "mask_ptr": BYTES if v.dropout else None, "M": INT, "K": WIDE, "C": WIDE, "width": WIDE,

@@ -34,6 +34,18 @@ def cases(architecture: int | str) -> Iterator[Case]:
             yield case._replace(name=f"{case.name}-unaligned", arguments=_unaligned(case.arguments))
 
 
+def candidates(architecture: int | str) -> Iterator[Case]:
+    """Of 16-bit operands."""
+    arch = architecture if isinstance(architecture, int) else 0
+    for dtype, scores in DTYPES[:2]:
+        for M, N in SHAPES:
+            for tile in configs.gemm_candidates(M, N, 2, True, arch):
+                yield from (_gemm(dtype, scores, tile, dx) for dx in (False, True))
+        for N in (4096, SMALL):
+            for tile in configs.grad_candidates(N, N, 2, True, arch):
+                yield from (_grad(dtype, scores, tile, needs) for needs in ("weight", "scores", "both"))
+
+
 def _unaligned(arguments: dict[str, Any]) -> dict[str, Any]:
     """As of N and K that are no multiples of 16."""
     return {name: INT if value == WIDE else value for name, value in arguments.items()}

@@ -19,7 +19,6 @@ SHAPES = [(4096, 4096), (48, 4096)]  # N, K
 DENSITIES = (0.01, 0.1)
 #: Thin products: N, K of rows, columns and blocks at 1 %, and of what is smaller than a tile.
 THIN = [(41, 4096), (4096, 41), (64, 64), (8, 16)]
-SMS = 132
 
 
 def cases(architecture: int | str) -> Iterator[Case]:
@@ -31,11 +30,24 @@ def cases(architecture: int | str) -> Iterator[Case]:
                 for entries in (True, False):
                     yield _gathered(dtype, configs.grad_tile(N, K, density, size, arch), entries)
         for N, K in THIN:
-            yield _thin(dtype, configs.thin_tile(N, K, 8192, 1, size, 2 * SMS), N, K)
+            yield _thin(dtype, configs.thin_tile(N, K, size), N, K)
         yield _sampled(dtype, configs.sampled_tile(size))
         for kind in KINDS:
             yield _write(dtype, kind)
             yield _step(dtype, kind)
+
+
+def candidates(architecture: int | str) -> Iterator[Case]:
+    arch = architecture if isinstance(architecture, int) else 0
+    for dtype in DTYPES:
+        size = 4 if dtype == "fp32" else 2
+        for tile in configs.grad_candidates(4096, 4096, 1, size, arch):
+            yield from (_gathered(dtype, tile, entries) for entries in (True, False))
+        for N, K in THIN:
+            for tile in configs.thin_candidates(N, K, size, arch):
+                yield _thin(dtype, tile, N, K)
+        for tile in configs.sampled_candidates(size, arch):
+            yield _sampled(dtype, tile)
 
 
 def _gathered(dtype: str, tile: configs.GradTile, entries: bool) -> Case:

@@ -1,5 +1,5 @@
 """Every Triton kernel compiled ahead of time, without a GPU: every sm_90 configuration, one a kernel elsewhere
-(all of them with PEFT_KERNELS_AOT=all, `make aot-all`)."""
+(all of them, and all candidates of a measurement, with PEFT_KERNELS_AOT=all, `make aot-all`)."""
 
 import os
 
@@ -18,7 +18,7 @@ MATRIX = {80: ("mma.sync",), 90: ("wgmma", "mma.sync"), 100: ("tcgen05", "mma.sy
     [
         pytest.param(architecture, case, id=f"{architecture}-{case.name}-{number}")
         for architecture in (80, 90, 100)
-        for number, case in enumerate(cases(architecture, EVERYTHING or architecture == 90))
+        for number, case in enumerate(cases(architecture, EVERYTHING or architecture == 90, EVERYTHING))
     ],
 )
 def test_nvidia(architecture, case):
@@ -32,7 +32,11 @@ def test_nvidia(architecture, case):
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, id=case.name) for case in cases("gfx942", EVERYTHING) if "desc" not in str(case.arguments)],
+    [
+        pytest.param(case, id=f"{case.name}-{number}")
+        for number, case in enumerate(cases("gfx942", EVERYTHING, EVERYTHING))
+        if "desc" not in str(case.arguments)
+    ],
 )
 def test_amd(case):
     """The pointer kernels are not CUDA only."""

@@ -64,7 +64,8 @@ def test_tokens_in_splits(kind, monkeypatch):
     """More programs than tiles: partial sums, added in a fixed order."""
     case = make_case(kind, (300,), 64, 32, 0.2, torch.float32, tile=(8, 16))
     monkeypatch.setattr("peft_kernels.ops.sparse_delta.triton_backward.sm_count", lambda device: 16)
-    assert configs.thin_tile(*case.layout.values_shape[-2:], 300, 1, 4, 32).splits > 1
+    N, K = case.layout.values_shape[-2:]
+    assert configs.token_splits(configs.thin_tile(N, K, 4), N, K, 300, 1, 32) > 1
     checks.check_within_eager(BACKEND, kind=kind, batch=(300,), in_features=64, out_features=32)
 
 

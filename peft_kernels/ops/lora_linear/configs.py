@@ -1,5 +1,7 @@
 """Which tile and which way, as pure functions of shape, dtype and architecture: testable without a GPU.
 
+What was measured on the GPU at hand (`tuned`) comes first; the rules below decide the rest.
+
 Shapes and scalings are never constants of a compiled kernel, beyond the power of two that a rank is rounded up to, and
 M is not even looked at by Triton's own specialisation (divisible by 16, equal to 1): a new batch size compiles anew
 only where it takes another tile, or makes a stride (in)divisible by 16.
@@ -7,9 +9,13 @@ only where it takes another tile, or makes a stride (in)divisible by 16.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
+
+from ..common import tuning
+from ..common.tuning import FEATURES, RANKS, TOKENS, UNTUNED, Table
 
 #: By element size: above, dH and dB come from the vendor's GEMM, since the partials of the pass over dy grow with R.
 LARGEST_RANK_OF_DY_PASS = {2: 32, 4: 16}
@@ -66,8 +72,14 @@ def split(length: int, block: int, programs: int, processors: int) -> tuple[int,
     return -(-length // per_split) if length else 1, per_split
 
 
-def shrink_tile(M: int, K: int, width: int, element_size: int, dropping: bool, high: bool) -> ShrinkTile:
+def shrink_tile(
+    M: int, K: int, width: int, element_size: int, dropping: bool, high: bool, table: Table = UNTUNED
+) -> ShrinkTile:
     """Pass over x for S: `width` columns of the stacked A share a mask."""
+    if table:
+        key = "shrink_tile", TOKENS.of(M), FEATURES.of(K), RANKS.of(width), element_size, dropping, high
+        if tile := table.get(key):
+            return tile
     if element_size == 4:  # multiplied without tensor cores: operands fill the registers
         return ShrinkTile(32, rank_block(width, 16), 32, num_warps=4, num_stages=2)
     block_m, block_k = (64, 128) if M > 64 else (16, 64)
@@ -77,7 +89,24 @@ def shrink_tile(M: int, K: int, width: int, element_size: int, dropping: bool, h
     )  # fmt: skip
 
 
-def dy_pass_tile(M: int, N: int, R: int, element_size: int, high: bool, arch: int) -> PassTile:
+def shrink_candidates(
+    M: int, K: int, width: int, element_size: int, dropping: bool, high: bool, arch: int
+) -> list[ShrinkTile]:
+    rule = shrink_tile(M, K, width, element_size, dropping, high)
+    if element_size == 4 or high:
+        return [rule]
+    sizes = [(16, 64, 4), (32, 64, 8), (64, 64, 8), (64, 128, 8)]
+    if not dropping:  # masks of so many rows would spill on sm_100
+        sizes.append((128, 64, 8))
+    tiles = [ShrinkTile(m, rule.block_c, k, warps, rule.num_stages) for m, k, warps in sizes]
+    return tuning.with_rule_first(rule, tiles)
+
+
+def dy_pass_tile(M: int, N: int, R: int, element_size: int, high: bool, arch: int, table: Table = UNTUNED) -> PassTile:
+    if table:
+        key = "dy_pass_tile", TOKENS.of(M), FEATURES.of(N), RANKS.of(R), element_size, high
+        if tile := table.get(key):
+            return tile
     block_r = rank_block(R, LARGEST_RANK_OF_DY_PASS[element_size])
     if element_size == 4:
         return PassTile(32, 32, block_r, num_warps=4, num_stages=2)
@@ -88,7 +117,20 @@ def dy_pass_tile(M: int, N: int, R: int, element_size: int, high: bool, arch: in
     return PassTile(64, block_n, block_r, num_warps, num_stages=3 if arch else 2)
 
 
-def x_pass_tile(M: int, K: int, width: int, element_size: int, high: bool) -> PassTile:
+def dy_pass_candidates(M: int, N: int, R: int, element_size: int, high: bool, arch: int) -> list[PassTile]:
+    rule = dy_pass_tile(M, N, R, element_size, high, arch)
+    if element_size == 4 or high:
+        return [rule]
+    sizes = [(32, 128, 8), (64, 128, 4), (64, 64, 4), (128, 128, 8)]
+    tiles = [PassTile(m, n, rule.block_r, warps, rule.num_stages) for m, n, warps in sizes]
+    return tuning.with_rule_first(rule, tiles)
+
+
+def x_pass_tile(M: int, K: int, width: int, element_size: int, high: bool, table: Table = UNTUNED) -> PassTile:
+    if table:
+        key = "x_pass_tile", TOKENS.of(M), FEATURES.of(K), RANKS.of(width), element_size, high
+        if tile := table.get(key):
+            return tile
     if element_size == 4:
         return PassTile(32, 32, rank_block(width, 16), num_warps=4, num_stages=2)
     if high:
@@ -96,9 +138,18 @@ def x_pass_tile(M: int, K: int, width: int, element_size: int, high: bool) -> Pa
     return PassTile(64, 128, rank_block(width, 64), num_warps=8, num_stages=3)
 
 
+def x_pass_candidates(M: int, K: int, width: int, element_size: int, high: bool, arch: int) -> list[PassTile]:
+    rule = x_pass_tile(M, K, width, element_size, high)
+    if element_size == 4 or high:
+        return [rule]
+    tiles = [PassTile(m, k, rule.block_c, warps, 3 if arch else 2) for m, k, warps in [(64, 64, 4), (128, 128, 8)]]
+    return tuning.with_rule_first(rule, tiles)
+
+
 def gemm_tile(
-    M: int, N: int, R: int, element_size: int, arch: int, tma: bool, masks: int = 0, high: bool = False
-) -> GemmTile:
+    M: int, N: int, R: int, element_size: int, arch: int, tma: bool, masks: int = 0, high: bool = False,
+    base: bool = True, table: Table = UNTUNED,
+) -> GemmTile:  # fmt: skip
     """Tile of the K-extension GEMM.
 
     Args:
@@ -106,7 +157,12 @@ def gemm_tile(
         tma: the persistent kernel with descriptors, of 16-bit operands.
         masks: projections whose low-rank product is masked: from two on, registers hold two accumulators.
         high: low-rank operands are float32.
+        base: with the large product. The rule takes the same tile without it.
     """
+    if table:
+        key = "gemm_tile", TOKENS.of(M), FEATURES.of(N), RANKS.of(R), element_size, tma, masks, high, base
+        if tile := table.get(key):
+            return tile
     if element_size == 4:  # multiplied without tensor cores: operands fill the registers
         return GemmTile(32, 32, 32, 16, 8, 4, 2)
     crowded = masks > 1 or high
@@ -127,15 +183,49 @@ def gemm_tile(
     return GemmTile(128, 128, 32, block_r, 8, 8 if arch else 4, num_stages)
 
 
+def gemm_candidates(
+    M: int, N: int, R: int, element_size: int, tma: bool, masks: int, high: bool, base: bool, arch: int
+) -> list[GemmTile]:
+    rule = gemm_tile(M, N, R, element_size, arch, tma, masks, high)
+    if element_size == 4 or masks > 1 or high:
+        return [rule]
+    if tma:
+        sizes = [(64, 128, 4, 4, False), (128, 128, 8, 4, False)]
+        if arch < 100:  # three projections would spill on sm_100
+            sizes += [(64, 64, 8, 4, False), (64, 256, 8, 3, False), (256, 128, 8, 3, True)]
+        tiles = [GemmTile(m, n, 64, rule.block_r, 8, *rest) for m, n, *rest in sizes]
+    else:
+        sizes = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8)]
+        tiles = [GemmTile(m, n, 32, rule.block_r, 8, warps, rule.num_stages) for m, n, warps in sizes]
+    return tuning.with_rule_first(rule, tiles)
+
+
 #: (architecture, element size) -> the smallest M·N·K from which the fused GEMM was measured to be faster than the
 #: vendor's with beta = 1. An architecture that is not here was not measured: the vendor's GEMM is taken.
 FUSED_FROM: dict[tuple[int, int], int] = {}
 
 
-def expand_path(M: int, N: int, K: int, R: int, dtype: torch.dtype, arch: int, backend: str) -> str:
+def expand_path(
+    M: int, N: int, K: int, R: int, dtype: torch.dtype, arch: int, backend: str, table: Table = UNTUNED
+) -> str:
     """ "fused" (the rank inside the GEMM) or "blas" (low-rank product first, then the vendor's GEMM added onto it)."""
     forced = backend.partition(":")[2]
     if forced:
         return forced
-    smallest = FUSED_FROM.get((arch, dtype.itemsize))
+    smallest = table.get(("fused_from", dtype.itemsize), FUSED_FROM.get((arch, dtype.itemsize)))
     return "fused" if smallest is not None and smallest <= M * N * K else "blas"
+
+
+CHOICES = {
+    "shrink_tile": tuning.Choice(("M", "K", "width", "element_size", "dropping", "high"), shrink_candidates),
+    "dy_pass_tile": tuning.Choice(("M", "N", "R", "element_size", "high"), dy_pass_candidates),
+    "x_pass_tile": tuning.Choice(("M", "K", "width", "element_size", "high"), x_pass_candidates),
+    "gemm_tile": tuning.Choice(("M", "N", "R", "element_size", "tma", "masks", "high", "base"), gemm_candidates),
+    "fused_from": tuning.Choice(("element_size",)),  # M·N·K
+}
+
+
+@functools.cache
+def tuned(device: torch.device) -> Table:
+    """What was measured on this GPU, read at the first launch; nothing on a CPU."""
+    return tuning.load("lora_linear", tuning.gpu_of(device), CHOICES)

@@ -108,13 +108,17 @@ def grad_low_rank(
     row_scaling: torch.Tensor | None,
     adapter_dtype: torch.dtype,
     high_precision: bool,
+    tile: configs.PassTile | None = None,
 ) -> torch.Tensor | None:
-    """dH = scale · dy·B into `dh` [M, R] if given, and dB = dyᵀ·S [N, R] if `s` is given: one pass over dy [M, N]."""
+    """dH = scale · dy·B into `dh` [M, R] if given, and dB = dyᵀ·S [N, R] if `s` is given: one pass over dy [M, N].
+    `tile`: another than `configs` takes."""
     M, N = dy.shape
     R = lora_B.shape[1] if lora_B is not None else s.shape[1]
     if configs.LARGEST_RANK_OF_DY_PASS[dy.element_size()] < R:
         return _grad_low_rank_blas(dy, lora_B, s, dh, scale, row_scaling, adapter_dtype, high_precision)
-    tile = configs.dy_pass_tile(M, N, R, dy.element_size(), high_precision, architecture(dy.device))
+    tile = tile or configs.dy_pass_tile(
+        M, N, R, dy.element_size(), high_precision, architecture(dy.device), configs.tuned(dy.device)
+    )
     n_blocks = triton.cdiv(N, tile.block_n)
     chunks, rows_per_chunk = configs.split(M, tile.block_m, n_blocks, sm_count(dy.device))
     dh_partials = dy.new_empty(n_blocks, M, R, dtype=torch.float32) if dh is not None else None
@@ -154,13 +158,15 @@ def grad_lora_A(
     wanted: list[bool],
     adapter_dtype: torch.dtype,
     high_precision: bool,
+    tile: configs.PassTile | None = None,
 ) -> list[torch.Tensor]:
     """dA_j = dH_jᵀ·D_j(x) [R_j, K] of the wanted projections, from one pass over x [M, K] and the stacked dH
-    [M, n·R]; with masks of their own the projections read x one after the other while it is in L2."""
+    [M, n·R]; with masks of their own the projections read x one after the other while it is in L2. `tile`: another
+    than `configs` takes."""
     (M, K), C = x.shape, dh.shape[1]
     R = C // len(ranks)
     streams = 1 if masks is None else masks.shape[0]
-    tile = configs.x_pass_tile(M, K, C // streams, x.element_size(), high_precision)
+    tile = tile or configs.x_pass_tile(M, K, C // streams, x.element_size(), high_precision, configs.tuned(x.device))
     blocks = triton.cdiv(K, tile.block_k) * streams * triton.cdiv(C // streams, tile.block_c)
     chunks, rows_per_chunk = configs.split(M, tile.block_m, blocks, sm_count(x.device))
     partials = x.new_empty(chunks, C, K, dtype=torch.float32)
@@ -223,7 +229,7 @@ def backward(
     grad_As = iter(grad_lora_A(rows, dh, masks, ranks, needs_A, adapter_dtype, high_precision) if any(needs_A) else ())
     grads = []
     if needs_x:
-        grad_x = _grad_x(dys, projections, dh, masks, ranks, high_precision, backend)
+        grad_x = grad_x_of(dys, projections, dh, masks, ranks, high_precision, backend)
         grads.append(grad_x.view(*batch, grad_x.shape[1]))
     for j, dy in enumerate(dys):
         if needs_weight[j]:
@@ -237,7 +243,7 @@ def backward(
     return grads
 
 
-def _grad_x(dys, projections, dh, masks, ranks, high_precision, backend) -> torch.Tensor:
+def grad_x_of(dys, projections, dh, masks, ranks, high_precision, backend) -> torch.Tensor:
     """dx = Σ_j dy_j·W_j + D_j(dH_j·A_j) [M, K]: one GEMM whose reduction runs over all projections, or the
     low-rank products followed by the vendor's GEMMs with beta = 1."""
     weights, lora_As = projections[0::4], projections[1::4]
@@ -246,7 +252,8 @@ def _grad_x(dys, projections, dh, masks, ranks, high_precision, backend) -> torc
     es = [dh[:, j * R : (j + 1) * R] for j in range(len(dys))]
     fs = lora_As if all(rank == R for rank in ranks) else stack(lora_As, R).split(R)
     features = max(dy.shape[1] for dy in dys)
-    path = configs.expand_path(M, K, features, R, grad_x.dtype, architecture(grad_x.device), backend)
+    device = grad_x.device
+    path = configs.expand_path(M, K, features, R, grad_x.dtype, architecture(device), backend, configs.tuned(device))
     if path == "fused":
         return extended_gemm(dys, weights, es, fs, grad_x, masks=masks)
     if masks is None and len(dys) == 1 and not high_precision:

@@ -84,16 +84,20 @@ def shrink(
     shared_dropout: bool,
     save_mask: bool,
     high_precision: bool,
+    tile: configs.ShrinkTile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """S [M, C] of all projections and, if it is to be kept, the packed mask [streams, M, ceil(K / 8)].
 
     Args:
         x: [M, K]. lora_A: [C, K], the projections' A stacked, of one rank R = C / n.
         scales: a float a projection; row_scalings: None, a 0-dim tensor or [M], a projection.
+        tile: another than `configs` takes.
     """
     (M, K), C, num = x.shape, lora_A.shape[0], len(scales)
     streams = 1 if shared_dropout or seed is None else num
-    tile = configs.shrink_tile(M, K, C // streams, x.element_size(), seed is not None, high_precision)
+    tile = tile or configs.shrink_tile(
+        M, K, C // streams, x.element_size(), seed is not None, high_precision, configs.tuned(x.device)
+    )
     blocks = streams * triton.cdiv(C // streams, tile.block_c)
     row_blocks = triton.cdiv(M, tile.block_m)
     splits, k_per_split = configs.split(K, tile.block_k, row_blocks * blocks, sm_count(x.device))
@@ -134,6 +138,7 @@ def forward(
     (M, K), num = rows.shape, len(scalings)
     ranks = [lora_A.shape[0] for lora_A in projections[2::5]]
     R = max(ranks)
+    arch, table = architecture(x.device), configs.tuned(x.device)
     if M == 0:
         s = x.new_empty(0, 0)
         masks = rows.new_empty(1 if shared_dropout else num, 0, dropout.mask_bytes(K), dtype=torch.uint8)
@@ -152,7 +157,7 @@ def forward(
             if M
             else x.new_empty(0, rank, dtype=torch.float32 if high_precision else x.dtype)
         )
-        if configs.expand_path(M, N, K, rank, x.dtype, architecture(x.device), backend) == "fused":
+        if configs.expand_path(M, N, K, rank, x.dtype, arch, backend, table) == "fused":
             y = extended_gemm([rows], [weight.t()], [s_j], [lora_B.t()], x.new_empty(M, N), contiguous(bias))
         else:
             y = add_base(s_j, lora_B, rows, weight, bias)

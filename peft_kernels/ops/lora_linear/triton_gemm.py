@@ -168,6 +168,7 @@ def extended_gemm(
     bias: torch.Tensor | None = None,
     masks: torch.Tensor | None = None,
     base: bool = True,
+    tile: configs.GemmTile | None = None,
 ) -> torch.Tensor:
     """out = Σ_j P_j·Q_j + D_j(E_j·F_j) + bias; without `base` only the low-rank products and the bias.
 
@@ -177,6 +178,7 @@ def extended_gemm(
         fs: [R, N], any strides, out's dtype or float32.
         out: [M, N], written. bias: [N] or None.
         masks: packed, uint8 [1 or n, M, ceil(N / 8)], applied to the low-rank products; or None.
+        tile: another than `configs` takes.
     """
     M, N = out.shape
     R = es[0].shape[1]
@@ -191,7 +193,9 @@ def extended_gemm(
     masked = len(es) if masks is not None else 0
     layout = _tma_layout(ps, qs, out) if base and arch >= 90 and out.element_size() == 2 else None
     common = {"NUM": len(es), "HIGH": high_precision(high), "PRECISION": dot_precision(out.dtype)}
-    tile = configs.gemm_tile(M, N, R, out.element_size(), arch, layout is not None, masked, high)
+    tile = tile or configs.gemm_tile(
+        M, N, R, out.element_size(), arch, layout is not None, masked, high, base, configs.tuned(out.device)
+    )
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BLOCK_R": tile.block_r,
               "GROUP_M": tile.group_m, "num_warps": tile.num_warps, "num_stages": tile.num_stages}  # fmt: skip
     tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n)

@@ -1,11 +1,19 @@
 """Which tile, as pure functions of shape, dtype and architecture: testable without a GPU.
 
+What was measured on the GPU at hand (`tuned`) comes first; the rules below decide the rest.
+
 Shapes are never constants of a compiled kernel, and M is not even looked at by Triton's own specialisation.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
+
+import torch
+
+from ..common import tuning
+from ..common.tuning import FEATURES, TOKENS, UNTUNED, Table
 
 
 class Tile(NamedTuple):
@@ -20,8 +28,10 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def gemm_tile(M: int, N: int, element_size: int, arch: int, aligned: bool) -> Tile:
+def gemm_tile(M: int, N: int, element_size: int, arch: int, aligned: bool, table: Table = UNTUNED) -> Tile:
     """Of an output [M, N] = P·(masked Q): y, or dx with K in place of N. `aligned`: eight values are loaded at once."""
+    if table and (tile := table.get(("gemm_tile", TOKENS.of(M), FEATURES.of(N), element_size, aligned))):
+        return tile
     if element_size == 4 or not aligned:
         return _scalar_tile(element_size, arch)
     block_k, num_stages = _steps(arch)
@@ -33,8 +43,18 @@ def gemm_tile(M: int, N: int, element_size: int, arch: int, aligned: bool) -> Ti
     return Tile(256 if arch >= 90 else 128, 128, block_k, 8, 8, num_stages)
 
 
-def grad_tile(N: int, K: int, element_size: int, arch: int, aligned: bool) -> Tile:
+def gemm_candidates(M: int, N: int, element_size: int, aligned: bool, arch: int) -> list[Tile]:
+    rule = gemm_tile(M, N, element_size, arch, aligned)
+    if element_size == 4 or not aligned:
+        return [rule]
+    sizes = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8), (256, 64, 8)]
+    return tuning.with_rule_first(rule, [rule._replace(block_m=m, block_n=n, num_warps=warps) for m, n, warps in sizes])
+
+
+def grad_tile(N: int, K: int, element_size: int, arch: int, aligned: bool, table: Table = UNTUNED) -> Tile:
     """Of G [N, K] = dyᵀ·x: `block_m` rows and `block_n` columns of G, `block_k` tokens a step."""
+    if table and (tile := table.get(("grad_tile", FEATURES.of(N), FEATURES.of(K), element_size, aligned))):
+        return tile
     if element_size == 4 or not aligned:
         return _scalar_tile(element_size, arch)
     block_k, num_stages = _steps(arch)
@@ -42,6 +62,16 @@ def grad_tile(N: int, K: int, element_size: int, arch: int, aligned: bool) -> Ti
     # (both 16-bit, both gradients; compiled by Triton 3.6 and 3.9).
     size = 64 if N * K < 1 << 20 else 128
     return Tile(size, size, block_k, 8, 8, num_stages)
+
+
+def grad_candidates(N: int, K: int, element_size: int, aligned: bool, arch: int) -> list[Tile]:
+    rule = grad_tile(N, K, element_size, arch, aligned)
+    if element_size == 4 or not aligned:
+        return [rule]
+    sizes = [(64, 64), (128, 128)]
+    if arch < 100:  # both gradients would spill on sm_100
+        sizes += [(64, 128), (128, 64)]
+    return tuning.with_rule_first(rule, [rule._replace(block_m=m, block_n=n) for m, n in sizes])
 
 
 def _scalar_tile(element_size: int, arch: int) -> Tile:
@@ -57,3 +87,15 @@ def _steps(arch: int) -> tuple[int, int]:
     if arch >= 90:
         return 64, 3
     return 32, 4 if arch else 2
+
+
+CHOICES = {
+    "gemm_tile": tuning.Choice(("M", "N", "element_size", "aligned"), gemm_candidates),
+    "grad_tile": tuning.Choice(("N", "K", "element_size", "aligned"), grad_candidates),
+}
+
+
+@functools.cache
+def tuned(device: torch.device) -> Table:
+    """What was measured on this GPU, read at the first launch; nothing on a CPU."""
+    return tuning.load("masked_linear", tuning.gpu_of(device), CHOICES)

@@ -57,6 +57,7 @@ def masked_grad(
     grad_scores: torch.Tensor | None,
     threshold: float,
     threshold_tensor: torch.Tensor | None,
+    tile: configs.Tile | None = None,
 ) -> None:
     """Write grad_weight = (dyᵀ·x) ⊙ 1[S ≥ τ] and grad_scores = (dyᵀ·x) ⊙ W, where they are given.
 
@@ -64,11 +65,14 @@ def masked_grad(
         dy: [M, N]. x: [M, K]. Any strides.
         weight: [N, K], read for grad_scores. scores: [N, K], read for grad_weight. Any strides.
         grad_weight, grad_scores: [N, K], contiguous.
+        tile: another than `configs` takes.
     """
     (M, N), K = dy.shape, x.shape[1]
     if N == 0 or K == 0:
         return
-    tile = configs.grad_tile(N, K, dy.element_size(), architecture(dy.device), aligned(dy, x))
+    tile = tile or configs.grad_tile(
+        N, K, dy.element_size(), architecture(dy.device), aligned(dy, x), configs.tuned(dy.device)
+    )
     masked_grad_kernel[(triton.cdiv(N, tile.block_m) * triton.cdiv(K, tile.block_n),)](
         dy, x, weight, scores, grad_weight, grad_scores, threshold, threshold_tensor, M, N, K,
         *dy.stride(), *x.stride(), *(weight.stride() if weight is not None else (0, 0)),

@@ -59,6 +59,7 @@ def masked_gemm(
     bias: torch.Tensor | None,
     threshold: float,
     threshold_tensor: torch.Tensor | None,
+    tile: configs.Tile | None = None,
 ) -> torch.Tensor:
     """P·(Q ⊙ 1[S ≥ τ]) + bias [M, N] in P's dtype.
 
@@ -66,12 +67,15 @@ def masked_gemm(
         p: [M, K]. q: [K, N] in its dtype. scores: [K, N]. Any strides.
         bias: [N], adjacent values, or None.
         threshold: read where threshold_tensor, one value on the device, is None.
+        tile: another than `configs` takes.
     """
     (M, K), N = p.shape, q.shape[1]
     out = p.new_empty(M, N)
     if M == 0 or N == 0:
         return out
-    tile = configs.gemm_tile(M, N, p.element_size(), architecture(p.device), aligned(p, q, scores))
+    tile = tile or configs.gemm_tile(
+        M, N, p.element_size(), architecture(p.device), aligned(p, q, scores), configs.tuned(p.device)
+    )
     masked_gemm_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)](
         p, q, scores, bias, out, threshold, threshold_tensor, M, N, K,
         *p.stride(), *q.stride(), *scores.stride(), *out.stride(),

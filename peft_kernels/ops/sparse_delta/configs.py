@@ -1,8 +1,18 @@
-"""Which kernel, and which tile: pure functions of shapes, dtype and architecture."""
+"""Which kernel, and which tile: pure functions of shapes, dtype and architecture.
+
+What was measured on the GPU at hand (`tuned`) comes first; the rules below decide the rest.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import NamedTuple
+
+import torch
+
+from ..common import tuning
+from ..common.tuning import FEATURES, UNTUNED, Buckets, Table
 
 #: Up to this density each entry's gradient is sampled on its own; above, a dense tile of dW is computed and gathered
 #: from. From the bytes of the two (README); not measured on a GPU yet.
@@ -11,6 +21,9 @@ SAMPLED_UP_TO = 0.002
 BAND_BYTES = 16 << 20
 #: Entries that a program writes, or steps.
 WRITTEN = 512
+#: Of keys: entries in 64 neighbours of a row; rows and columns of a thin product, the largest for anything wide.
+PER_64 = Buckets(1, 8)
+THIN = Buckets(16, 256)
 
 
 class GradTile(NamedTuple):
@@ -27,12 +40,11 @@ class GradTile(NamedTuple):
 
 
 class ThinTile(NamedTuple):
-    """A tile of the gradient of rows, columns or blocks, and in how many parts the tokens are summed."""
+    """A tile of the gradient of rows, columns or blocks, summed over block_m tokens at a time."""
 
     block_n: int
     block_k: int
     block_m: int
-    splits: int
     num_warps: int
     num_stages: int
 
@@ -45,12 +57,20 @@ class SampledTile(NamedTuple):
     num_warps: int
 
 
-def grad_tile(N: int, K: int, density: float, element_size: int, arch: int) -> GradTile:
+def sampled_up_to(element_size: int, table: Table = UNTUNED) -> float:
+    return table.get(("sampled_up_to", element_size), SAMPLED_UP_TO)
+
+
+def grad_tile(N: int, K: int, density: float, element_size: int, arch: int, table: Table = UNTUNED) -> GradTile:
     """Tile of the dense product whose entries are gathered in the epilogue.
 
     Args:
         arch: 0 stands for anything that is no NVIDIA GPU (64 KiB of shared memory are assumed).
     """
+    if table:
+        key = "grad_tile", FEATURES.of(N), FEATURES.of(K), PER_64.of(math.ceil(64 * density)), element_size
+        if tile := table.get(key):
+            return tile
     if element_size == 4:  # multiplied without tensor cores: operands fill the registers
         return GradTile(32, 32, 16, 8, 4, 2)
     block_n, block_k = 64 if N <= 64 else 128, 64  # a square of 128 would spill when it is gathered from
@@ -58,19 +78,63 @@ def grad_tile(N: int, K: int, density: float, element_size: int, arch: int) -> G
     return GradTile(block_n, block_k, 32 if arch == 0 else 64, gathered, 8, 2 if arch == 0 else 3)
 
 
-def thin_tile(N: int, K: int, M: int, batch: int, element_size: int, programs: int) -> ThinTile:
-    """Tile of [N, K] for each of `batch` products over M tokens, split until `programs` of them fill the GPU."""
+def grad_candidates(N: int, K: int, per_64: int, element_size: int, arch: int) -> list[GradTile]:
+    rule = grad_tile(N, K, per_64 / 64, element_size, arch)
+    if element_size == 4:
+        return [rule]
+    tiles = [rule._replace(block_n=block_n, gathered=gathered) for block_n in (64, 128) for gathered in (4, 8)]
+    return tuning.with_rule_first(rule, tiles)
+
+
+def thin_tile(N: int, K: int, element_size: int, table: Table = UNTUNED) -> ThinTile:
+    """Tile of products [N, K]: of rows (a wide K), of columns (a wide N), of blocks."""
+    if table and (tile := table.get(("thin_tile", THIN.of(N), THIN.of(K), element_size))):
+        return tile
     widest = 32 if element_size == 4 else 128
 
     def block(size: int) -> int:
         return min(max(1 << max(0, size - 1).bit_length(), 16), widest)
 
     block_n, block_k, block_m = block(N), block(K), 16 if element_size == 4 else 64
-    tiles = batch * -(-N // block_n) * -(-K // block_k)
-    splits = max(1, min(32, programs // max(1, tiles), -(-M // (4 * block_m))))
     num_warps, num_stages = 8 if block_n * block_k > 8192 else 4, 3 if element_size == 2 else 2
-    return ThinTile(block_n, block_k, block_m, splits, num_warps, num_stages)
+    return ThinTile(block_n, block_k, block_m, num_warps, num_stages)
 
 
-def sampled_tile(element_size: int) -> SampledTile:
+def thin_candidates(N: int, K: int, element_size: int, arch: int) -> list[ThinTile]:
+    rule = thin_tile(N, K, element_size)
+    if element_size == 4:
+        return [rule]
+    small = ThinTile(min(rule.block_n, 64), min(rule.block_k, 64), 64, 4, rule.num_stages)
+    return tuning.with_rule_first(rule, [rule._replace(block_m=32), small, small._replace(block_m=32)])
+
+
+def token_splits(tile: ThinTile, N: int, K: int, M: int, batch: int, programs: int) -> int:
+    """In how many parts the tokens of each of `batch` products [N, K] are summed, so that `programs` fill the GPU."""
+    tiles = batch * -(-N // tile.block_n) * -(-K // tile.block_k)
+    return max(1, min(32, programs // max(1, tiles), -(-M // (4 * tile.block_m))))
+
+
+def sampled_tile(element_size: int, table: Table = UNTUNED) -> SampledTile:
+    if table and (tile := table.get(("sampled_tile", element_size))):
+        return tile
     return SampledTile(16, 128 if element_size == 2 else 64, 4)
+
+
+def sampled_candidates(element_size: int, arch: int) -> list[SampledTile]:
+    rule = sampled_tile(element_size)
+    sizes = [(8, 64), (8, 128), (16, 64), (16, 128), (32, 64)]
+    return tuning.with_rule_first(rule, [SampledTile(entries, block_m, num_warps=4) for entries, block_m in sizes])
+
+
+CHOICES = {
+    "grad_tile": tuning.Choice(("N", "K", "per_64", "element_size"), grad_candidates),
+    "thin_tile": tuning.Choice(("N", "K", "element_size"), thin_candidates),
+    "sampled_tile": tuning.Choice(("element_size",), sampled_candidates),
+    "sampled_up_to": tuning.Choice(("element_size",)),  # density
+}
+
+
+@functools.cache
+def tuned(device: torch.device) -> Table:
+    """What was measured on this GPU, read at the first launch; nothing on a CPU."""
+    return tuning.load("sparse_delta", tuning.gpu_of(device), CHOICES)

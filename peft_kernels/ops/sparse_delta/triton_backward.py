@@ -156,21 +156,27 @@ def grad_values(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: 
     """dvalues = dyᵀ·x at the layout's positions, [nnz], `dtype`. For columns x may be gathered."""
     if layout.nnz == 0 or dy.shape[0] == 0:
         return dy.new_zeros(layout.nnz, dtype=dtype)
-    if layout.kind == "entries" and layout.density <= configs.SAMPLED_UP_TO:
-        return _sampled(dy, x, layout, dtype)
+    sampled_up_to = configs.sampled_up_to(dy.element_size(), configs.tuned(dy.device))
+    if layout.kind == "entries" and layout.density <= sampled_up_to:
+        return sampled_grad(dy, x, layout, dtype)
     if layout.kind in ("entries", "n_of_m"):
-        return _gathered(dy, x, layout, dtype)
+        return gathered_grad(dy, x, layout, dtype)
     if layout.kind == "columns" and x.shape[1] == layout.shape[1]:
         x = reference.gather_columns(x, layout)
-    return _thin(dy, x, layout, dtype)
+    return thin_grad(dy, x, layout, dtype)
 
 
-def _gathered(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: torch.dtype) -> torch.Tensor:
+def gathered_grad(
+    dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: torch.dtype, tile: configs.GradTile | None = None
+) -> torch.Tensor:
+    """As `grad_values`, of entries and n of m, by tiles of dW. `tile`: another than `configs` takes."""
     (N, K), M, entries = layout.shape, dy.shape[0], layout.kind == "entries"
     out = dy.new_empty(layout.nnz, dtype=dtype)
     n, m = layout.tile or (1, 1)  # of entries neither is read
     held = list(layout.tensors.values())
-    tile = configs.grad_tile(N, K, layout.density, dy.element_size(), architecture(dy.device))
+    tile = tile or configs.grad_tile(
+        N, K, layout.density, dy.element_size(), architecture(dy.device), configs.tuned(dy.device)
+    )
     gathered_tile_kernel[(triton.cdiv(N, tile.block_n) * triton.cdiv(K, tile.block_k),)](
         dy, x, out, held[0], held[-1], M, N, K, n, m, K.bit_length(), *dy.stride(), *x.stride(),
         ENTRIES=entries, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_M=tile.block_m, GATHERED=tile.gathered,
@@ -179,29 +185,36 @@ def _gathered(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: to
     return out
 
 
-def _thin(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: torch.dtype) -> torch.Tensor:
+def thin_grad(
+    dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: torch.dtype, tile: configs.ThinTile | None = None
+) -> torch.Tensor:
+    """As `grad_values`, of rows, of columns (x gathered), of blocks. `tile`: another than `configs` takes."""
     index, M = layout.tensors["index"], dy.shape[0]
     blocks, rows = layout.kind == "blocks", layout.kind == "rows"
     batch = len(index) if blocks else 1
     N, K = layout.values_shape[-2:]
-    tile = configs.thin_tile(N, K, M, batch, dy.element_size(), 2 * sm_count(dy.device))
+    tile = tile or configs.thin_tile(N, K, dy.element_size(), configs.tuned(dy.device))
+    splits = configs.token_splits(tile, N, K, M, batch, 2 * sm_count(dy.device))
     out = dy.new_empty(layout.nnz, dtype=dtype)
-    split = tile.splits > 1
-    partials = dy.new_empty(tile.splits, layout.nnz, dtype=torch.float32) if split else out
-    per_split = triton.cdiv(triton.cdiv(M, tile.splits), tile.block_m) * tile.block_m
-    thin_kernel[(batch * triton.cdiv(N, tile.block_n) * triton.cdiv(K, tile.block_k), tile.splits)](
+    split = splits > 1
+    partials = dy.new_empty(splits, layout.nnz, dtype=torch.float32) if split else out
+    per_split = triton.cdiv(triton.cdiv(M, splits), tile.block_m) * tile.block_m
+    thin_kernel[(batch * triton.cdiv(N, tile.block_n) * triton.cdiv(K, tile.block_k), splits)](
         dy, x, partials, index, M, N, K, layout.shape[1] // K if blocks else 0, per_split, *dy.stride(), *x.stride(),
         layout.nnz if split else 0, ROWS=rows, BLOCKS=blocks, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         BLOCK_M=tile.block_m, PRECISION=dot_precision(dy.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if split:
-        split_reduce(partials.view(tile.splits, -1, K), out.view(-1, K))
+        split_reduce(partials.view(splits, -1, K), out.view(-1, K))
     return out
 
 
-def _sampled(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: torch.dtype) -> torch.Tensor:
+def sampled_grad(
+    dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: torch.dtype, tile: configs.SampledTile | None = None
+) -> torch.Tensor:
+    """As `grad_values`, of entries, one dot product each. `tile`: another than `configs` takes."""
     out = dy.new_empty(layout.nnz, dtype=dtype)
-    tile, N = configs.sampled_tile(dy.element_size()), layout.shape[0]
+    tile, N = tile or configs.sampled_tile(dy.element_size(), configs.tuned(dy.device)), layout.shape[0]
     starts, columns = layout.tensors["row_starts"], layout.tensors["columns"]
     sampled_kernel[(triton.cdiv(layout.nnz, tile.entries),)](
         dy.t().contiguous(), x.t().contiguous(), out, starts, columns, dy.shape[0], N, layout.nnz, N.bit_length(),

@@ -1,0 +1,222 @@
+"""Tables of what was measured on one GPU: how their keys are made, where they lie, how they are read and written.
+
+A table belongs to one room and one GPU. It says, for each of the room's choices (`CHOICES` in its `configs.py`), which
+tile was the fastest in a bucket of shapes, or from which size on one way is faster than another. Two places are
+looked at: the user's cache (`cache_folder`), then the tables that come with the package (`tuned/` beside this file).
+An entry of the first hides that of the second, and where neither has one the rules of `configs.py` decide.
+`python -m peft_kernels tune` measures.
+
+A file is `<GPU>/<room>.json`:
+
+    {"format": 1, "op": "masked_linear", "gpu": "NVIDIA H200", "architecture": 90, "triton": "3.9.0",
+     "entries": [{"choice": "gemm_tile", "key": {"M": 8192, "N": 4096, …}, "best": {"block_m": 256, …}}, …]}
+
+A table that does not fit, in whatever way, is ignored as a whole, with one warning that says why.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import types
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+#: Raised where keys, tiles or kernels change their meaning: older tables are then ignored.
+FORMAT = 1
+
+#: (choice, *key) -> the tile, or the size from which on (up to which) another way is taken.
+Table = Mapping[tuple, Any]
+UNTUNED: Table = types.MappingProxyType({})
+
+
+class Gpu(NamedTuple):
+    """What a table holds for: the name of a GPU, its architecture (90: compute capability 9.0; 0: AMD), and the version
+    of the Triton that compiled."""
+
+    name: str
+    architecture: int
+    triton: str
+
+
+class Choice(NamedTuple):
+    """Something that can be measured.
+
+    Attributes:
+        fields: names of the values of a key.
+        candidates: of a key's values and the architecture, all tiles that may be chosen, the rule's first; None where
+            the answer is a size.
+    """
+
+    fields: tuple[str, ...]
+    candidates: Callable[..., list] | None = None
+
+
+class Buckets(NamedTuple):
+    """Powers of two from `least` to `most`, which sizes are rounded up to; what is larger counts as `most`. Within a
+    bucket one tile serves all: the last wave of programs differs, not what limits the kernel."""
+
+    least: int
+    most: int
+
+    def of(self, size: int) -> int:
+        if size <= self.least:
+            return self.least
+        return self.most if size >= self.most else 1 << (size - 1).bit_length()
+
+    def all(self) -> list[int]:
+        """From the largest down."""
+        return [1 << bits for bits in range(self.most.bit_length() - 1, self.least.bit_length() - 2, -1)]
+
+
+TOKENS = Buckets(64, 8192)
+FEATURES = Buckets(512, 16384)
+RANKS = Buckets(16, 64)
+
+
+def with_rule_first(rule: Any, tiles: list) -> list:
+    """Candidates, each once, the rule's among them: what is kept was measured against it."""
+    return list(dict.fromkeys([rule, *tiles]))
+
+
+def gpu_of(device: torch.device) -> Gpu | None:
+    """The GPU and the Triton that a launch on `device` takes; None where that is no GPU."""
+    if device.type != "cuda":
+        return None
+    import triton
+
+    from .triton_host import architecture
+
+    return Gpu(torch.cuda.get_device_name(device), architecture(device), triton.__version__)
+
+
+def load(op: str, gpu: Gpu | None, choices: Mapping[str, Choice], *folders: Path) -> Table:
+    """What is known of a room's choices on this GPU. Warns of the tables that it ignores.
+
+    Args:
+        gpu: None has no tables.
+        folders: other ones to look in, the first before the second.
+    """
+    table: dict[tuple, Any] = {}
+    for folder in reversed(folders or _folders()) if gpu else ():
+        path = path_in(folder, op, gpu)
+        found, problem = _read(path, op, gpu, choices)
+        if problem:
+            warnings.warn(f"{path}: this tuning table is ignored: {problem}", RuntimeWarning, stacklevel=2)
+        table |= found
+    return table
+
+
+def explain(op: str, gpu: Gpu, choices: Mapping[str, Choice]) -> str:
+    """Which table of a room is used on this GPU, or why none."""
+    reasons = []
+    for folder in _folders():
+        path = path_in(folder, op, gpu)
+        found, problem = _read(path, op, gpu, choices)
+        if found:
+            return f"{path} ({len(found)} entries)"
+        if problem:
+            reasons.append(f"{path} is ignored: {problem}")
+    return "none: " + ("; ".join(reasons) or f"nothing was measured on {gpu.name}")
+
+
+def cache_folder() -> Path:
+    """PEFT_KERNELS_CACHE, else peft_kernels in XDG_CACHE_HOME or ~/.cache."""
+    own = os.environ.get("PEFT_KERNELS_CACHE")
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(own) if own else Path(caches) / "peft_kernels"
+
+
+def _folders() -> tuple[Path, Path]:
+    return cache_folder(), Path(__file__).parent / "tuned"
+
+
+def path_in(folder: Path, op: str, gpu: Gpu) -> Path:
+    """Where the table of a room and a GPU lies below such a folder."""
+    return folder / re.sub(r"[^A-Za-z0-9]+", "_", gpu.name) / f"{op}.json"
+
+
+def header(op: str, gpu: Gpu) -> dict[str, Any]:
+    """What a table of this room has to say of itself to be used on this GPU."""
+    return {"format": FORMAT, "op": op, "gpu": gpu.name, "architecture": gpu.architecture, "triton": gpu.triton}
+
+
+def write(path: Path, op: str, gpu: Gpu, choices: Mapping[str, Choice], table: Table) -> None:
+    """Write a table, all of it or nothing."""
+    entries = []
+    for (name, *key), best in table.items():
+        if choices[name].candidates is not None:
+            best = best._asdict()
+        elif math.isinf(best):  # never; JSON has no infinity
+            best = None
+        entries.append({"choice": name, "key": dict(zip(choices[name].fields, key)), "best": best})
+    replace(path, json.dumps({**header(op, gpu), "entries": entries}, indent=1) + "\n")
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old text or the new one, and nothing in between."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    fresh.write_text(text)
+    os.replace(fresh, path)
+
+
+def _read(path: Path, op: str, gpu: Gpu, choices: Mapping[str, Choice]) -> tuple[Table, str]:
+    """A table's entries, or none and why the file cannot be used (an empty reason: there is no file)."""
+    try:
+        document = json.loads(path.read_text())
+        found = document if isinstance(document, dict) else {}
+        for name, expected in header(op, gpu).items():
+            if found.get(name) != expected:
+                raise ValueError(f"expected {name} {expected!r}, got {found.get(name)!r}")
+        if not isinstance(found.get("entries"), list):
+            raise ValueError("expected a list of entries, got none")
+        return dict(_entry(entry, choices, gpu.architecture) for entry in found["entries"]), ""
+    except (FileNotFoundError, NotADirectoryError):
+        return UNTUNED, ""
+    except OSError as error:
+        return UNTUNED, f"it cannot be read: {error.strerror}"
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        return UNTUNED, f"damaged JSON: {error}"
+    except ValueError as error:
+        return UNTUNED, str(error)
+
+
+def _entry(entry: Any, choices: Mapping[str, Choice], architecture: int) -> tuple[tuple, Any]:
+    """The key in a table and what it holds.
+
+    Raises:
+        ValueError: the entry is none of this room, or names a tile that is not among its candidates.
+    """
+    if not isinstance(entry, dict) or entry.keys() != {"choice", "key", "best"}:
+        raise ValueError(f"expected an entry of choice, key and best, got {_short(entry)}")
+    name, key, best = entry["choice"], entry["key"], entry["best"]
+    choice = choices.get(name) if isinstance(name, str) else None
+    if choice is None:
+        raise ValueError(f"expected one of the choices {', '.join(choices)}, got {_short(name)}")
+    whole = isinstance(key, dict) and all(type(value) in (int, bool) for value in key.values())
+    if not whole or key.keys() != set(choice.fields):
+        raise ValueError(f"{name}: expected a key of whole {', '.join(choice.fields)}, got {_short(key)}")
+    values = tuple(key[field] for field in choice.fields)
+    if choice.candidates is None:
+        if best is not None and not (type(best) in (int, float) and 0 <= best < math.inf):
+            raise ValueError(f"{name}: expected a size or null, got {_short(best)}")
+        return (name, *values), math.inf if best is None else best
+    tiles = choice.candidates(*values, architecture)
+    for tile in tiles:
+        if tile._asdict() == best:
+            return (name, *values), tile
+    if not isinstance(best, dict) or best.keys() != set(tiles[0]._fields):
+        raise ValueError(f"{name}: expected a tile of {', '.join(tiles[0]._fields)}, got {_short(best)}")
+    raise ValueError(f"{name}: expected one of the {len(tiles)} candidates, got {_short(best)}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else text[:100] + "…"

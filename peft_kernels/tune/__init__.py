@@ -1,0 +1,16 @@
+"""`python -m peft_kernels tune`: measure this GPU, and keep the fastest tiles.
+
+    python -m peft_kernels tune                       everything; go on where the last run stopped
+    python -m peft_kernels tune --minutes 10          stop after ten minutes; run it again to go on
+    python -m peft_kernels tune --op lora_linear      one room (may be given several times)
+    python -m peft_kernels tune --dry-run             only say what would be measured; needs no GPU
+
+Every candidate of every tile function (`configs.py` of each room) is first held against plain PyTorch and float64, and
+dropped, by name, where it is wrong; one that does not compile or wants more than the GPU has is skipped and counted.
+The rest are timed in turns by CUDA events with a cold L2 cache, and the smallest median wins. Measurements are
+appended, line by line, to `<cache>/<GPU>/<room>.rows.jsonl`, so a run that is killed loses one of them at most; the
+table `<room>.json` beside it is written at the end, and read by the kernels at the first launch of the next process.
+The cache is PEFT_KERNELS_CACHE, else peft_kernels in XDG_CACHE_HOME or ~/.cache. Deleting the folder starts afresh.
+
+The current device is measured (CUDA_VISIBLE_DEVICES chooses it); nothing else should run on it meanwhile.
+"""

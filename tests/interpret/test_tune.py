@@ -1,0 +1,48 @@
+"""What `python -m peft_kernels tune` launches, in Triton's interpreter: every candidate of every job's kind, held
+against float64 as on a GPU, at shapes that the interpreter can afford."""
+
+import os
+
+import pytest
+import torch
+
+from peft_kernels.tune.measure import check
+from peft_kernels.tune.plan import CROSSOVERS, ROOMS, Job
+from peft_kernels.tune.problems import problem
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="needs a process of its own with TRITON_INTERPRET=1"
+)
+KEYS = [
+    ("lora_linear", "shrink_tile", (40, 72, 16, 2, False, False)),
+    ("lora_linear", "shrink_tile", (40, 72, 32, 2, True, False)),
+    ("lora_linear", "dy_pass_tile", (40, 72, 16, 2, False)),
+    ("lora_linear", "x_pass_tile", (40, 72, 32, 2, False)),
+    ("lora_linear", "gemm_tile", (40, 72, 16, 2, False, 0, False, True)),
+    ("lora_linear", "gemm_tile", (40, 72, 16, 2, False, 1, False, True)),
+    ("lora_linear", "gemm_tile", (40, 72, 32, 2, False, 1, False, False)),
+    ("masked_linear", "gemm_tile", (40, 72, 2, True)),
+    ("masked_linear", "grad_tile", (40, 72, 2, True)),
+    ("sparse_delta", "sampled_tile", (2,)),
+    ("sparse_delta", "thin_tile", (16, 256, 2)),
+    ("sparse_delta", "thin_tile", (256, 16, 2)),
+    ("sparse_delta", "thin_tile", (16, 32, 2)),
+    ("sparse_delta", "grad_tile", (40, 72, 4, 2)),
+]
+
+
+@pytest.mark.parametrize(("op", "choice", "key"), KEYS)
+def test_every_candidate_passes_the_check(op, choice, key):
+    candidates = tuple(ROOMS[op].CHOICES[choice].candidates(*key, 0))
+    assert len(candidates) > 1
+    prepared = problem(Job(op, choice, key, (), candidates), {}, "cpu", torch.float16, depth=96)
+    assert check(prepared, candidates) == [""] * len(candidates)
+
+
+@pytest.mark.parametrize(
+    ("op", "choice", "at"), [("lora_linear", "fused_from", (40, 72, 48)), ("sparse_delta", "sampled_up_to", (0.02,))]
+)
+def test_both_ways_pass_the_check(op, choice, at):
+    ways = CROSSOVERS[choice].ways
+    prepared = problem(Job(op, choice, (2,), at, ways), {}, "cpu", torch.float16, depth=96)
+    assert check(prepared, ways) == ["", ""]

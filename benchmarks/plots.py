@@ -30,7 +30,11 @@ def draw_bars(rows: list[Row], title: str, path: Path) -> Path:
         for number, provider in enumerate(providers):
             bars = [(at + number * height, values[case, provider]) for at, case in enumerate(cases)
                     if (case, provider) in values]  # fmt: skip
-            axes.barh(*zip(*bars), height, label=provider, color=COLOURS[(number + 1) % len(COLOURS)])
+            again, colour = divmod(number + 1, len(COLOURS))
+            axes.barh(
+                *zip(*bars), height, label=provider, color=COLOURS[colour], hatch="////" * again, edgecolor="white",
+                linewidth=0,
+            )  # fmt: skip
         axes.axvline(1.0, color=COLOURS[0], linewidth=1)
         _limit(axes, list(values.values()))
         axes.set_xlabel(f"× {label}, lower is better", fontsize=8)

@@ -1,6 +1,7 @@
 """The benchmark's own arithmetic, that it catches what is wrong, and that nothing is lost when it is ended."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -305,9 +306,10 @@ def test_through_pytest_benchmark(tmp_path):
         "-q",
         f"--benchmark-storage={tmp_path}",
     ]
+    alone = {name: value for name, value in os.environ.items() if "XDIST" not in name}  # beside it nothing is timed
     for option, words in (("--benchmark-autosave", "Saved benchmark data"), ("--benchmark-compare", "(NOW)")):
         command = [*pytest_, "-k", "lora_linear-eager", option]
-        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, env=alone)
         assert done.returncode == 0, done.stdout
         assert words in done.stdout + done.stderr
         assert "2 passed" in done.stdout

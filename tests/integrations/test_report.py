@@ -254,7 +254,10 @@ def test_quantised_base():
     model = get_peft_model(model, LoraConfig(r=2, target_modules=["0", "1"]))
     report = accelerate(model)
     assert report.fused == ("base_model.model.1",)
-    assert report.kept == {"base_model.model.0": "Linear4bit: not lora.Linear"}
+    # PEFT has a class of its own for it where bitsandbytes finds a GPU.
+    plain = type(model.get_submodule("base_model.model.0")) is lora.Linear
+    reason = "its base_layer is Linear4bit, not nn.Linear or Conv1D" if plain else "Linear4bit: not lora.Linear"
+    assert report.kept == {"base_model.model.0": reason}
 
 
 def test_restore_is_to_the_bit():

@@ -138,6 +138,8 @@ def _low_rank_dtype(rows: torch.Tensor, rank: int, high_precision: bool) -> torc
 
 def _scaled_mm(left: torch.Tensor, right: torch.Tensor, scale: float, row_scaling: torch.Tensor | None) -> torch.Tensor:
     """scale · row_scaling · left·right; the scale is applied before a product is rounded to 16 bits."""
+    if left.shape[0] == right.shape[1] == 1:  # a dot product: MKL errs twice as much with the longer one on the left
+        left, right = right.t(), left.t()
     if scale == 1.0:
         product = left.mm(right)
     elif left.dtype.itemsize > 2 or math.frexp(scale)[0] == 0.5:  # a power of two rounds nothing

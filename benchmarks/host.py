@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 
 import peft_kernels as pk
+from peft_kernels.testing.timing import Timer, interleaved, whole
 
 from . import plots
-from .measure import Timer, interleaved, rows_of, whole
+from .measure import rows_of
 from .registry import BOTH, FORWARD, OpSpec, Request
 from .resultfile import Row
 
 LINEAR = "nn.Linear"
-M, K, N, R = 2, 8, 8, 2
+M, K, N, R, ALPHA = 2, 8, 8, 2, 4
 REPEATS = 50  # calls a measurement
 
 
@@ -55,7 +56,7 @@ def layers(device: str) -> dict[str, Callable]:
     def peft(accelerate: bool) -> torch.nn.Module:
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(torch.nn.Sequential(linear()), LoraConfig(r=R, target_modules=["0"]))
+        model = get_peft_model(torch.nn.Sequential(linear()), LoraConfig(r=R, lora_alpha=ALPHA, target_modules=["0"]))
         if accelerate:
             pk.integrations.peft.accelerate(model)
         return model.base_model.model[0]
@@ -64,7 +65,7 @@ def layers(device: str) -> dict[str, Callable]:
         LINEAR: linear,
         "PEFT": lambda: peft(False),
         "PEFT, accelerated": lambda: peft(True),
-        "ours, nn.LoRALinear": lambda: pk.nn.LoRALinear(K, N, R, device=device),
+        "ours, nn.LoRALinear": lambda: pk.nn.LoRALinear(K, N, R, ALPHA, device=device),
     }
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import peft_kernels as pk
+from peft_kernels.testing import saved_tensors
 
 from .authors_ist import AuthorsIST
 from .providers import why_not_installed
@@ -277,30 +278,17 @@ def at_depth(points: Sequence[tuple[float, int]], depth: float) -> list[float]:
 
 
 def saved_bytes(lane: Lane, batch: Batch) -> tuple[int, int]:
-    """Each storage once, where it is first saved; parameters and the batch cost nothing to keep."""
-    ignored = {tensor.untyped_storage().data_ptr() for tensor in (*lane.model.parameters(), *batch.values())}
-    kept: dict[int, tuple[torch.Tensor, bool]] = {}
-    inside = False
+    """In all, and in the decoder's layers; parameters and the batch cost nothing to keep."""
+    bounds: list[int] = []  # how many tensors were saved as each layer began and ended
+    with saved_tensors(ignore=(*lane.model.parameters(), *batch.values())) as saved:
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.detach()  # what a node saves of its own output would keep the node, and the node it, for good
-        pointer = tensor.untyped_storage().data_ptr()
-        if pointer not in ignored:
-            kept.setdefault(pointer, (tensor, inside))
-        return tensor
+        def note(*_: Any) -> None:
+            bounds.append(len(saved))
 
-    def place(within: bool) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            nonlocal inside
-            inside = within
-
-        return hook
-
-    hooks = [block.register_forward_pre_hook(place(True)) for block in lane.blocks]
-    hooks += [block.register_forward_hook(place(False)) for block in lane.blocks]
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hooks = [block.register_forward_pre_hook(note) for block in lane.blocks]
+        hooks += [block.register_forward_hook(note) for block in lane.blocks]
         lane.loss(batch)
     for hook in hooks:
         hook.remove()
-    sizes = [(tensor.untyped_storage().nbytes(), within) for tensor, within in kept.values()]
-    return sum(size for size, _ in sizes), sum(size for size, within in sizes if within)
+    sizes = [tensor.untyped_storage().nbytes() for tensor in saved]
+    return sum(sizes), sum(sum(sizes[begin:end]) for begin, end in zip(bounds[0::2], bounds[1::2]))

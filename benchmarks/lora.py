@@ -19,9 +19,10 @@ import peft_kernels as pk
 from peft_kernels.testing import assert_within_eager, truth
 from peft_kernels.testing import eager as eager_results
 from peft_kernels.testing.lora_linear import LoRACase
+from peft_kernels.testing.timing import Timer, interleaved
 
 from . import plots
-from .measure import Timer, graphed, host_microseconds, interleaved, peak_bytes, rows_of, saved_bytes
+from .measure import graphed, host_microseconds, peak_bytes, rows_of, saved_bytes
 from .providers import BARE, EAGER, PEFT, Provider, Ready, all_providers
 from .registry import BACKWARD, BOTH, FORWARD, OpSpec, Request
 from .resultfile import Row

@@ -1,10 +1,10 @@
-"""How it is measured: interleaved timing, memory, host time; the machine's ceilings and its description."""
+"""What is measured beside time (`peft_kernels/testing/timing.py`): memory, host time, the machine and its ceilings; and
+the rows that times become."""
 
 from __future__ import annotations
 
 import os
 import platform
-import random
 import statistics
 import subprocess
 import time
@@ -14,77 +14,13 @@ from pathlib import Path
 
 import torch
 
+from peft_kernels.testing import saved_tensors
+from peft_kernels.testing.timing import Timer, interleaved, whole
+
 from .registry import BACKWARD, BOTH, FORWARD
 from .resultfile import Row
 
-#: Runs some work, and calls what it is given at the end of each part.
-Marked = Callable[[Callable[[], None]], None]
-
 GPU_STATE = {"sm_mhz": "clocks.sm", "celsius": "temperature.gpu", "watts": "power.draw"}
-
-
-class Timer:
-    """µs from the start of a call to each of its marks: CUDA events with a cold L2 on a GPU, the wall clock (the mean
-    of `repeats`) on the CPU."""
-
-    def __init__(self, device: str) -> None:
-        self.flush = torch.empty(256 << 20, dtype=torch.uint8, device=device) if device == "cuda" else None
-
-    def __call__(self, call: Marked, repeats: int = 1) -> tuple[float, ...]:
-        if self.flush is None:
-            runs = [self._wall_clock(call) for _ in range(repeats)]
-            return tuple(statistics.fmean(part) * 1e6 for part in zip(*runs))
-        marks: list[torch.cuda.Event] = []
-
-        def mark() -> None:
-            marks.append(torch.cuda.Event(enable_timing=True))
-            marks[-1].record()
-
-        self.flush.random_(0, 255)
-        mark()
-        call(mark)
-        marks[-1].synchronize()
-        return tuple(marks[0].elapsed_time(end) * 1e3 for end in marks[1:])
-
-    @staticmethod
-    def _wall_clock(call: Marked) -> list[float]:
-        marks: list[float] = []
-        began = time.perf_counter()
-        call(lambda: marks.append(time.perf_counter()))
-        return [end - began for end in marks]
-
-
-def whole(call: Callable[[], object]) -> Marked:
-    """A call of one part."""
-
-    def marked(mark: Callable[[], None]) -> None:
-        call()
-        mark()
-
-    return marked
-
-
-def interleaved(
-    calls: dict[str, Marked], timer: Callable[..., tuple[float, ...]], seconds: float, least: int = 7, most: int = 101
-) -> dict[str, list[tuple[float, ...]]]:
-    """Every call once a round, in an order drawn anew, for about `seconds`; the first two rounds warm up and do not
-    count.
-
-    What ran before a call is not its concern, but is felt: 2 % at 300 µs. So each runs once untimed right before, and
-    short ones are repeated on the CPU until the shortest fills 2 ms.
-    """
-    times: dict[str, list[tuple[float, ...]]] = {name: [] for name in calls}
-    order, began, rounds, repeats, shortest = random.Random(0), time.perf_counter(), 0, 1, float("inf")
-    while rounds < 2 + least or (rounds < 2 + most and time.perf_counter() - began < seconds):
-        for name in order.sample(list(calls), len(calls)):
-            calls[name](lambda: None)
-            elapsed = timer(calls[name], repeats)
-            if rounds >= 2:
-                times[name].append(elapsed)
-            shortest = min(shortest, elapsed[-1])
-        rounds += 1
-        repeats = max(1, int(2000 / shortest))
-    return times
 
 
 def rows_of(times: dict[str, list[tuple[float, ...]]], parts: tuple[str, ...], references: dict[str, str]) -> list[Row]:
@@ -154,18 +90,10 @@ def quantile(values: list[float], q: float) -> float:
 
 def saved_bytes(forward: Callable[[], object], kept: Iterable[torch.Tensor]) -> int:
     """What a forward keeps for backward, each storage once. `kept` stays between steps anyway, and costs nothing."""
-    ignored, saved = {tensor.untyped_storage().data_ptr() for tensor in kept}, {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.detach()  # what a node saves of its own output would keep the node, and the node it, for good
-        for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):  # PEFT saves a COO tensor
-            saved[part.untyped_storage().data_ptr()] = part.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_tensors(ignore=tuple(kept)) as saved:
         y = forward()
     del y
-    return sum(size for pointer, size in saved.items() if pointer not in ignored)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved)
 
 
 def peak_bytes(call: Callable[[], object], device: str) -> int:

@@ -129,6 +129,11 @@ class Rows:
         self.file, self.cases = file, file.cases
         self._rows = {(row["case"], row["provider"], row["mode"]): row for row in file.rows if "mode" in row}
 
+    @property
+    def providers(self) -> list[str]:
+        """Each once, in the order of the file."""
+        return list(dict.fromkeys(provider for _, provider, _ in self._rows))
+
     def __call__(self, case: str, provider: str, mode: str) -> Row | None:
         return self._rows.get((case, provider, mode))
 
@@ -147,7 +152,7 @@ class Rows:
 
 def layers(rows: Rows) -> str:
     """Shapes of the demo's model and one larger: ours beside PEFT's layer, forward + backward."""
-    ours = next(name for _, name, _ in rows._rows if name.startswith("ours"))
+    ours = next(name for name in rows.providers if name.startswith("ours"))
     body = []
     for case in rows.cases:
         mine, peft = rows(case, ours, BOTH), rows(case, PEFT, BOTH)
@@ -167,7 +172,7 @@ HEADLINE_PATTERNS = ("entries 1 %", "entries 10 %", "columns 1 %", "rows 1 %", "
 
 def steps(rows: Rows) -> str:
     """A step that trains a part of one weight."""
-    ours = next(name for _, name, _ in rows._rows if name in ("ours, triton", "ours, reference"))
+    ours = next(name for name in rows.providers if name in ("ours, triton", "ours, reference"))
     body = []
     for case in rows.cases:
         mine = rows(case, ours, STEP)
@@ -188,11 +193,10 @@ def shira(rows: Rows) -> str:
 
 def trainings(rows: Rows) -> str:
     """Whole training steps: tokens/s, and × the authors' algorithm."""
-    providers = list(dict.fromkeys(row["provider"] for row in rows.file.rows if "mode" in row))
     body = [
         [name, *(f"{row['tokens_per_s']:.0f} ({digits(row['of_authors'])})" for case in rows.cases
                  if (row := rows(case, name, STEP)))]
-        for name in providers
+        for name in rows.providers
     ]  # fmt: skip
     counts = {row["rounds"] for row in rows.file.rows if "mode" in row}
     model_name = next(row["model"] for row in rows.file.rows)

@@ -26,9 +26,10 @@ import torch
 
 import peft_kernels as pk
 from peft_kernels.testing.sparse_delta import SparseCase
+from peft_kernels.testing.timing import Timer, interleaved
 
 from . import plots
-from .measure import Timer, interleaved, peak_bytes, rows_of, saved_bytes
+from .measure import peak_bytes, rows_of, saved_bytes
 from .registry import BACKWARD, BOTH, FORWARD, STEP, OpSpec, Request
 from .resultfile import Row
 from .sparse_providers import ACCELERATED, BARE, DENSE, SHIRA, Lane, check, makers, right_results

@@ -15,11 +15,12 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import compare, host, lora, providers, run, specs
 from benchmarks.lora import Shape, base_flops, bytes_moved, check, flops, make_inputs
-from benchmarks.measure import Timer, interleaved, peak_bytes, quantile, rows_of, saved_bytes, whole
+from benchmarks.measure import peak_bytes, quantile, rows_of, saved_bytes
 from benchmarks.providers import BARE, EAGER, PEFT, Provider, all_providers
 from benchmarks.registry import BACKWARD, BOTH, FORWARD, STEP, Request
 from benchmarks.resultfile import ResultFile
 from benchmarks.specs import SPECS
+from peft_kernels.testing.timing import Timer, interleaved, whole
 
 REFERENCE = Shape(8192, 4096, (4096,), 16, torch.bfloat16)
 SMALL = Shape(12, 24, (16,), 4, torch.float32)

@@ -5,7 +5,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import plots, sparse_delta, tables
-from benchmarks.measure import interleaved, peak_bytes, saved_bytes
+from benchmarks.measure import peak_bytes, saved_bytes
 from benchmarks.registry import BACKWARD, BOTH, FORWARD, STEP, Request
 from benchmarks.sparse_delta import PATTERNS, Pattern, Shape, Work, bytes_moved, flops, make_case, make_layout, shapes
 from benchmarks.sparse_providers import (
@@ -23,6 +23,7 @@ from benchmarks.sparse_providers import (
     right_results,
 )
 from peft_kernels.integrations.peft.shira import FusedShiraLinear
+from peft_kernels.testing.timing import interleaved
 
 TINY = Shape(8, 128, 96, torch.float32)
 ENTRIES, COLUMNS, RANK = Pattern("entries", 1.0), Pattern("columns", 5.0), Pattern("entries", r=4)

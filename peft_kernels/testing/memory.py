@@ -26,19 +26,19 @@ def poisoned_allocations() -> Iterator[None]:
 
 @contextlib.contextmanager
 def saved_tensors(ignore: tuple[torch.Tensor, ...] = ()) -> Iterator[list[torch.Tensor]]:
-    """Collects what autograd saves for backward inside the block, each storage once; parameters and other
-    tensors given in `ignore` cost nothing to keep and are left out."""
-    ignored = {tensor.untyped_storage().data_ptr() for tensor in ignore}
-    found: dict[int, torch.Tensor] = {}
+    """Collects what autograd saves for backward inside the block as it saves it, each storage once, a sparse tensor as
+    its indices and values; parameters and other tensors given in `ignore` cost nothing to keep and are left out."""
+    seen = {tensor.untyped_storage().data_ptr() for tensor in ignore}
+    found: list[torch.Tensor] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.detach()  # what a node saves of its own output would keep the node, and the node it, for good
-        pointer = tensor.untyped_storage().data_ptr()
-        if pointer not in ignored:
-            found.setdefault(pointer, tensor)
+        for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
+            pointer = part.untyped_storage().data_ptr()
+            if pointer not in seen:
+                seen.add(pointer)
+                found.append(part)
         return tensor
 
-    result: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield result
-    result.extend(found.values())
+        yield found

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 
 from ..testing.bounds import assert_within_eager
+from ..testing.timing import Timer, interleaved, whole
 from .plan import Job
 from .problems import Problem, problem
 
 _SECONDS = 0.3  # spent on the timing of one job, if the fewest rounds take less
-_FEWEST, _MOST, _WARM_UP = 7, 51, 2  # rounds
-_FLUSHED = 256 << 20  # bytes: more than any L2 cache
+_MOST = 51  # rounds
 
 
 class Measure:
@@ -24,7 +22,7 @@ class Measure:
     whose result is off, "skipped: …" for one that does not compile or wants more than the GPU has."""
 
     def __init__(self) -> None:
-        self.flush = torch.empty(_FLUSHED, dtype=torch.uint8, device="cuda")
+        self.timer = Timer("cuda")
 
     def __call__(self, job: Job, table: dict[tuple, Any]) -> list[float | str]:
         try:
@@ -32,31 +30,10 @@ class Measure:
             results = check(prepared, job.candidates)
         except torch.OutOfMemoryError:
             return ["skipped: the operands do not fit into the GPU's memory"] * len(job.candidates)
-        sound = [candidate for candidate, result in zip(job.candidates, results) if not result]
-        times = self._medians([lambda candidate=candidate: prepared.launch(candidate) for candidate in sound])
-        return [result or times.pop(0) for result in results]
-
-    def _medians(self, calls: list[Callable[[], object]]) -> list[float]:
-        """Every call once a round (ABC CBA ABC …), so that a GPU that slows down slows all of them down."""
-        times: list[list[float]] = [[] for _ in calls]
-        began, rounds = time.perf_counter(), -_WARM_UP
-        while rounds < _FEWEST or (rounds < _MOST and time.perf_counter() - began < _SECONDS):
-            for number in list(range(len(calls)))[:: -1 if rounds % 2 else 1]:
-                elapsed = self._time(calls[number])
-                if rounds >= 0:
-                    times[number].append(elapsed)
-            rounds += 1
-        return [statistics.median(found) for found in times]
-
-    def _time(self, call: Callable[[], object]) -> float:
-        """µs by events, from a cold L2 cache. While it is flushed, the host gets ahead of the GPU."""
-        self.flush.random_(0, 255)
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3
+        sound = [number for number, result in enumerate(results) if not result]
+        calls = {n: whole(lambda n=n: prepared.launch(job.candidates[n])) for n in sound}
+        times = interleaved(calls, self.timer, _SECONDS, most=_MOST)
+        return [results[n] or statistics.median(us for (us,) in times[n]) for n in range(len(results))]
 
 
 def check(prepared: Problem, candidates: tuple) -> list[str]:

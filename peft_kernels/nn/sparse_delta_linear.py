@@ -191,19 +191,20 @@ class SparseDeltaLinear(nn.Linear):
         """
         if self.active is None:
             return
-        delta = self.deltas[self.active]
+        weight, delta = self._parameters["weight"], self._modules["deltas"]._modules[self.active]
+        values, base = delta._parameters["values"], delta._buffers["base"]
         if torch.compiler.is_compiling():  # a graph cannot ask
-            write_delta(self.weight, delta.base, delta.values, delta.layout)
+            write_delta(weight, base, values, delta.layout)
             return
-        stamp = (self.active, delta.values._version, delta.values.data_ptr(), self.weight.data_ptr())
+        stamp = (self.active, values._version, values.data_ptr(), weight.data_ptr())
         seen = changed or stamp != self._written
-        if not seen and not self._trained and not _capturing(self.weight):
+        if not seen and not self._trained and not _capturing(weight):
             return
         # The same numbers as before, maybe: a backward that is still to come may go on with the weight that it saved.
         if not done:
-            write_delta(self.weight.data, delta.base, delta.values, delta.layout)
+            write_delta(weight.data, base, values, delta.layout)
         if seen:
-            torch.autograd.graph.increment_version(self.weight)
+            torch.autograd.graph.increment_version(weight)
         self._written, self._trained = stamp, self._trained and not changed
 
     def add_delta(self, name: str, delta: SparseDelta | SparseLayout) -> None:

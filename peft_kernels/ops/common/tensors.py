@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -27,3 +28,10 @@ def autocast(tensor: torch.Tensor | None, device_type: str) -> torch.Tensor | No
 def slices(length: int, step: int) -> Iterator[slice]:
     """[0, length) in slices of `step`; the last may be shorter."""
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+@functools.lru_cache(maxsize=256)
+def constant(value: float, dtype: torch.dtype) -> torch.Tensor:
+    """A number as a 0-dim tensor on the CPU, which goes beside tensors of any device without a copy. Not to be written
+    to. torch makes one of a Python number at every operation, 7 µs at 16 bits."""
+    return torch.tensor(value, dtype=torch.float64, device="cpu").to(dtype)

@@ -78,8 +78,8 @@ def lora_linear(
         ValueError: for shapes, dtypes, devices, a dropout or a precision that do not fit, in one line.
         RuntimeError: if the backend asked for cannot run here.
     """
-    return _run("lora_linear", x, (Projection(weight, lora_A, lora_B, scaling, bias),), dropout_p, training,
-                False, adapter_precision)[0]  # fmt: skip
+    projection = weight, lora_A, lora_B, scaling, bias  # plain: a `Projection` costs the host more than a check
+    return _run("lora_linear", x, (projection,), dropout_p, training, False, adapter_precision)[0]
 
 
 def lora_linear_shared_input(
@@ -124,7 +124,7 @@ def _run(
     backend = backends.choose(op, x)
     p = dropout_p if training else 0.0
     seed = dropout.draw_seed(x.device) if p > 0.0 else None
-    high = adapter_precision == "high" and projections[0].lora_A.dtype != x.dtype
+    high = adapter_precision == "high" and projections[0][1].dtype != x.dtype
 
     flat: list[torch.Tensor | None] = []
     scalings: list[float] = []
@@ -158,8 +158,8 @@ def _autocast(x: torch.Tensor, projections: tuple[Projection, ...]) -> tuple[tor
         return tensor if tensor.dtype == torch.float32 else cast(tensor)
 
     return cast(x), tuple(
-        Projection(cast(p.weight), cast_adapter(p.lora_A), cast_adapter(p.lora_B), p.scaling, cast(p.bias))
-        for p in projections
+        Projection(cast(weight), cast_adapter(lora_A), cast_adapter(lora_B), scaling, cast(bias))
+        for weight, lora_A, lora_B, scaling, bias in projections
     )
 
 
@@ -231,15 +231,16 @@ def _call_forward(options: Options, seed: torch.Tensor | None, x: torch.Tensor, 
 def _save_for_backward(ctx, options: Options, x: torch.Tensor, flat, kept) -> None:
     needs_x, needs = options.needs_x, options.needs
     needs_A = True in needs[2::4]
+    needs_h = needs_x or needs_A
     saved = [
         x if needs_A or True in needs[0::4] else None,
         kept[0] if True in needs[3::4] else None,
-        kept[-1] if options.dropout_p > 0.0 and (needs_x or needs_A) else None,
+        kept[-1] if needs_h and options.dropout_p > 0.0 else None,
     ]
     for j in range(0, len(flat), 5):
         weight, _, lora_A, lora_B, row_scaling = flat[j : j + 5]
         saved += (weight, lora_A) if needs_x else (None, None)
-        saved += (lora_B, row_scaling) if needs_x or needs_A else (None, None)
+        saved += (lora_B, row_scaling) if needs_h else (None, None)
     ctx.save_for_backward(*saved)
     ctx.set_materialize_grads(False)
     ctx.options = options

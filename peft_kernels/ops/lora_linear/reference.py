@@ -7,13 +7,13 @@ functions are those of the registered ops (`op.py`).
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
+from torch.nn.functional import linear
 
 from ..common import dropout
-from ..common.tensors import flatten, unflatten
+from ..common.tensors import constant, flatten, unflatten
 
 _TINY_PRODUCT = 1 << 16  # multiply-adds
 
@@ -35,7 +35,7 @@ def forward(
     Returns the ys [..., N_j]; then, if any is to be kept, S [M, Σ R_j] of the projections marked in save_s;
     then, if it is to be kept, the packed mask [streams, M, ceil(K / 8)].
     """
-    rows = flatten(x)
+    rows, rescale = flatten(x), dropout.rescale(dropout_p)
     low_dtype = _low_rank_dtype(rows, projections[2].shape[0], high_precision)
     masks = dropped = None
     if seed is None:
@@ -48,7 +48,7 @@ def forward(
         if masks is not None and (j == 0 or not shared_dropout):
             kept = dropout.unpack_mask(masks[j], rows.shape[1], x.dtype)
             dropped = _as(rows * kept, low_dtype)
-        s = _scaled_mm(dropped, _as(lora_A, low_dtype).t(), scaling * dropout.rescale(dropout_p), row_scaling)
+        s = _scaled_mm(dropped, _as(lora_A, low_dtype).t(), scaling * rescale, row_scaling)
         y = add_base(s, lora_B, rows, weight, bias)
         ys.append(unflatten(y, x.shape[:-1]))
         if save_s[j]:
@@ -122,39 +122,36 @@ def add_base(
 ) -> torch.Tensor:
     """S·Bᵀ + bias + x·Wᵀ [M, N] in x's dtype. The large product is added onto the small one: it reads y in its
     epilogue, and the low-rank term is rounded where it is small."""
-    lora_Bt = _as(lora_B, s.dtype).t()
-    y = s.mm(lora_Bt) if bias is None else torch.addmm(_as(bias, s.dtype), s, lora_Bt)
-    if s.dtype != x.dtype:
-        return y.add_(x.mm(weight.t())).to(x.dtype)
+    dtype = s.dtype
+    y = linear(s, _as(lora_B, dtype), bias if bias is None else _as(bias, dtype))
+    if dtype != x.dtype:
+        return y.add_(linear(x, weight)).to(x.dtype)
     return y.addmm_(x, weight.t())
 
 
 def _low_rank_dtype(rows: torch.Tensor, rank: int, high_precision: bool) -> torch.dtype:
     """What low-rank products are computed in. At 16 bits oneDNN sets up a primitive at every call, 15 µs on a CPU: for
     a token or few, casts to float32 cost less."""
-    tiny = rows.dtype.itemsize == 2 and rows.numel() * rank < _TINY_PRODUCT and rows.is_cpu
-    return torch.float32 if high_precision or tiny else rows.dtype
+    dtype = rows.dtype
+    if dtype == torch.float32 or high_precision:
+        return torch.float32
+    tiny = dtype != torch.float64 and rows.numel() * rank < _TINY_PRODUCT and rows.is_cpu
+    return torch.float32 if tiny else dtype
 
 
 def _scaled_mm(left: torch.Tensor, right: torch.Tensor, scale: float, row_scaling: torch.Tensor | None) -> torch.Tensor:
     """scale · row_scaling · left·right; the scale is applied before a product is rounded to 16 bits."""
-    if left.shape[0] == right.shape[1] == 1:  # a dot product: MKL errs twice as much with the longer one on the left
+    if left.shape[0] == 1 == right.shape[1]:  # a dot product: MKL errs twice as much with the longer one on the left
         left, right = right.t(), left.t()
     if scale == 1.0:
         product = left.mm(right)
     elif left.dtype.itemsize > 2 or math.frexp(scale)[0] == 0.5:  # a power of two rounds nothing
-        product = left.mm(right).mul_(_constant(scale, left.dtype))
+        product = left.mm(right).mul_(constant(scale, left.dtype))
     else:  # dearer for the host: oneDNN sets up another primitive
         product = torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
     if row_scaling is None:
         return product
     return product.mul_(row_scaling.reshape(-1, 1) if row_scaling.dim() else row_scaling)
-
-
-@functools.lru_cache(maxsize=256)
-def _constant(value: float, dtype: torch.dtype) -> torch.Tensor:
-    """A number as a tensor: torch makes one of a Python number at every product, 7 µs at 16 bits."""
-    return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..common.tensors import flatten, slices, unflatten
+from ..common.tensors import constant, flatten, slices, unflatten
 
 _BAND_BYTES = 4 << 20
 
@@ -85,10 +85,8 @@ def mask(values: torch.Tensor, scores: torch.Tensor, tau: torch.Tensor) -> torch
 
 
 def rounded(threshold: float, threshold_tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """τ in the scores' dtype. A 0-dim tensor on the CPU goes beside tensors of any device without a copy."""
-    if threshold_tensor is None:
-        threshold_tensor = torch.tensor(threshold, dtype=torch.float64, device="cpu")
-    return threshold_tensor.to(dtype)
+    """τ in the scores' dtype."""
+    return constant(threshold, dtype) if threshold_tensor is None else threshold_tensor.to(dtype)
 
 
 def bands(length: int, other: int, element_size: int) -> Iterator[slice]:

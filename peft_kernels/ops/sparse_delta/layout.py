@@ -186,7 +186,8 @@ class SparseLayout:
             m = self.tile[1]
             flat = count(N, K)[:, None, None] + count(K // m, m)[:, None] + held
         else:
-            flat = torch.repeat_interleave(count(N, K), self.tensors["row_starts"].diff(), output_size=self.nnz) + held
+            counts = self.tensors["row_starts"].diff().long()
+            flat = torch.repeat_interleave(counts, output_size=self.nnz).mul_(K).add_(held)
         return flat.flatten()
 
     def mask(self) -> torch.Tensor:
@@ -326,7 +327,8 @@ def _check_mask(mask: torch.Tensor) -> None:
 
 def _checked_shape(shape: tuple[int, int]) -> tuple[int, int]:
     if len(shape) != 2 or min(shape) < 0:
-        raise ValueError(f"expected the shape (N, K) of a weight, got {tuple(shape)}")
+        given = describe(shape) if isinstance(shape, torch.Tensor) else tuple(shape)
+        raise ValueError(f"expected the shape (N, K) of a weight, got {given}")
     return int(shape[0]), int(shape[1])
 
 

@@ -101,15 +101,17 @@ class TestProviders:
 
 
 class TestTiming:
-    def test_interleaving(self):
+    @pytest.mark.parametrize(("us", "untimed"), [(1.0, 5), (1e6, 1)])
+    def test_interleaving(self, us, untimed):
+        """Short calls each right after an untimed one of their own, long ones in the first round only."""
         called = []
         calls = {name: whole(lambda name=name: called.append(name)) for name in "ab"}
-        times = interleaved(calls, lambda call, repeats: call(lambda: None) or (1e6,), seconds=0.0, least=3)
+        times = interleaved(calls, lambda call, repeats: call(lambda: None) or (us,), seconds=0.0, least=3)
         assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
-        pairs = list(zip(called[::2], called[1::2]))
-        assert all(one == other for one, other in pairs)  # each right after an untimed call of its own
-        rounds = [{pairs[at][0], pairs[at + 1][0]} for at in range(0, len(pairs), 2)]
-        assert rounds == [{"a", "b"}] * 5
+        doubled = called[: 4 * untimed]
+        assert doubled[::2] == doubled[1::2]
+        turns = doubled[::2] + called[4 * untimed :]
+        assert [set(turns[at : at + 2]) for at in range(0, len(turns), 2)] == [{"a", "b"}] * 5
         assert quantile([3.0, 1.0, 2.0], 0.5) == 2.0
 
     def test_marks(self):

@@ -16,6 +16,7 @@ Name = TypeVar("Name", bound=Hashable)
 Marked = Callable[[Callable[[], None]], None]
 
 _FLUSHED = 256 << 20  # bytes: more than any L2 cache
+_LONG = 5000.0  # µs: what ran before does not count then
 
 
 class Timer:
@@ -65,14 +66,15 @@ def interleaved(
     """Every call once a round, in an order drawn anew, for about `seconds`; the first two rounds warm up and do not
     count.
 
-    What ran before a call is not its concern, but is felt: 2 % at 300 µs. So each runs once untimed right before, and
-    short ones are repeated on the CPU until the shortest fills 2 ms.
+    What ran before a call is not its concern, but is felt: 2 % at 300 µs. So short ones run once untimed right before,
+    and are repeated on the CPU until the shortest fills 2 ms.
     """
     times: dict[Name, list[tuple[float, ...]]] = {name: [] for name in calls}
     order, began, rounds, repeats, shortest = random.Random(0), time.perf_counter(), 0, 1, float("inf")
     while rounds < 2 + least or (rounds < 2 + most and time.perf_counter() - began < seconds):
         for name in order.sample(list(calls), len(calls)):
-            calls[name](lambda: None)
+            if rounds == 0 or shortest < _LONG:
+                calls[name](lambda: None)
             elapsed = timer(calls[name], repeats)
             if rounds >= 2:
                 times[name].append(elapsed)

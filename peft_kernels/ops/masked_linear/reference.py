@@ -70,9 +70,10 @@ def backward(
         for band in bands(N, rows.shape[1], dy.element_size()):
             product = dy[:, band].t().mm(rows)
             if needs_weight:
-                grad_weight[band] = mask(product, scores[band], tau)
+                torch.where(scores[band] >= tau, product, constant(0.0, dy.dtype), out=grad_weight[band])
             if needs_scores:  # in float32 where the scores are: one rounding to 16 bits less
-                grad_scores[band] = product.to(torch.promote_types(product.dtype, scores_dtype)) * weight[band]
+                wide = product.to(torch.promote_types(product.dtype, scores_dtype))
+                torch.mul(wide, weight[band], out=grad_scores[band])
         grads += [grad for grad in (grad_weight, grad_scores) if grad is not None]
     if needs_bias:
         grads.append(dy.sum(0))

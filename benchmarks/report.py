@@ -23,7 +23,7 @@ from .measure import where
 from .providers import BARE, PEFT
 from .registry import BOTH, FORWARD, STEP
 from .resultfile import ResultFile, Row
-from .sparse_providers import ACCELERATED, DENSE, SCATTER, SHIRA
+from .sparse_providers import ACCELERATED, DENSE, SCATTER, SHIRA, of_ours
 from .specs import SPECS
 from .tables import digits, grid, short
 
@@ -172,7 +172,7 @@ HEADLINE_PATTERNS = ("entries 1 %", "entries 10 %", "columns 1 %", "rows 1 %", "
 
 def steps(rows: Rows) -> str:
     """A step that trains a part of one weight."""
-    ours = next(name for name in rows.providers if name in ("ours, triton", "ours, reference"))
+    ours = of_ours(rows.providers)
     body = []
     for case in rows.cases:
         mine = rows(case, ours, STEP)

@@ -32,7 +32,7 @@ from . import plots
 from .measure import peak_bytes, rows_of, saved_bytes
 from .registry import BACKWARD, BOTH, FORWARD, STEP, OpSpec, Request
 from .resultfile import Row
-from .sparse_providers import ACCELERATED, BARE, DENSE, SHIRA, Lane, check, makers, right_results
+from .sparse_providers import ACCELERATED, BARE, DENSE, SHIRA, Lane, check, makers, of_ours, right_results
 
 PARTS = (FORWARD, BOTH, STEP)
 REFERENCES = {"bare": BARE, "dense": DENSE, "shira": SHIRA}
@@ -206,7 +206,7 @@ COLUMNS = {
 def summary(rows: list[Row]) -> str:
     """The bars, and how every shape stands to them."""
     timed = [row for row in rows if "mode" in row]
-    ours = "ours, triton" if any(row["provider"] == "ours, triton" for row in timed) else "ours, reference"
+    ours = of_ours(row["provider"] for row in timed)
     bars = (
         (ours, STEP, "entries 1 %", "of_dense", 1.0, f"step of {DENSE}"),
         (ours, STEP, "entries 1 %", "memory_of_dense", 0.5, f"memory of {DENSE}"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -222,9 +222,17 @@ def makers(device: str, shira: bool) -> list[Callable[[SparseCase], Lane]]:
     """What can run here, the bare linear first. `shira`: whether the layout is one that PEFT's SHiRA can have."""
     found: list[Callable[[SparseCase], Lane]] = [Lane, DenseMasked, CloneScatter]
     found += [Shira, AcceleratedShira] if shira else []
-    for backend in ("triton", "reference") if device == "cuda" else ("reference",):
+    of_cpu = backends.choose("sparse_delta_linear", torch.empty(0))
+    for backend in ("triton", "reference") if device == "cuda" else (of_cpu,):
         found += [lambda case, kind=kind, backend=backend: kind(case, backend) for kind in (Ours, Apart)]
     return found
+
+
+def of_ours(providers: Iterable[str]) -> str:
+    """The first of them that is `Ours`, by whichever backend; its bare name if there is none."""
+    return next(
+        (name for name in providers if name.startswith(Ours.name) and not name.startswith(Apart.name)), Ours.name
+    )
 
 
 # --- Check ---------------------------------------------------------------------------------------------------

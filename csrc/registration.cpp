@@ -1,8 +1,14 @@
-// The schemas of the native ops, and nothing else. The CUDA implementations register themselves beside their
+// The schemas of the native ops, and nothing else. Implementations register themselves beside their
 // kernels; the public ops, their fakes and their gradients are Python's.
 
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(peft_kernels_native, m) {
+  m.def("draw_mask(Tensor seed, int rows, int columns, int threshold, int streams) -> Tensor");
+  m.def(
+      "sparse_patched(Tensor weight, Tensor values, Tensor row_starts, Tensor columns, int row_begin, int row_end, "
+      "int column_begin, int column_end) -> Tensor");
+  m.def("sparse_sampled(Tensor dy, Tensor x, Tensor row_starts, Tensor columns) -> Tensor");
+  m.def("sparse_write(Tensor(a!) weight, Tensor base, Tensor values, Tensor row_starts, Tensor columns) -> ()");
   m.def("split_reduce(Tensor partials, Tensor? row_scale, float scale, ScalarType out_dtype) -> Tensor");
 }

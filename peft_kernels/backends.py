@@ -16,19 +16,23 @@ from typing import NamedTuple
 
 import torch
 
+from . import _native
+
 #: What `use_backend` and the environment variable PEFT_KERNELS_BACKEND accept. `triton` chooses between the
-#: fused GEMM and the vendor's GEMM by rule (`configs.py` of the room); the two suffixed names force one.
-NAMES = ("auto", "reference", "triton", "triton:fused", "triton:blas", "cuda")
+#: fused GEMM and the vendor's GEMM by rule (`configs.py` of the room); the two suffixed names force one. `cpu` and
+#: `cuda` are the native library's.
+NAMES = ("auto", "reference", "cpu", "triton", "triton:fused", "triton:blas", "cuda")
 
 #: op -> the backends that implement it.
 OPS = {
     "lora_linear": ("reference", "triton"),
     "lora_linear_shared_input": ("reference", "triton"),
     "masked_linear": ("reference", "triton"),
-    "sparse_delta_linear": ("reference", "triton"),
+    "sparse_delta_linear": ("reference", "cpu", "triton"),
 }
 
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of all but the reference
+_CPU = _native.load()  # now: where a graph is traced it could not be
 _TRITON = importlib.util.find_spec("triton") is not None  # found, not imported
 #: Triton's kernels then run in its interpreter, on the CPU; `auto` never takes it.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -63,7 +67,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Run the ops called inside the block on one backend: `with pk.use_backend("reference"): …`.
 
     Args:
-        name: one of `auto`, `reference`, `triton`, `cuda`; `triton:fused` and `triton:blas` force one way
+        name: one of `auto`, `reference`, `cpu`, `triton`, `cuda`; `triton:fused` and `triton:blas` force one way
             to expand the low-rank product (see `ops/lora_linear/README.md`).
 
     The setting holds for the whole process. A backward runs on the backend that its forward took.
@@ -96,30 +100,40 @@ def explain(op: str, device_type: str, dtype: torch.dtype) -> Choice:
     if requested != "auto":
         return Choice(backend, f"asked for: {requested}")
     if backend == "reference":
-        return Choice(backend, _why_not_triton(device_type, dtype))
+        native = device_type == "cpu" and "cpu" in OPS[op]
+        return Choice(backend, _why_not("cpu" if native else "triton", device_type, dtype))
+    if backend == "cpu":
+        return Choice(backend, "CPU tensors and the native library")
     return Choice(backend, f"{device_type} tensors and Triton {importlib.metadata.version('triton')}")
 
 
 def _resolve(op: str, requested: str, device_type: str, dtype: torch.dtype) -> str:
     if requested == "auto":
-        triton = _TRITON and device_type == "cuda" and dtype in _TRITON_DTYPES
-        return "triton" if triton else "reference"
+        if _TRITON and device_type == "cuda" and dtype in _DTYPES:
+            return "triton"
+        native = _CPU and device_type == "cpu" and dtype in _DTYPES and "cpu" in OPS[op]
+        return "cpu" if native else "reference"
     family = requested.partition(":")[0]
     if family not in OPS[op]:
         raise RuntimeError(f"{op}: expected one of the backends {', '.join(OPS[op])}, got {requested!r}")
-    if family == "triton":
-        missing = _why_not_triton(device_type, dtype)
-        if missing and not (_INTERPRETING and device_type == "cpu" and dtype in _TRITON_DTYPES):
-            raise RuntimeError(f"{op}: the backend {requested!r} cannot run here: {missing}")
+    missing = _why_not(family, device_type, dtype)
+    interpreted = family == "triton" and _INTERPRETING and device_type == "cpu" and dtype in _DTYPES
+    if missing and not interpreted:
+        raise RuntimeError(f"{op}: the backend {requested!r} cannot run here: {missing}")
     return requested
 
 
-def _why_not_triton(device_type: str, dtype: torch.dtype) -> str:
+def _why_not(family: str, device_type: str, dtype: torch.dtype) -> str:
     """Empty where it can run."""
-    if not _TRITON:
+    if family == "reference":
+        return ""
+    if family == "triton" and not _TRITON:
         return "Triton is not installed"
-    if device_type != "cuda":
-        return f"expected CUDA tensors, got {device_type}"
-    if dtype not in _TRITON_DTYPES:
+    if family == "cpu" and not _CPU:
+        return f"of the native library, {_native.why_not()}"
+    wanted = "cpu" if family == "cpu" else "cuda"
+    if device_type != wanted:
+        return f"expected {wanted.upper()} tensors, got {device_type}"
+    if dtype not in _DTYPES:
         return f"expected float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"
     return ""

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from peft_kernels import _native
+from peft_kernels.ops.common import dropout
 
 HAS_NVCC = bool(shutil.which("nvcc") or os.path.exists("/usr/local/cuda/bin/nvcc"))
 pytestmark = pytest.mark.skipif(
@@ -21,6 +22,10 @@ pytestmark = pytest.mark.skipif(
 
 def split_reduce(*args):
     return torch.ops.peft_kernels_native.split_reduce(*args)
+
+
+def draw_mask(*args):
+    return torch.ops.peft_kernels_native.draw_mask(*args)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -82,11 +87,53 @@ def test_resource_use(architecture):
     dump = subprocess.check_output([cuobjdump, "--dump-resource-usage", _native.LIBRARY], text=True)
     section = "".join(re.findall(rf"arch = {architecture}\n(.*?)(?=\nFatbin |\Z)", dump, flags=re.DOTALL))
     use = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", section)
-    kernels = [name for name, *_ in use if "split_reduce" in name]
-    assert len(kernels) == 6  # three output dtypes, vectorised or not
+    assert sum("split_reduce" in name for name, *_ in use) == 6  # three output dtypes, vectorised or not
+    assert sum("draw_mask" in name for name, *_ in use) == 1
     for name, registers, stack, local in use:
         assert (int(stack), int(local)) == (0, 0), name
         assert int(registers) <= 64, name  # 4 blocks of 256 threads an SM
+
+
+class TestDrawMask:
+    """The bits of the dropout contract, by the code that the host and the GPU share."""
+
+    @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+    @pytest.mark.parametrize("p", [0.0, 0.001, 0.1, 0.5, 1.0])
+    @pytest.mark.parametrize(
+        ("rows", "columns", "streams"),
+        [(1, 1, 1), (3, 5, 1), (33, 71, 2), (512, 576, 3), (2, 40000, 1), (0, 8, 1), (4, 0, 2)],
+    )
+    def test_the_bits_of_the_definition(self, rows, columns, streams, p, device):
+        for seed in (0, 7, -1, 2**63 - 1, -(2**63)):
+            seed = torch.tensor([seed])
+            expected = dropout.draw_mask_by_torch(seed, rows, columns, p, streams)
+            assert torch.equal(draw_mask(seed.to(device), rows, columns, dropout.threshold(p), streams).cpu(), expected)
+
+    def test_a_stream_is_the_same_beside_others(self):
+        seed = torch.tensor([5])
+        three = draw_mask(seed, 100, 90, 0, 3)
+        assert torch.equal(three[:2], draw_mask(seed, 100, 90, 0, 2))
+        assert not torch.equal(three[0], three[1])
+
+    def test_the_cpu_draws_by_it(self, monkeypatch):
+        seed = torch.tensor([5])
+        expected = dropout.draw_mask(seed, 20, 30, 0.5, 1)
+        monkeypatch.setattr(dropout, "draw_mask_by_torch", None)
+        assert torch.equal(dropout.draw_mask(seed, 20, 30, 0.5, 1), expected)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ((torch.tensor([1, 2]), 4, 8, 0, 1), r"expected seed int64 \[1\], got \[2\]"),
+            ((torch.tensor([1.0]), 4, 8, 0, 1), r"expected seed int64 \[1\], got \[1\] or another dtype"),
+            ((torch.tensor([1]), -4, 8, 0, 1), "expected sizes of at least 0, got rows -4, columns 8, streams 1"),
+            ((torch.tensor([1]), 4, 8, 40000, 1), "expected a threshold from -32768 to 32768, got 40000"),
+        ],
+    )
+    def test_says_what_it_expected(self, arguments, message):
+        with pytest.raises(RuntimeError, match=message) as caught:
+            draw_mask(*arguments)
+        assert "\n" not in str(caught.value).strip()
 
 
 def test_refuses_cpu_tensors():

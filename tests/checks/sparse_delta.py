@@ -9,7 +9,7 @@ import math
 import torch
 
 import peft_kernels as pk
-from peft_kernels.ops.sparse_delta import reference, write_delta
+from peft_kernels.ops.sparse_delta import cpu, reference, write_delta
 from peft_kernels.testing import assert_within_eager, poisoned_allocations, saved_tensors
 from peft_kernels.testing.sparse_delta import LEAVES, eager, make_case, make_layout, ours, ours_in_weight, run, truth
 from tests.checks.common import record_calls, strided, subsets
@@ -128,8 +128,8 @@ def check_empty(backend: str, device: str = "cpu") -> None:
 
 def check_runs(backend: str, device: str, monkeypatch) -> None:
     """The backend asked for is the one that runs, backward included, also outside of the block."""
-    modules = [reference]
-    if backend != "reference":
+    modules = [cpu if backend == "cpu" else reference]
+    if backend == "triton":
         from peft_kernels.ops.sparse_delta import triton_backward, triton_forward
 
         modules = [triton_forward, triton_backward]

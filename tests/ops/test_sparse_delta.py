@@ -9,7 +9,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import peft_kernels as pk
-from peft_kernels.ops.sparse_delta import SparseDeltaLinearFunction, SparseGradientFunction, reference
+from peft_kernels import _native
+from peft_kernels.ops.sparse_delta import SparseDeltaLinearFunction, SparseGradientFunction, cpu, reference
 from peft_kernels.testing import saved_tensors
 from peft_kernels.testing.sparse_delta import make_case, make_layout, run, scatter_expression
 from tests.checks import sparse_delta as checks
@@ -22,20 +23,27 @@ DTYPES = {
 }
 
 
+NATIVE = pytest.mark.skipif(not _native.load(), reason=_native.why_not())
+BACKENDS = pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=NATIVE)])
+
+
+@BACKENDS
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", checks.LAYOUTS)
 @pytest.mark.parametrize("shape", checks.SHAPES)
-def test_within_eager(dtype, layout, shape):
-    checks.check_within_eager("reference", **checks.SHAPES[shape], **checks.LAYOUTS[layout], **DTYPES[dtype])
+def test_within_eager(backend, dtype, layout, shape):
+    checks.check_within_eager(backend, **checks.SHAPES[shape], **checks.LAYOUTS[layout], **DTYPES[dtype])
 
 
+@BACKENDS
 @pytest.mark.parametrize("layout", checks.LAYOUTS)
-def test_within_eager_under_autocast(layout):
+def test_within_eager_under_autocast(backend, layout):
     checks.check_within_eager(
-        "reference", autocast=torch.bfloat16, **checks.SHAPES["odd"], **checks.LAYOUTS[layout], dtype=torch.float32
+        backend, autocast=torch.bfloat16, **checks.SHAPES["odd"], **checks.LAYOUTS[layout], dtype=torch.float32
     )
 
 
+@BACKENDS
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     kind=st.sampled_from(["entries", "rows", "columns", "blocks", "n_of_m"]),
@@ -47,8 +55,8 @@ def test_within_eager_under_autocast(layout):
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     bias=st.booleans(),
 )
-def test_drawn_shapes(**case_arguments):
-    checks.check_within_eager("reference", **case_arguments)
+def test_drawn_shapes(backend, **case_arguments):
+    checks.check_within_eager(backend, **case_arguments)
 
 
 @pytest.mark.parametrize("kind", ["entries", "rows", "columns", "blocks", "n_of_m"])
@@ -69,21 +77,87 @@ def test_gradcheck(kind):
     assert torch.autograd.gradcheck(lambda x, w, v, b: pk.sparse_delta_linear(x, w, v, case.layout, b), leaves)
 
 
-def test_subsets():
-    checks.check_subsets("reference")
+@BACKENDS
+def test_subsets(backend):
+    checks.check_subsets(backend)
 
 
-def test_strides():
-    checks.check_strides("reference")
+@BACKENDS
+def test_strides(backend):
+    checks.check_strides(backend)
 
 
-def test_empty():
-    checks.check_empty("reference")
+@BACKENDS
+def test_empty(backend):
+    checks.check_empty(backend)
 
 
-def test_runs(monkeypatch):
-    checks.check_runs("reference", "cpu", monkeypatch)
-    assert pk.backends.choose("sparse_delta_linear", torch.ones(1)) == "reference"
+@BACKENDS
+def test_runs(backend, monkeypatch):
+    checks.check_runs(backend, "cpu", monkeypatch)
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", checks.KINDS)
+def test_writing(backend, kind, dtype):
+    checks.check_writing(backend, kind, "cpu", dtype)
+
+
+def test_what_auto_takes():
+    taken = pk.backends.choose("sparse_delta_linear", torch.ones(1))
+    assert taken == ("cpu" if _native.load() else "reference")
+    assert pk.backends.choose("sparse_delta_linear", torch.ones(1, dtype=torch.float64)) == "reference"
+    assert pk.backends.choose("lora_linear", torch.ones(1)) == "reference"
+
+
+@NATIVE
+class TestSampledByTheNativeLibrary:
+    """The gradient of entries as dot products: many blocks of tokens, strips that are cut off, dense rows."""
+
+    @pytest.mark.parametrize("tokens", [1, 31, 128, 129, 1000])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("features", [(1, 1), (17, 40), (100, 33), (5, 40000)])
+    def test_beside_dense(self, tokens, dtype, features):
+        N, K = features
+        torch.manual_seed(0)
+        layout = pk.SparseLayout.from_mask(torch.rand(N, K) < 0.04)
+        dy, x = (torch.randn(tokens, size + 3).to(dtype)[:, 1 : size + 1] for size in features)
+        found = cpu.grad_values(dy, x, layout, torch.float32)
+        dense = dy.double().t() @ x.double()
+        error = (found - layout.take(dense)).abs()
+        magnitude = layout.take(dy.double().abs().t() @ x.double().abs())
+        assert bool((error <= 2**-24 * (tokens / 32 + 6) * magnitude).all())  # 32 partial sums, then a tree
+
+    def test_the_same_bits_with_other_threads(self):
+        torch.manual_seed(0)
+        layout = pk.SparseLayout.from_mask(torch.rand(300, 200) < 0.05)
+        dy, x = torch.randn(700, 300), torch.randn(700, 200)
+        threads, results = torch.get_num_threads(), []
+        try:
+            for count in (1, 2, 3):
+                torch.set_num_threads(count)
+                results.append(cpu.grad_values(dy, x, layout, torch.float32))
+        finally:
+            torch.set_num_threads(threads)
+        assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"x": torch.ones(3, 8)}, r"of as many tokens and of one dtype, got \[4, 6\] and \[3, 8\]"),
+            ({"x": torch.ones(4, 8).double(), "dy": torch.ones(4, 6).double()}, "expected x in float32, bfloat16 or"),
+            ({"dy": torch.ones(4, 7)}, r"expected contiguous row_starts, int64 \[8\], got \[7\]"),
+            ({"columns": torch.zeros(4, dtype=torch.int16)}, "expected 5 columns, got 4"),
+            ({"columns": torch.zeros(5)}, "expected contiguous columns, int16 or int32"),
+        ],
+    )  # fmt: skip
+    def test_says_what_it_expected(self, change, message):
+        starts = torch.tensor([0, 1, 2, 3, 4, 5, 5])
+        given = {"dy": torch.ones(4, 6), "x": torch.ones(4, 8), "row_starts": starts,
+                 "columns": torch.zeros(5, dtype=torch.int16)} | change  # fmt: skip
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.peft_kernels_native.sparse_sampled(*given.values())
 
 
 @pytest.mark.parametrize("layout", checks.LAYOUTS)
@@ -116,22 +190,23 @@ class largest_allocation(torch.utils._python_dispatch.TorchDispatchMode):
 class TestTorch:
     """torch.compile, opcheck, autocast, torch.func, checkpointing, graphs of autograd."""
 
+    @BACKENDS
     @pytest.mark.parametrize("kind", ["entries", "columns", "blocks", "n_of_m"])
-    def test_opcheck(self, kind):
+    def test_opcheck(self, backend, kind):
         case = make_case(kind, (4, 5), 24, 16, tile=(4, 8))
         layout = list(case.layout.tensors.values()), case.layout.kind, case.layout.tile
         ops = torch.ops.peft_kernels
         torch.library.opcheck(
-            ops.sparse_delta_linear_forward.default, (case.x, case.weight, case.values, case.bias, *layout, "reference")
+            ops.sparse_delta_linear_forward.default, (case.x, case.weight, case.values, case.bias, *layout, backend)
         )
         x, dy = case.x.view(20, 24), case.dy.view(20, 16)
         torch.library.opcheck(
             ops.sparse_delta_linear_backward.default,
-            (dy, x, case.weight, case.values, *layout, [16, 24], [True] * 4, torch.float32, "reference"),
+            (dy, x, case.weight, case.values, *layout, [16, 24], [True] * 4, torch.float32, backend),
         )
         base = case.layout.take(case.weight)
         torch.library.opcheck(
-            ops.sparse_delta_write.default, (case.weight.clone(), base, case.values, *layout, "reference")
+            ops.sparse_delta_write.default, (case.weight.clone(), base, case.values, *layout, backend)
         )
 
     @pytest.mark.parametrize("kind", ["entries", "columns"])

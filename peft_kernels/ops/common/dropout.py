@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import torch
 
+from ... import _native
+
 ROUNDS = 7
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
@@ -49,12 +51,22 @@ def mask_bytes(columns: int) -> int:
 
 
 def draw_mask(seed: torch.Tensor, rows: int, columns: int, p: float, streams: int) -> torch.Tensor:
-    """The packed mask, uint8 [streams, rows, ceil(columns / 8)], in plain PyTorch on the seed's device.
+    """The packed mask, uint8 [streams, rows, ceil(columns / 8)], on the seed's device: on a CPU by the native library
+    where there is one, which is an order of magnitude faster than plain PyTorch and draws the same bits.
 
     Bits beyond the last column are drawn like the others; nobody reads them.
     """
+    if seed.is_cpu and _native.load():
+        return torch.ops.peft_kernels_native.draw_mask(seed, rows, columns, threshold(p), streams)
+    return draw_mask_by_torch(seed, rows, columns, p, streams)
+
+
+def draw_mask_by_torch(seed: torch.Tensor, rows: int, columns: int, p: float, streams: int) -> torch.Tensor:
+    """The same in plain PyTorch: the definition."""
     groups = mask_bytes(columns)
-    mask = torch.empty(streams, rows, groups, dtype=torch.uint8, device=seed.device)
+    mask = torch.zeros(streams, rows, groups, dtype=torch.uint8, device=seed.device)
+    if p >= 1.0:  # the threshold lies beyond 16 bits
+        return mask
     step = max(1, _BYTES_PER_CHUNK // max(groups, 1))
     group = torch.arange(groups, device=seed.device)
     for stream in range(streams):

@@ -14,7 +14,7 @@ from ... import backends
 from ..common.library import LIBRARY, on_device_of, register
 from ..common.messages import describe
 from ..common.tensors import autocast, flatten, unflatten
-from . import reference
+from . import cpu, reference
 from .layout import SparseLayout
 
 
@@ -231,33 +231,35 @@ def _flat(layout: SparseLayout) -> tuple[list[torch.Tensor], str, tuple[int, ...
 
 def _forward(x, weight, values, bias, layout, kind, tile, backend):
     layout = SparseLayout.of_tensors(kind, tuple(weight.shape), layout, tuple(tile))
-    if backend == "reference":
-        return unflatten(reference.forward(flatten(x), weight, values, bias, layout), x.shape[:-1])
-    from . import triton_forward  # needs Triton, which the package does not
-
+    if backend.startswith("triton"):
+        from . import triton_forward as module  # needs Triton, which the package does not
+    else:
+        module = cpu if backend == "cpu" else reference
     with on_device_of(x):
-        return unflatten(triton_forward.forward(flatten(x), weight, values, bias, layout), x.shape[:-1])
+        return unflatten(module.forward(flatten(x), weight, values, bias, layout), x.shape[:-1])
 
 
 def _backward_of(dy, x, weight, values, layout, kind, tile, shape, needs, values_dtype, backend):
     layout = SparseLayout.of_tensors(kind, tuple(shape), layout, tuple(tile))
-    if backend == "reference":
-        return reference.backward(dy, x, weight, values, layout, needs, values_dtype)
-    from . import triton_backward
-
+    if backend.startswith("triton"):
+        from . import triton_backward as module
+    else:
+        module = cpu if backend == "cpu" else reference
     with on_device_of(dy):
-        return triton_backward.backward(dy, x, weight, values, layout, needs, values_dtype)
+        return module.backward(dy, x, weight, values, layout, needs, values_dtype)
 
 
 def _write(weight, base, values, layout, kind, tile, backend):
     layout = SparseLayout.of_tensors(kind, tuple(weight.shape), layout, tuple(tile))
-    if backend == "reference":
-        layout.put_(weight, base + values)
-        return
-    from . import triton_write
+    if backend.startswith("triton"):
+        from . import triton_write
 
-    with on_device_of(weight):
-        triton_write.write(weight, base, values, layout)
+        with on_device_of(weight):
+            triton_write.write(weight, base, values, layout)
+    elif backend == "cpu":
+        cpu.write(weight, base, values, layout)
+    else:
+        layout.put_(weight, base + values)
 
 
 _forward_op = register("sparse_delta_linear_forward", _forward)

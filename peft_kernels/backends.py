@@ -130,7 +130,7 @@ def _why_not(family: str, device_type: str, dtype: torch.dtype) -> str:
     if family == "triton" and not _TRITON:
         return "Triton is not installed"
     if family == "cpu" and not _CPU:
-        return f"of the native library, {_native.why_not()}"
+        return f"no native library: {_native.why_not()}"
     wanted = "cpu" if family == "cpu" else "cuda"
     if device_type != wanted:
         return f"expected {wanted.upper()} tensors, got {device_type}"

@@ -9,13 +9,14 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cstring>
 
 namespace peft_kernels::sparse_delta {
 namespace {
 
 constexpr int64_t kTokens = 128;  // of a block
 constexpr int64_t kStrip = 16;    // columns that are transposed together: a cache line of float32
-constexpr int64_t kLanes = 32;    // partial sums of a dot product
+constexpr int64_t kLanes = 16;    // partial sums of a dot product
 
 // [tokens, width] of a matrix as float32 [width, kTokens]; zeros behind the last token, up to whole lanes.
 template <typename T>
@@ -32,6 +33,16 @@ PEFT_KERNELS_INLINED void transpose_strip(const T* source, int64_t stride, int64
   }
 }
 
+// Partial sums in a register, or in as many as a CPU needs for them.
+using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
+
+PEFT_KERNELS_INLINED void add_product(Lanes& sum, const float* left, const float* right) {
+  Lanes one, other;
+  std::memcpy(&one, left, sizeof(one));
+  std::memcpy(&other, right, sizeof(other));
+  sum += one * other;
+}
+
 // By halves: a tree of fixed shape.
 template <int64_t kWidth>
 PEFT_KERNELS_INLINED float sum_of(const float* lanes) {
@@ -44,22 +55,48 @@ PEFT_KERNELS_INLINED float sum_of(const float* lanes) {
   }
 }
 
-PEFT_KERNELS_INLINED float dot(const float* left, const float* right, int64_t padded) {
-  float sums[kLanes] = {};
-  for (int64_t first = 0; first < padded; first += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += left[first + lane] * right[first + lane];
-  }
+PEFT_KERNELS_INLINED float sum_of(const Lanes& lanes) {
+  float sums[kLanes];
+  std::memcpy(sums, &lanes, sizeof(sums));
   return sum_of<kLanes>(sums);
+}
+
+// One value's dot product.
+template <typename Column>
+PEFT_KERNELS_INLINED void add_dot(const float* dy, const float* x, int64_t padded, const Column* column, float* value) {
+  const float* source = x + *column * kTokens;
+  Lanes sum = {};
+  for (int64_t first = 0; first < padded; first += kLanes) add_product(sum, dy + first, source + first);
+  *value += sum_of(sum);
+}
+
+// Those of four neighbours in a row: they share the loads of dy, and their chains of additions take turns.
+template <typename Column>
+PEFT_KERNELS_INLINED void add_four_dots(const float* dy, const float* x, int64_t padded, const Column* columns,
+                                        float* values) {
+  const float *source_0 = x + columns[0] * kTokens, *source_1 = x + columns[1] * kTokens,
+              *source_2 = x + columns[2] * kTokens, *source_3 = x + columns[3] * kTokens;
+  Lanes sum_0 = {}, sum_1 = {}, sum_2 = {}, sum_3 = {};
+  for (int64_t first = 0; first < padded; first += kLanes) {
+    add_product(sum_0, dy + first, source_0 + first);
+    add_product(sum_1, dy + first, source_1 + first);
+    add_product(sum_2, dy + first, source_2 + first);
+    add_product(sum_3, dy + first, source_3 + first);
+  }
+  values[0] += sum_of(sum_0);
+  values[1] += sum_of(sum_1);
+  values[2] += sum_of(sum_2);
+  values[3] += sum_of(sum_3);
 }
 
 // Adds the products of a block to the values of `rows` rows; `starts` is where the first of them begins.
 template <typename Column>
-PEFT_KERNELS_INLINED void add_dots(const float* dy, const float* x, int64_t padded, const int64_t* starts, int64_t rows,
-                                   const Column* columns, float* values) {
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t entry = starts[row]; entry < starts[row + 1]; ++entry) {
-      values[entry] += dot(dy + row * kTokens, x + columns[entry] * kTokens, padded);
-    }
+PEFT_KERNELS_INLINED void add_block(const float* dy, const float* x, int64_t padded, const int64_t* starts,
+                                    int64_t rows, const Column* columns, float* values) {
+  for (int64_t row = 0; row < rows; ++row, dy += kTokens) {
+    int64_t entry = starts[row];
+    for (; entry + 4 <= starts[row + 1]; entry += 4) add_four_dots(dy, x, padded, columns + entry, values + entry);
+    for (; entry < starts[row + 1]; ++entry) add_dot(dy, x, padded, columns + entry, values + entry);
   }
 }
 
@@ -73,14 +110,14 @@ TRANSPOSE_OF(c10::BFloat16)
 TRANSPOSE_OF(c10::Half)
 #undef TRANSPOSE_OF
 
-#define ADD_DOTS_OF(Column)                                                                                       \
+#define ADD_BLOCK_OF(Column)                                                                                      \
   PEFT_KERNELS_FOR_EACH_CPU void add(const float* dy, const float* x, int64_t padded, const int64_t* starts,      \
                                      int64_t rows, const Column* columns, float* values) {                        \
-    add_dots(dy, x, padded, starts, rows, columns, values);                                                       \
+    add_block(dy, x, padded, starts, rows, columns, values);                                                      \
   }
-ADD_DOTS_OF(int16_t)
-ADD_DOTS_OF(int32_t)
-#undef ADD_DOTS_OF
+ADD_BLOCK_OF(int16_t)
+ADD_BLOCK_OF(int32_t)
+#undef ADD_BLOCK_OF
 
 void check_rows(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 2 && (tensor.size(0) == 0 || tensor.size(1) <= 1 || tensor.stride(1) == 1),

@@ -130,11 +130,11 @@ def _run(
     scalings: list[float] = []
     needs: list[bool] = []
     for weight, lora_A, lora_B, scaling, bias in projections:
-        is_tensor = isinstance(scaling, torch.Tensor)
-        if is_tensor and scaling.dim():
-            scaling = scaling.expand(x.shape[:-1])
-        flat += (weight, bias, lora_A, lora_B, scaling if is_tensor else None)
-        scalings.append(1.0 if is_tensor else float(scaling))
+        row_scaling = None
+        if isinstance(scaling, torch.Tensor):
+            row_scaling, scaling = scaling.expand(x.shape[:-1]) if scaling.dim() else scaling, 1.0
+        flat += (weight, bias, lora_A, lora_B, row_scaling)
+        scalings.append(float(scaling))
         trains_bias = bias is not None and bias.requires_grad
         needs += (weight.requires_grad, trains_bias, lora_A.requires_grad, lora_B.requires_grad)
     needs_x = x.requires_grad

@@ -11,6 +11,10 @@ from ..common.tensors import slices
 from . import reference
 from .layout import SparseLayout
 
+#: Up to this density the gradient of entries is sampled, by bytes of an element; from there on the product that fills
+#: all of dW is faster. Measured on a CPU with AVX-512.
+SAMPLED_UP_TO = {2: 0.15, 4: 0.25}
+
 _native = torch.ops.peft_kernels_native
 
 
@@ -41,7 +45,7 @@ def grad_x(dy: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, layout:
 
 def grad_values(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: torch.dtype) -> torch.Tensor:
     """As `reference.grad_values`, in float32 until it is rounded to `dtype`."""
-    if layout.kind != "entries" or layout.density > reference.SAMPLED_UP_TO[dy.element_size()]:
+    if layout.kind != "entries" or layout.density > SAMPLED_UP_TO[dy.element_size()]:
         return reference.grad_values(dy, x, layout, dtype)
     return _native.sparse_sampled(_with_rows(dy), _with_rows(x), *_entries(layout)).to(dtype)
 

@@ -140,7 +140,7 @@ def axolotl_style(l: Layer) -> Passes:
 
 
 def lorafusion_style(l: Layer) -> Passes:
-    forward = [*l.dropout(l.x), l.shrink(), elementwise("S · scaling", l.S, l.S), l.base(), l.expand(beta=1)]
+    forward = [*l.dropout(l.x), l.shrink(), elementwise("S · scaling", l.S, l.S), l.expand(), l.base(beta=1)]
     backward = [l.dH(), elementwise("dH · scaling", l.S, l.S), l.dB(), l.dA()]
     if not l.p:
         return Passes(forward, [*backward, l.base_dx(), l.low_rank_dx(beta=1)])

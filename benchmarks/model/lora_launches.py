@@ -140,7 +140,7 @@ def axolotl_style(l: Layer) -> Passes:
 
 
 def lorafusion_style(l: Layer) -> Passes:
-    forward = [*l.dropout(l.x), l.shrink(), elementwise("S · scaling", l.S, l.S), l.expand(), l.base(beta=1)]
+    forward = [*l.dropout(l.x), l.shrink(), elementwise("S · scaling", l.S, l.S), l.base(), l.expand(beta=1)]
     backward = [l.dH(), elementwise("dH · scaling", l.S, l.S), l.dB(), l.dA()]
     if not l.p:
         return Passes(forward, [*backward, l.base_dx(), l.low_rank_dx(beta=1)])
@@ -183,12 +183,12 @@ def _reads(launch: Launch, more: int) -> Launch:
 
 
 def reference(layers: list[Layer], ceilings: Ceilings) -> Passes | None:
-    """In plain PyTorch. With dropout it draws its masks by integer products, of which there is no model."""
+    """In plain PyTorch. With dropout it draws its masks by torch's integer products, of which there is no model."""
     if layers[0].p:
         return None
     forward, backward = [], []
     for j, l in enumerate(layers):
-        forward += [l.shrink(), elementwise("S · scaling", l.S, l.S), l.base(), l.expand(beta=1)]
+        forward += [l.shrink(), elementwise("S · scaling", l.S, l.S), l.expand(), l.base(beta=1)]
         backward += [l.dH(), elementwise("dH · scaling", l.S, l.S), l.low_rank_dx()]
         backward += [elementwise("dx +", 2 * l.x, l.x)] if j else []
         backward += [l.base_dx(beta=1), l.dA(), l.dB()]

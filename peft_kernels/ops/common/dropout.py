@@ -64,9 +64,9 @@ def draw_mask(seed: torch.Tensor, rows: int, columns: int, p: float, streams: in
 def draw_mask_by_torch(seed: torch.Tensor, rows: int, columns: int, p: float, streams: int) -> torch.Tensor:
     """The same in plain PyTorch: the definition."""
     groups = mask_bytes(columns)
-    mask = torch.zeros(streams, rows, groups, dtype=torch.uint8, device=seed.device)
+    mask = torch.empty(streams, rows, groups, dtype=torch.uint8, device=seed.device)
     if p >= 1.0:  # the threshold lies beyond 16 bits
-        return mask
+        return mask.zero_()
     step = max(1, _BYTES_PER_CHUNK // max(groups, 1))
     group = torch.arange(groups, device=seed.device)
     for stream in range(streams):

@@ -22,8 +22,10 @@ def register(name: str, implementation: Callable) -> Callable:
 
     def run(*args):
         # Autocast is applied outside of the ops: inside, it would change the dtypes that the fakes promise.
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return implementation(*args)
+        if torch._C._is_any_autocast_enabled():
+            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                return implementation(*args)
+        return implementation(*args)
 
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     op = getattr(torch.ops.peft_kernels, name).default
@@ -36,7 +38,7 @@ def register(name: str, implementation: Callable) -> Callable:
             or (isinstance(args[0], torch.Tensor) and args[0].is_meta)
         ):
             return op(*args)
-        return run(*args) if torch._C._is_any_autocast_enabled() else implementation(*args)
+        return run(*args)
 
     return call
 

@@ -70,7 +70,7 @@ def backward(
         for band in bands(N, rows.shape[1], dy.element_size()):
             product = dy[:, band].t().mm(rows)
             if needs_weight:
-                torch.where(scores[band] >= tau, product, constant(0.0, dy.dtype), out=grad_weight[band])
+                grad_weight[band] = mask(product, scores[band], tau)
             if needs_scores:  # in float32 where the scores are: one rounding to 16 bits less
                 wide = product.to(torch.promote_types(product.dtype, scores_dtype))
                 torch.mul(wide, weight[band], out=grad_scores[band])

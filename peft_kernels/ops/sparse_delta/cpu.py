@@ -3,6 +3,7 @@ and the gradient of the values is a dot product each (SDDMM). Dense entries and 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -16,31 +17,6 @@ from .layout import SparseLayout
 SAMPLED_UP_TO = {2: 0.15, 4: 0.25}
 
 _native = torch.ops.peft_kernels_native
-
-
-def forward(
-    x: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, layout: SparseLayout
-) -> torch.Tensor:
-    """As `reference.forward`."""
-    return reference.forward(x, weight, values, bias, layout, patched_bands)
-
-
-def backward(
-    dy: torch.Tensor,
-    x: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    values: torch.Tensor | None,
-    layout: SparseLayout,
-    needs: list[bool],
-    values_dtype: torch.dtype,
-) -> list[torch.Tensor]:
-    """As `reference.backward`."""
-    return reference.backward(dy, x, weight, values, layout, needs, values_dtype, grad_x, grad_values)
-
-
-def grad_x(dy: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, layout: SparseLayout) -> torch.Tensor:
-    """As `reference.grad_x`."""
-    return reference.grad_x(dy, weight, values, layout, patched_bands)
 
 
 def grad_values(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: torch.dtype) -> torch.Tensor:
@@ -58,11 +34,16 @@ def patched_bands(
         yield from reference.patched_bands(weight, values, layout, dim)
         return
     (N, K), entries, values = layout.shape, _entries(layout), values.contiguous()
-    for band in slices(
-        layout.shape[dim], reference.band_step(layout, dim, weight.element_size(), reference.PIECE_BYTES)
-    ):
+    step = reference.band_step(layout, dim, weight.element_size(), reference.PIECE_BYTES)
+    for band in slices(layout.shape[dim], step):
         corners = (band.start, band.stop, 0, K) if dim == 0 else (0, N, band.start, band.stop)
         yield band, _native.sparse_patched(weight, values, *entries, *corners)
+
+
+#: As `reference.forward`, `reference.grad_x` and `reference.backward`.
+forward = functools.partial(reference.forward, patched_bands=patched_bands)
+grad_x = functools.partial(reference.grad_x, patched_bands=patched_bands)
+backward = functools.partial(reference.backward, grad_x=grad_x, grad_values=grad_values)
 
 
 def write(weight: torch.Tensor, base: torch.Tensor, values: torch.Tensor, layout: SparseLayout) -> None:

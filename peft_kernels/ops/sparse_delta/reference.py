@@ -1,7 +1,8 @@
 """Linear layers with a sparse delta in plain PyTorch: any dtype, any device, forward and explicit backward.
 
-This is the definition that the kernels are tested against, and the path of the CPU. Where a delta has no structure that
-a thin product could use, a band of the weight at a time is copied and patched: no copy of the whole.
+This is the definition that the kernels are tested against, and the path of a CPU for all that `cpu.py` leaves. Where a
+delta has no structure that a thin product could use, a band of the weight at a time is copied and patched: no copy of
+the whole.
 """
 
 from __future__ import annotations
@@ -138,6 +139,8 @@ def backward(
         grad_x, grad_values: other ways to compute them, such as Triton's.
     """
     needs_x, needs_weight, needs_values, needs_bias = needs
+    if 0 in dy.stride():  # as of a sum: each product would copy it, and a kernel's loads all go to one place
+        dy = dy.contiguous()
     grads = []
     if needs_x:
         grads.append(grad_x(dy, weight, values, layout))

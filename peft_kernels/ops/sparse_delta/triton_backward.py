@@ -4,6 +4,8 @@ time."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -137,21 +139,6 @@ def sampled_kernel(
     tl.store(out_ptr + i, tl.sum(acc, 1).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def backward(
-    dy: torch.Tensor,
-    x: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    values: torch.Tensor | None,
-    layout: SparseLayout,
-    needs: list[bool],
-    values_dtype: torch.dtype,
-) -> list[torch.Tensor]:
-    """As `reference.backward`; the values' gradient is written in its own dtype from float32 sums."""
-    if 0 in dy.stride():  # as of a sum: every load would go to one place
-        dy = dy.contiguous()
-    return reference.backward(dy, x, weight, values, layout, needs, values_dtype, grad_x, grad_values)
-
-
 def grad_values(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: torch.dtype) -> torch.Tensor:
     """dvalues = dyᵀ·x at the layout's positions, [nnz], `dtype`. For columns x may be gathered."""
     if layout.nnz == 0 or dy.shape[0] == 0:
@@ -164,6 +151,10 @@ def grad_values(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: 
     if layout.kind == "columns" and x.shape[1] == layout.shape[1]:
         x = reference.gather_columns(x, layout)
     return thin_grad(dy, x, layout, dtype)
+
+
+#: As `reference.backward`; the values' gradient is written in its own dtype from float32 sums.
+backward = functools.partial(reference.backward, grad_x=grad_x, grad_values=grad_values)
 
 
 def gathered_grad(

@@ -5,6 +5,7 @@ and columns are thin products of the vendor's already."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -13,18 +14,6 @@ from ..common.tensors import slices
 from . import configs, reference
 from .layout import SparseLayout
 from .triton_write import write
-
-
-def forward(
-    x: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, layout: SparseLayout
-) -> torch.Tensor:
-    """As `reference.forward`."""
-    return reference.forward(x, weight, values, bias, layout, patched_bands)
-
-
-def grad_x(dy: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, layout: SparseLayout) -> torch.Tensor:
-    """As `reference.grad_x`."""
-    return reference.grad_x(dy, weight, values, layout, patched_bands)
 
 
 def patched_bands(
@@ -36,3 +25,8 @@ def patched_bands(
         patched, _ = reference.copy_of_band(weight, dim, band)
         write(patched, weight, values, layout, **{("rows", "columns")[dim]: band})
         yield band, patched
+
+
+#: As `reference.forward` and `reference.grad_x`.
+forward = functools.partial(reference.forward, patched_bands=patched_bands)
+grad_x = functools.partial(reference.grad_x, patched_bands=patched_bands)

@@ -29,7 +29,7 @@ unexport TRITON_INTERPRET
 help:
 	@echo "make demo          fine-tune SmolLM2-135M with PEFT, accelerated, with IST, and compare"
 	@echo "make test          the whole suite on this machine"
-	@echo "make bench         every provider on every op, and a report: about eleven minutes"
+	@echo "make bench         every provider on every op, and a report: about seven minutes"
 	@echo "make lint          ruff: rules and format"
 	@echo "make format        ruff: put both right"
 	@echo "make aot-all       compile every configuration of every kernel, for every architecture"

@@ -14,7 +14,7 @@ that out, so the mean is not left to luck: a line through (depth, time), whose s
 carries each time to the expected depth, found by `DRAWS` draws; of these the median is reported, and the distance of
 their 20 and 80 % quantiles as the spread of the measurement. Without draws that is the plain median. It is exact as far
 as time is linear in depth; where layers beyond a budget are checkpointed, time bends, and it is an approximation. Saved
-bytes are carried there in the same way, from a few forwards. Importance is nearly flat here, as at the start of a
+bytes are carried there in the same way, from two forwards. Importance is nearly flat here, as at the start of a
 training; later the depth depends on what is trained.
 
 Peak memory is a GPU's, of steps and loops, without what the other providers keep there. On the CPU one process cannot
@@ -112,11 +112,13 @@ def prepared(device: str, tokens: int, tiny: bool) -> tuple[Case, list[Lane], di
 
 def measure(setting: Setting, request: Request, most: int = 60) -> list[Row]:
     """A row a provider; one more for the budget with the loop half as often; and the parts of a step."""
+    began = time.perf_counter()
     case, lanes, depths = prepared(request.device, setting.tokens, setting.tiny)
     lanes = [lane for lane in lanes if request.wants(lane.name) or lane.name in (LORA, AUTHORS, ACCELERATED)]
     batch = case.batch(0, case.rows, setting.labelled)
     saved = {lane.name: saved_at(lane, batch, depths[lane.name]) for lane in lanes}
-    times = interleave(lanes, case, setting.labelled, request.seconds, most, setting.name)
+    seconds = request.seconds - (time.perf_counter() - began)
+    times = interleave(lanes, case, setting.labelled, seconds, most, setting.name)
     rows, parts = summarize(lanes, times, depths, saved, batch["input_ids"].numel())
     facts = {"model": case.name, "dtype": str(setting.dtype).removeprefix("torch.")}
     return [facts | row for row in [*rows, {"provider": PARTS, "parts_us": parts}]]

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="only cases of this")
     parser.add_argument("--case", action="append", default=[], help="only those with this in their name (repeatable)")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="the GPU, unless there is none")
-    parser.add_argument("--minutes", type=float, default=8.0, help="time budget; a case that has begun is finished")
+    parser.add_argument("--minutes", type=float, default=6.5, help="time budget")
     parser.add_argument("--out", type=Path, default=OUTPUT, help="folder of the results; those there are gone on with")
 
 
@@ -45,7 +45,7 @@ def main(options: argparse.Namespace) -> list[Path]:
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()))
     facts |= {key: ", ".join(found) for key in ("provider", "mode") if (found := getattr(options, key))}
 
-    planned = {spec.name: chosen(spec, device, options) for spec in specs}
+    planned = {spec.name: asked_for(spec, device, options) for spec in specs}
     files, aside, peaks = {}, [], {}
     for spec in specs:
         file = files[spec.name] = ResultFile(options.out / f"{spec.name}_{slug(facts)}.jsonl")
@@ -62,24 +62,27 @@ def main(options: argparse.Namespace) -> list[Path]:
     total = sum(map(len, planned.values()))
     if len(left) < total:
         console.print(f"{total - len(left)} of {total} cases are there already")
+    took: dict[str, list[float]] = {spec.name: [] for spec in specs}
     with tqdm(total=total, initial=total - len(left), unit="case", bar_format=_BAR, leave=False) as bar:
-        for number, (spec, case) in enumerate(left):
-            remaining = deadline - time.perf_counter()
-            if remaining <= 0:
-                console.print(f"out of time, {len(left) - number} cases are left: the same command goes on with them")
-                break
-            bar.set_description(f"{max(0.0, remaining / 60):.1f} min left, {spec.name} {case}"[:60])
+        while chosen := next_case(left, took, remaining := deadline - time.perf_counter()):
+            spec, case = chosen
+            bar.set_description(f"{remaining / 60:.1f} min left, {spec.name} {case}"[:60])
             request = Request(
-                device, files[spec.name].ceilings, seconds_of(spec, left[number:], remaining), tuple(options.mode),
+                device, files[spec.name].ceilings, seconds_of(spec, left, remaining), tuple(options.mode),
                 tuple(options.provider),
             )  # fmt: skip
+            began = time.perf_counter()
             rows = spec.measure(case, request)
+            took[spec.name].append(time.perf_counter() - began)
+            left.remove(chosen)
             state = gpu_state() if device == "cuda" else {}
             files[spec.name].add(str(case), [row | state for row in rows])
             with console.capture() as capture:
                 console.print(tables.terminal(files[spec.name].cases[str(case)], spec.columns))
             tqdm.write(capture.get())
             bar.update()
+    if left:
+        console.print(f"out of time, {len(left)} cases are left: the same command goes on with them")
     for spec in specs:
         rows = files[spec.name].rows
         if rows:
@@ -91,8 +94,8 @@ def main(options: argparse.Namespace) -> list[Path]:
 _BAR = "{desc} |{bar}| {n_fmt}/{total_fmt}, {elapsed}"
 
 
-def chosen(spec: OpSpec, device: str, options: argparse.Namespace) -> list:
-    """The op's cases that were asked for."""
+def asked_for(spec: OpSpec, device: str, options: argparse.Namespace) -> list:
+    """The op's cases that were asked for, what matters most first."""
     return [
         case for case in spec.cases(device)
         if options.dtype in (None, str(case.dtype).removeprefix("torch."))
@@ -100,8 +103,17 @@ def chosen(spec: OpSpec, device: str, options: argparse.Namespace) -> list:
     ]  # fmt: skip
 
 
+def next_case(
+    left: list[tuple[OpSpec, object]], took: dict[str, list[float]], remaining: float
+) -> tuple[OpSpec, object] | None:
+    """Of the op that has had the least of its share, so that all are there if time runs out; None if that is so: if
+    what remains is less than the longest case of each op took, or nothing."""
+    fits = [(spec, case) for spec, case in left if remaining > max(took[spec.name], default=0.0)]
+    return min(fits, key=lambda one: sum(took[one[0].name]) / one[0].share, default=None)
+
+
 def seconds_of(spec: OpSpec, left: list[tuple[OpSpec, object]], remaining: float) -> float:
-    """Of the next case: the op's part of what remains, by its share among the ops that are left, over its cases."""
+    """Of the op's next case: its part of what remains, by its share among the ops that are left, over its cases."""
     shares = {other.name: other.share for other, _ in left}
     cases = sum(1 for other, _ in left if other is spec)
     return remaining * spec.share / sum(shares.values()) / cases

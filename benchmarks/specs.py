@@ -1,4 +1,4 @@
-"""The ops of the benchmark, in the order that they are measured in."""
+"""The ops of the benchmark."""
 
 from __future__ import annotations
 

@@ -73,6 +73,20 @@ def test_time_is_shared():
     assert run.seconds_of(specs[1], left[3:], 70.0) == 70.0
 
 
+def test_the_next_case_is_of_the_op_that_has_had_least():
+    lora, ist = SPECS["lora_linear"], SPECS["ist_step"]
+    left = [(lora, "one"), (lora, "other"), (ist, "whole")]
+    took = {lora.name: [], ist.name: []}
+    assert run.next_case(left, took, 9.0) == (lora, "one")
+    took[lora.name] = [2.0, 3.0]
+    assert run.next_case(left, took, 9.0) == (ist, "whole")
+    took[ist.name] = [5.0 / lora.share * ist.share + 0.1]
+    assert run.next_case(left, took, 99.0) == (lora, "one")
+    assert run.next_case(left[2:], took, 5.0) is None  # its first took longer
+    assert run.next_case(left, took, 2.9) is None
+    assert run.next_case([], took, 9.0) is None
+
+
 def test_the_authors_ist_is_the_algorithm(case, lanes):
     theirs, plain = lanes[AUTHORS], lanes[LORA]
     ist = AuthorsIST(theirs.model, interval=2, seed=3)

@@ -7,6 +7,7 @@ are not the peer's code, and what its kernels gain over torch's is not in them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -96,9 +97,10 @@ def ready(
     return Ready(lambda: expression(x, projections, case.dropout_p), leaves, case.grad_ys, kept)
 
 
-def all_providers(device: str) -> list[Provider]:
+@functools.cache
+def all_providers(device: str) -> tuple[Provider, ...]:
     """The bare linear first, ours last."""
     from . import axolotl_style, bare, bitsandbytes, compiled, eager, lorafusion_style, ours, peft, unsloth
 
     modules = (bare, eager, compiled, peft, unsloth, axolotl_style, lorafusion_style, bitsandbytes, ours)
-    return [provider for module in modules for provider in module.providers(device)]
+    return tuple(provider for module in modules for provider in module.providers(device))

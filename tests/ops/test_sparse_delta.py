@@ -3,7 +3,7 @@ how it goes with the rest of torch."""
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -55,6 +55,10 @@ def test_within_eager_under_autocast(backend, layout):
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     bias=st.booleans(),
 )
+@example(  # few rows, of which no band may take half
+    kind="entries", batch=(3, 7, 10), in_features=16, out_features=4, density=1.0, tile=(1, 1), dtype=torch.float32,
+    bias=False,
+)  # fmt: skip
 def test_drawn_shapes(backend, **case_arguments):
     checks.check_within_eager(backend, **case_arguments)
 

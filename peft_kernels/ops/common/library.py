@@ -38,7 +38,7 @@ def register(name: str, implementation: Callable) -> Callable:
             or (isinstance(args[0], torch.Tensor) and args[0].is_meta)
         ):
             return op(*args)
-        return run(*args)
+        return (run if torch._C._is_any_autocast_enabled() else implementation)(*args)
 
     return call
 

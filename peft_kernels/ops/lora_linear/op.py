@@ -131,7 +131,7 @@ def _run(
     needs: list[bool] = []
     for weight, lora_A, lora_B, scaling, bias in projections:
         row_scaling = None
-        if isinstance(scaling, torch.Tensor):
+        if not isinstance(scaling, (float, int)):
             row_scaling, scaling = scaling.expand(x.shape[:-1]) if scaling.dim() else scaling, 1.0
         flat += (weight, bias, lora_A, lora_B, row_scaling)
         scalings.append(float(scaling))
@@ -139,7 +139,7 @@ def _run(
         needs += (weight.requires_grad, trains_bias, lora_A.requires_grad, lora_B.requires_grad)
     needs_x = x.requires_grad
     if torch.is_grad_enabled() and (needs_x or True in needs):
-        options = Options(scalings, p, shared_dropout, high, backend, needs_x, needs)
+        options = scalings, p, shared_dropout, high, backend, needs_x, needs
         if torch._C._are_functorch_transforms_active():
             return TransformableLoRALinearFunction.apply(options, seed, x, *flat)[: len(projections)]
         apply = LoRALinearFunction.apply if torch.compiler.is_compiling() else _apply_eagerly
@@ -163,17 +163,10 @@ def _autocast(x: torch.Tensor, projections: tuple[Projection, ...]) -> tuple[tor
     )
 
 
-class Options(NamedTuple):
-    """What one application of the op is given beside tensors. `needs` holds four answers a projection (weight,
-    bias, lora_A, lora_B); it is read outside of the Function, whose `needs_input_grad` ignores grad mode."""
-
-    scalings: list[float]
-    dropout_p: float
-    shared_dropout: bool
-    high_precision: bool
-    backend: str
-    needs_x: bool
-    needs: list[bool]
+#: What one application of the op is given beside tensors: scalings, dropout_p, shared_dropout, high_precision, backend,
+#: needs_x and needs, which holds four answers a projection (weight, bias, lora_A, lora_B) and is read outside of the
+#: Function, whose `needs_input_grad` ignores grad mode. Plain, as above.
+Options = tuple[list[float], float, bool, bool, str, bool, list[bool]]
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -183,9 +176,9 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, options, seed, x, *flat):
         outputs = _call_forward(options, seed, x, flat)
-        n = len(options.scalings)
-        _save_for_backward(ctx, options, x, flat, outputs[n:])
-        return tuple(outputs[:n])
+        count = len(flat) // 5
+        _save_for_backward(ctx, options, x, flat, outputs[count:])
+        return tuple(outputs[:count])
 
     @staticmethod
     def backward(ctx, *grad_ys):
@@ -210,13 +203,13 @@ class TransformableLoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, outputs):
         options, _, x, *flat = inputs
-        kept = outputs[len(options.scalings) :]
+        kept = outputs[len(flat) // 5 :]
         ctx.mark_non_differentiable(*kept)
         _save_for_backward(ctx, options, x, flat, kept)
 
     @staticmethod
     def backward(ctx, *grads):
-        return _backward_once(ctx, *grads[: len(ctx.options.scalings)])
+        return _backward_once(ctx, *grads[: len(ctx.ranks)])
 
 
 def _call_forward(options: Options, seed: torch.Tensor | None, x: torch.Tensor, flat) -> list[torch.Tensor]:
@@ -229,23 +222,23 @@ def _call_forward(options: Options, seed: torch.Tensor | None, x: torch.Tensor, 
 
 
 def _save_for_backward(ctx, options: Options, x: torch.Tensor, flat, kept) -> None:
-    needs_x, needs = options.needs_x, options.needs
+    _, dropout_p, _, _, _, needs_x, needs = options
     needs_A = True in needs[2::4]
     needs_h = needs_x or needs_A
     saved = [
         x if needs_A or True in needs[0::4] else None,
         kept[0] if True in needs[3::4] else None,
-        kept[-1] if needs_h and options.dropout_p > 0.0 else None,
+        kept[-1] if needs_h and dropout_p > 0.0 else None,
     ]
+    ranks = []
     for j in range(0, len(flat), 5):
         weight, _, lora_A, lora_B, row_scaling = flat[j : j + 5]
+        ranks.append(lora_A.shape[0])
         saved += (weight, lora_A) if needs_x else (None, None)
         saved += (lora_B, row_scaling) if needs_h else (None, None)
     ctx.save_for_backward(*saved)
     ctx.set_materialize_grads(False)
-    ctx.options = options
-    ctx.ranks = [lora_A.shape[0] for lora_A in flat[2::5]]
-    ctx.adapter_dtype = flat[2].dtype
+    ctx.options, ctx.ranks, ctx.adapter_dtype = options, ranks, flat[2].dtype
 
 
 def _call_backward(ctx, grad_ys: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:

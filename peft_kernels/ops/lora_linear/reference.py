@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import linear
 
 from ..common import dropout
-from ..common.tensors import constant, flatten, unflatten
+from ..common.tensors import constant, flatten, mm_over_rows, unflatten
 
 _TINY_PRODUCT = 1 << 16  # multiply-adds
 
@@ -48,9 +48,9 @@ def forward(
         if masks is not None and (j == 0 or not shared_dropout):
             kept = dropout.unpack_mask(masks[j], rows.shape[1], x.dtype)
             dropped = _as(rows * kept, low_dtype)
-        s = _scaled_mm(dropped, _as(lora_A, low_dtype).t(), scaling * rescale, row_scaling)
+        s = _scaled_mm(dropped, _as(lora_A, low_dtype), scaling * rescale, row_scaling, transposed=True)
         y = add_base(s, lora_B, rows, weight, bias)
-        ys.append(unflatten(y, x.shape[:-1]))
+        ys.append(unflatten(y, x))
         if save_s[j]:
             kept_s.append(s if high_precision else _as(s, x.dtype))
     if kept_s:
@@ -101,10 +101,10 @@ def backward(
             grads.append(dy.sum(0))
         if needs_A:
             dropped = _as(rows if kept is None else rows * kept, low.dtype)
-            grads.append(_as(dh.t().mm(dropped), adapter_dtype))
+            grads.append(_as(mm_over_rows(dh, dropped), adapter_dtype))
         if needs_B:
             kept_s = s if s.shape[1] == ranks[j] else s[:, column : column + ranks[j]]
-            grads.append(_as(low.t().mm(_as(kept_s, low.dtype)), adapter_dtype))
+            grads.append(_as(mm_over_rows(low, _as(kept_s, low.dtype)), adapter_dtype))
             column += ranks[j]
     if not needs_x:
         return grads
@@ -139,16 +139,20 @@ def _low_rank_dtype(rows: torch.Tensor, rank: int, high_precision: bool) -> torc
     return torch.float32 if tiny else dtype
 
 
-def _scaled_mm(left: torch.Tensor, right: torch.Tensor, scale: float, row_scaling: torch.Tensor | None) -> torch.Tensor:
-    """scale · row_scaling · left·right; the scale is applied before a product is rounded to 16 bits."""
-    if left.shape[0] == 1 == right.shape[1]:  # a dot product: MKL errs twice as much with the longer one on the left
-        left, right = right.t(), left.t()
+def _scaled_mm(
+    left: torch.Tensor, right: torch.Tensor, scale: float, row_scaling: torch.Tensor | None, transposed: bool = False
+) -> torch.Tensor:
+    """scale · row_scaling · left·right, or left·rightᵀ; the scale is applied before a product is rounded to 16 bits."""
+    if left.shape[0] == 1 == right.shape[0 if transposed else 1]:
+        # A dot product: MKL errs twice as much with the longer one on the left.
+        left, right = (right, left) if transposed else (right.t(), left.t())
+    mm = linear if transposed else torch.mm
     if scale == 1.0:
-        product = left.mm(right)
+        product = mm(left, right)
     elif left.dtype.itemsize > 2 or math.frexp(scale)[0] == 0.5:  # a power of two rounds nothing
-        product = left.mm(right).mul_(constant(scale, left.dtype))
+        product = mm(left, right).mul_(constant(scale, left.dtype))
     else:  # dearer for the host: oneDNN sets up another primitive
-        product = torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale)
+        product = torch.addmm(left.new_empty(()), left, right.t() if transposed else right, beta=0, alpha=scale)
     if row_scaling is None:
         return product
     return product.mul_(row_scaling.reshape(-1, 1) if row_scaling.dim() else row_scaling)

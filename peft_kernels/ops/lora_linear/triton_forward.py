@@ -161,7 +161,7 @@ def forward(
             y = extended_gemm([rows], [weight.t()], [s_j], [lora_B.t()], x.new_empty(M, N), contiguous(bias))
         else:
             y = add_base(s_j, lora_B, rows, weight, bias)
-        ys.append(unflatten(y, x.shape[:-1]))
+        ys.append(unflatten(y, x))
         if save_s[j]:
             kept_s.append(s_j)
     if kept_s:

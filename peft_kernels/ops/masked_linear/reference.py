@@ -36,7 +36,7 @@ def forward(
             torch.mm(rows, masked, out=y[:, band])
         else:
             torch.addmm(bias[band], rows, masked, out=y[:, band])
-    return unflatten(y, x.shape[:-1])
+    return unflatten(y, x)
 
 
 def backward(

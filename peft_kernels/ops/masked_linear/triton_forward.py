@@ -103,4 +103,4 @@ def forward(
     """As `reference.forward`."""
     bias = None if bias is None else bias.contiguous()
     y = masked_gemm(flatten(x), weight.t(), scores.t(), bias, threshold, threshold_tensor)
-    return unflatten(y, x.shape[:-1])
+    return unflatten(y, x)

@@ -236,7 +236,7 @@ def _forward(x, weight, values, bias, layout, kind, tile, backend):
     else:
         module = cpu if backend == "cpu" else reference
     with on_device_of(x):
-        return unflatten(module.forward(flatten(x), weight, values, bias, layout), x.shape[:-1])
+        return unflatten(module.forward(flatten(x), weight, values, bias, layout), x)
 
 
 def _backward_of(dy, x, weight, values, layout, kind, tile, shape, needs, values_dtype, backend):

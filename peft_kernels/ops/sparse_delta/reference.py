@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ..common.tensors import slices
+from ..common.tensors import mm_over_rows, slices
 from .layout import SparseLayout
 
 #: Bytes of a patched or gathered piece: small enough for a cache where there is one.
@@ -108,10 +108,10 @@ def grad_values(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: 
 
 def _grad_values(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout) -> torch.Tensor:
     if layout.kind == "rows":
-        return dy[:, layout.tensors["index"]].t().mm(x).flatten()
+        return mm_over_rows(dy[:, layout.tensors["index"]], x).flatten()
     if layout.kind == "columns":
         gathered = x if x.shape[1] != layout.shape[1] else gather_columns(x, layout)
-        return dy.t().mm(gathered).flatten()
+        return mm_over_rows(dy, gathered).flatten()
     if layout.kind == "blocks" and min(layout.tile) >= SMALLEST_BLOCK:
         return _grad_blocks(dy, x, layout)
     few = layout.kind == "entries" and layout.density <= SAMPLED_UP_TO[dy.element_size()]
@@ -187,7 +187,7 @@ def _gathered_from_bands(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout
     """dW by bands of rows, of each of which only the positions are kept."""
     result = dy.new_empty(layout.values_shape)
     for band, chosen, place in layout.split(0, band_step(layout, 0, dy.element_size(), PIECE_BYTES)):
-        result[chosen] = dy[:, band].t().mm(x).take(place).view(-1, *result.shape[1:])
+        result[chosen] = mm_over_rows(dy[:, band], x).take(place).view(-1, *result.shape[1:])
     return result.flatten()
 
 

@@ -90,7 +90,8 @@ def choose(op: str, tensor: torch.Tensor) -> str:
     Raises:
         RuntimeError: if the backend that was asked for cannot run here; the line says why.
     """
-    return _resolve(op, _request.backend, tensor.device.type, tensor.dtype)
+    device_type = "cpu" if tensor.is_cpu else tensor.device.type  # which makes a string at every call
+    return _resolve(op, _request.backend, device_type, tensor.dtype)
 
 
 def explain(op: str, device_type: str, dtype: torch.dtype) -> Choice:

@@ -215,7 +215,7 @@ class TransformableLoRALinearFunction(torch.autograd.Function):
 def _call_forward(options: Options, seed: torch.Tensor | None, x: torch.Tensor, flat) -> list[torch.Tensor]:
     """The ys; then S if a lora_B trains; then the masks if there is dropout and a gradient needs them."""
     scalings, dropout_p, shared_dropout, high_precision, backend, needs_x, needs = options
-    save_mask = needs_x or True in needs[2::4]
+    save_mask = seed is not None and (needs_x or True in needs[2::4])
     return _forward_op(
         x, flat, scalings, seed, dropout_p, shared_dropout, needs[3::4], save_mask, high_precision, backend
     )

@@ -122,11 +122,11 @@ def add_base(
 ) -> torch.Tensor:
     """S·Bᵀ + bias + x·Wᵀ [M, N] in x's dtype. The large product is added onto the small one: it reads y in its
     epilogue, and the low-rank term is rounded where it is small."""
-    dtype = s.dtype
-    y = linear(s, _as(lora_B, dtype), bias if bias is None else _as(bias, dtype))
-    if dtype != x.dtype:
-        return y.add_(linear(x, weight)).to(x.dtype)
-    return y.addmm_(x, weight.t())
+    lora_B = _as(lora_B, s.dtype)
+    if s.dtype == x.dtype:
+        return linear(s, lora_B, bias).addmm_(x, weight.t())
+    y = linear(s, lora_B, bias if bias is None else bias.to(s.dtype))
+    return y.add_(linear(x, weight)).to(x.dtype)
 
 
 def _low_rank_dtype(rows: torch.Tensor, rank: int, high_precision: bool) -> torch.dtype:

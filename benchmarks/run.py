@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="only cases of this")
     parser.add_argument("--case", action="append", default=[], help="only those with this in their name (repeatable)")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="the GPU, unless there is none")
-    parser.add_argument("--minutes", type=float, default=6.5, help="time budget")
+    parser.add_argument("--minutes", type=float, default=6.5, help="time budget, of which each op gets its share")
     parser.add_argument("--out", type=Path, default=OUTPUT, help="folder of the results; those there are gone on with")
 
 

@@ -55,7 +55,7 @@ def test_within_eager_under_autocast(backend, layout):
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     bias=st.booleans(),
 )
-@example(  # few rows, of which no band may take half
+@example(  # bands of two rows, which MKL sums in one chain
     kind="entries", batch=(3, 7, 10), in_features=16, out_features=4, density=1.0, tile=(1, 1), dtype=torch.float32,
     bias=False,
 )  # fmt: skip

@@ -64,7 +64,7 @@ def test_reduces_what_trains_and_nothing_else(ranks):
 
 def mixed(rank, blocks):
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    model = sharded(tiny(), blocks=blocks, mp_policy=policy)
+    model = sharded(tiny().float(), blocks=blocks, mp_policy=policy)
     ist = IST(model)
     dtypes = set()
     for step in range(6):

@@ -14,6 +14,7 @@ import threading
 import torch
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch._C import _is_any_autocast_enabled
 from torch.nn import Dropout, Identity, Linear, Module, Parameter
 from transformers.pytorch_utils import Conv1D
 
@@ -39,7 +40,7 @@ class FusedLoraLinear(lora.Linear):
             call = group.calls.get(threading.get_ident())
             if call is not None and (y := call.computed(name, x)) is not None:
                 return y
-        autocast = torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
+        autocast = _is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
         taken = read(self, x, autocast)
         if taken is None:
             return self._forward_of_peft(x)
@@ -83,7 +84,7 @@ def read(layer: lora.Linear, x: torch.Tensor, autocast: bool) -> tuple[tuple, fl
     kind = type(base)
     if (kind is not Linear and kind is not Conv1D) or type(lora_A) is not Linear or type(lora_B) is not Linear:
         return None
-    if is_watched(base) or is_watched(lora_A) or is_watched(lora_B) or is_watched(dropout):
+    if is_watched(base, lora_A, lora_B, dropout):
         return None
     p = 0.0
     if type(dropout) is not Identity:
@@ -92,16 +93,17 @@ def read(layer: lora.Linear, x: torch.Tensor, autocast: bool) -> tuple[tuple, fl
         if dropout.training:
             p = dropout.p
 
-    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
-    a, b = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
+    of_base, of_A, of_B = base._parameters, lora_A._parameters, lora_B._parameters
+    weight, bias, a, b = of_base.get("weight"), of_base.get("bias"), of_A.get("weight"), of_B.get("weight")
     if type(weight) not in PLAIN or type(a) not in PLAIN or type(b) not in PLAIN:
         return None  # also FSDP1, which keeps the parameters elsewhere
-    if lora_A._parameters.get("bias") is not None or lora_B._parameters.get("bias") is not None:
+    if of_A.get("bias") is not None or of_B.get("bias") is not None:
         return None
-    dtype = weight.dtype
+    dtype, dtype_x, dtype_A, dtype_B = weight.dtype, x.dtype, a.dtype, b.dtype
     if bias is not None and (type(bias) not in PLAIN or bias.dtype != dtype):
         return None
-    if not dtypes_fit(x.dtype, dtype, a.dtype, b.dtype, autocast, layer.cast_input_dtype_enabled):
+    alike = dtype == dtype_x == dtype_A == dtype_B and not autocast  # mostly, and asked faster than the rule
+    if not alike and not dtypes_fit(dtype_x, dtype, dtype_A, dtype_B, autocast, layer.cast_input_dtype_enabled):
         return None
 
     scaling = layer.scaling[active]
@@ -120,15 +122,19 @@ def only_adapter(layer: BaseTunerLayer) -> str | None:
     return active[0] if len(active) == 1 else None
 
 
-def is_watched(module: Module) -> bool:
-    """Whether calling `module` may do something else than its class's forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+def is_watched(*modules: Module) -> bool:
+    """Whether calling one of `modules` may do something else than its class's forward."""
+    for module in modules:
+        own = module.__dict__  # a look-up through a class with `__getattr__` costs the host twice as much
+        if (
+            own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+            or "forward" in own
+        ):
+            return True
+    return False
 
 
 def dtypes_fit(

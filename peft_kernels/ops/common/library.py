@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable
 
 import torch
+from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled, _len_torch_dispatch_stack
+from torch.compiler import is_dynamo_compiling
 
 LIBRARY = torch.library.Library("peft_kernels", "DEF")
 
@@ -22,7 +24,7 @@ def register(name: str, implementation: Callable) -> Callable:
 
     def run(*args):
         # Autocast is applied outside of the ops: inside, it would change the dtypes that the fakes promise.
-        if torch._C._is_any_autocast_enabled():
+        if _is_any_autocast_enabled():
             with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
                 return implementation(*args)
         return implementation(*args)
@@ -32,14 +34,14 @@ def register(name: str, implementation: Callable) -> Callable:
 
     def call(*args):
         if (
-            torch.compiler.is_compiling()
-            or torch._C._len_torch_dispatch_stack()
-            or torch._C._are_functorch_transforms_active()
+            is_dynamo_compiling()  # what else compiles, an export that is not strict, has modes on the stack
+            or _len_torch_dispatch_stack()
+            or _are_functorch_transforms_active()
             or (isinstance(args[0], torch.Tensor) and args[0].is_meta)
         ):
             return op(*args)
         # Asked here too: `run` in between would cost the host a call.
-        return (run if torch._C._is_any_autocast_enabled() else implementation)(*args)
+        return (run if _is_any_autocast_enabled() else implementation)(*args)
 
     return call
 

@@ -33,7 +33,7 @@ def check(op: str, x: torch.Tensor, projections: tuple, dropout_p: float, adapte
             and weight.dtype == dtype
             and lora_A.dtype == lora_B.dtype == adapter_dtype
             and weight.device == lora_A.device == lora_B.device == device
-            and (bias is None or (bias.shape == w[:1] and bias.dtype == dtype and bias.device == device))
+            and (bias is None or (bias.shape == (w[0],) and bias.dtype == dtype and bias.device == device))
         ):
             raise ValueError(f"{op}: {_complaint(x, projection, adapter_dtype)}")
         if not isinstance(scaling, (float, int)):

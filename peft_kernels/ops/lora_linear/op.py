@@ -10,6 +10,8 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
+from torch.compiler import is_dynamo_compiling
 
 from ... import backends
 from ..common import dropout
@@ -118,7 +120,7 @@ def _run(
     shared_dropout: bool,
     adapter_precision: str,
 ) -> tuple[torch.Tensor, ...]:
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+    if _is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         x, projections = _autocast(x, projections)
     check(op, x, projections, dropout_p, adapter_precision)
     backend = backends.choose(op, x)
@@ -128,6 +130,7 @@ def _run(
 
     flat: list[torch.Tensor | None] = []
     scalings: list[float] = []
+    ranks: list[int] = []
     needs: list[bool] = []
     for weight, lora_A, lora_B, scaling, bias in projections:
         row_scaling = None
@@ -135,14 +138,15 @@ def _run(
             row_scaling, scaling = scaling.expand(x.shape[:-1]) if scaling.dim() else scaling, 1.0
         flat += (weight, bias, lora_A, lora_B, row_scaling)
         scalings.append(float(scaling))
+        ranks.append(lora_A.shape[0])
         trains_bias = bias is not None and bias.requires_grad
         needs += (weight.requires_grad, trains_bias, lora_A.requires_grad, lora_B.requires_grad)
     needs_x = x.requires_grad
     if torch.is_grad_enabled() and (needs_x or True in needs):
-        options = scalings, p, shared_dropout, high, backend, needs_x, needs
-        if torch._C._are_functorch_transforms_active():
+        options = scalings, ranks, p, shared_dropout, high, projections[0][1].dtype, backend, needs_x, needs
+        if _are_functorch_transforms_active():
             return TransformableLoRALinearFunction.apply(options, seed, x, *flat)[: len(projections)]
-        apply = LoRALinearFunction.apply if torch.compiler.is_compiling() else _apply_eagerly
+        apply = LoRALinearFunction.apply if is_dynamo_compiling() else _apply_eagerly
         return apply(options, seed, x, *flat)
     keep_nothing = [False] * len(projections)
     return tuple(_forward_op(x, flat, scalings, seed, p, shared_dropout, keep_nothing, False, high, backend))
@@ -163,10 +167,10 @@ def _autocast(x: torch.Tensor, projections: tuple[Projection, ...]) -> tuple[tor
     )
 
 
-#: What one application of the op is given beside tensors: scalings, dropout_p, shared_dropout, high_precision, backend,
-#: needs_x and needs, which holds four answers a projection (weight, bias, lora_A, lora_B) and is read outside of the
-#: Function, whose `needs_input_grad` ignores grad mode. Plain, as above.
-Options = tuple[list[float], float, bool, bool, str, bool, list[bool]]
+#: What one application of the op is given beside tensors: scalings, ranks, dropout_p, shared_dropout, high_precision,
+#: the adapters' dtype, backend, needs_x and needs, which holds four answers a projection (weight, bias, lora_A, lora_B)
+#: and is read outside of the Function, whose `needs_input_grad` ignores grad mode. Plain, as above.
+Options = tuple[list[float], list[int], float, bool, bool, torch.dtype, str, bool, list[bool]]
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -176,7 +180,7 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, options, seed, x, *flat):
         outputs = _call_forward(options, seed, x, flat)
-        count = len(flat) // 5
+        count = len(options[0])
         _save_for_backward(ctx, options, x, flat, outputs[count:])
         return tuple(outputs[:count])
 
@@ -209,12 +213,12 @@ class TransformableLoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        return _backward_once(ctx, *grads[: len(ctx.ranks)])
+        return _backward_once(ctx, *grads[: len(ctx.options[0])])
 
 
 def _call_forward(options: Options, seed: torch.Tensor | None, x: torch.Tensor, flat) -> list[torch.Tensor]:
     """The ys; then S if a lora_B trains; then the masks if there is dropout and a gradient needs them."""
-    scalings, dropout_p, shared_dropout, high_precision, backend, needs_x, needs = options
+    scalings, _, dropout_p, shared_dropout, high_precision, _, backend, needs_x, needs = options
     save_mask = seed is not None and (needs_x or True in needs[2::4])
     return _forward_op(
         x, flat, scalings, seed, dropout_p, shared_dropout, needs[3::4], save_mask, high_precision, backend
@@ -222,7 +226,7 @@ def _call_forward(options: Options, seed: torch.Tensor | None, x: torch.Tensor, 
 
 
 def _save_for_backward(ctx, options: Options, x: torch.Tensor, flat, kept) -> None:
-    _, dropout_p, _, _, _, needs_x, needs = options
+    _, _, dropout_p, _, _, _, _, needs_x, needs = options
     needs_A = True in needs[2::4]
     needs_h = needs_x or needs_A
     saved = [
@@ -230,20 +234,17 @@ def _save_for_backward(ctx, options: Options, x: torch.Tensor, flat, kept) -> No
         kept[0] if True in needs[3::4] else None,
         kept[-1] if needs_h and dropout_p > 0.0 else None,
     ]
-    ranks = []
     for j in range(0, len(flat), 5):
-        weight, _, lora_A, lora_B, row_scaling = flat[j : j + 5]
-        ranks.append(lora_A.shape[0])
-        saved += (weight, lora_A) if needs_x else (None, None)
-        saved += (lora_B, row_scaling) if needs_h else (None, None)
+        saved += (flat[j], flat[j + 2]) if needs_x else (None, None)  # weight, lora_A
+        saved += flat[j + 3 : j + 5] if needs_h else (None, None)  # lora_B, row_scaling
     ctx.save_for_backward(*saved)
     ctx.set_materialize_grads(False)
-    ctx.options, ctx.ranks, ctx.adapter_dtype = options, ranks, flat[2].dtype
+    ctx.options = options
 
 
 def _call_backward(ctx, grad_ys: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
-    scalings, dropout_p, _, high_precision, backend, needs_x, needs = ctx.options
-    ranks, count = ctx.ranks, len(grad_ys)
+    scalings, ranks, dropout_p, _, high_precision, adapter_dtype, backend, needs_x, needs = ctx.options
+    count = len(grad_ys)
     result: list[torch.Tensor | None] = [None] * (3 + 5 * count)
     used = [j for j, grad_y in enumerate(grad_ys) if grad_y is not None]
     if not used:
@@ -262,7 +263,7 @@ def _call_backward(ctx, grad_ys: tuple[torch.Tensor | None, ...]) -> tuple[torch
         needs = [needed for j in used for needed in needs[4 * j : 4 * j + 4]]
     grads = iter(
         _backward_op(
-            grad_ys, x, s, masks, flat, scalings, ranks, dropout_p, needs_x, needs, ctx.adapter_dtype, high_precision,
+            grad_ys, x, s, masks, flat, scalings, ranks, dropout_p, needs_x, needs, adapter_dtype, high_precision,
             backend,
         )
     )  # fmt: skip

@@ -35,24 +35,24 @@ def forward(
     Returns the ys [..., N_j]; then, if any is to be kept, S [M, Σ R_j] of the projections marked in save_s;
     then, if it is to be kept, the packed mask [streams, M, ceil(K / 8)].
     """
-    rows, rescale = flatten(x), dropout.rescale(dropout_p)
+    rows, rescale, dtype = flatten(x), 1.0 if seed is None else dropout.rescale(dropout_p), x.dtype
     low_dtype = _low_rank_dtype(rows, projections[2].shape[0], high_precision)
     masks = dropped = None
     if seed is None:
-        dropped = _as(rows, low_dtype)
+        dropped = rows if low_dtype == dtype else rows.to(low_dtype)
     else:
         masks = dropout.draw_mask(seed, *rows.shape, dropout_p, 1 if shared_dropout else len(scalings))
     ys, kept_s = [], []
     for j, scaling in enumerate(scalings):
         weight, bias, lora_A, lora_B, row_scaling = projections[5 * j : 5 * j + 5]
         if masks is not None and (j == 0 or not shared_dropout):
-            kept = dropout.unpack_mask(masks[j], rows.shape[1], x.dtype)
+            kept = dropout.unpack_mask(masks[j], rows.shape[1], dtype)
             dropped = _as(rows * kept, low_dtype)
         s = _scaled_mm(dropped, _as(lora_A, low_dtype), scaling * rescale, row_scaling, transposed=True)
         y = add_base(s, lora_B, rows, weight, bias)
         ys.append(unflatten(y, x))
         if save_s[j]:
-            kept_s.append(s if high_precision else _as(s, x.dtype))
+            kept_s.append(s if high_precision or low_dtype == dtype else s.to(dtype))
     if kept_s:
         ys.append(kept_s[0] if len(kept_s) == 1 else torch.cat(kept_s, dim=1))
     if save_mask and masks is not None:
@@ -122,10 +122,10 @@ def add_base(
 ) -> torch.Tensor:
     """S·Bᵀ + bias + x·Wᵀ [M, N] in x's dtype. The large product is added onto the small one: it reads y in its
     epilogue, and the low-rank term is rounded where it is small."""
-    lora_B = _as(lora_B, s.dtype)
-    if s.dtype == x.dtype:
-        return linear(s, lora_B, bias).addmm_(x, weight.t())
-    y = linear(s, lora_B, bias if bias is None else bias.to(s.dtype))
+    low_dtype = s.dtype
+    if low_dtype == x.dtype:
+        return linear(s, _as(lora_B, low_dtype), bias).addmm_(x, weight.t())
+    y = linear(s, _as(lora_B, low_dtype), bias if bias is None else bias.to(low_dtype))
     return y.add_(linear(x, weight)).to(x.dtype)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
+from torch.compiler import is_dynamo_compiling
 
 from ... import backends
 from ..common.library import LIBRARY, on_device_of, register
@@ -49,7 +51,7 @@ def masked_linear(
         ValueError: for shapes, dtypes, devices or a threshold that do not fit, in one line.
         RuntimeError: if the backend asked for cannot run here.
     """
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+    if _is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         x, weight, scores, bias = _autocast(x, weight, scores, bias)
     _check(x, weight, scores, threshold, bias)
     backend = backends.choose("masked_linear", x)
@@ -59,9 +61,9 @@ def masked_linear(
     options = Options(0.0 if is_tensor else float(threshold), backend, needs)
     if not (torch.is_grad_enabled() and True in needs):
         return _call_forward(options, *tensors)
-    if torch._C._are_functorch_transforms_active():
+    if _are_functorch_transforms_active():
         return TransformableMaskedLinearFunction.apply(options, *tensors)
-    apply = MaskedLinearFunction.apply if torch.compiler.is_compiling() else _apply_eagerly
+    apply = MaskedLinearFunction.apply if is_dynamo_compiling() else _apply_eagerly
     return apply(options, *tensors)
 
 

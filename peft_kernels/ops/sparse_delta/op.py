@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
+from torch.compiler import is_dynamo_compiling
 
 from ... import backends
 from ..common.library import LIBRARY, on_device_of, register
@@ -47,7 +49,7 @@ def sparse_delta_linear(
         ValueError: for shapes, dtypes or devices that do not fit, in one line.
         RuntimeError: if the backend asked for cannot run here.
     """
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+    if _is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         x, weight, bias = (autocast(tensor, x.device.type) for tensor in (x, weight, bias))
     _check("sparse_delta_linear", x, values, layout)
     if weight.shape != layout.shape or weight.dtype != x.dtype or weight.device != x.device:
@@ -61,9 +63,9 @@ def sparse_delta_linear(
     needs = [tensor is not None and tensor.requires_grad for tensor in tensors]
     if torch.is_grad_enabled() and True in needs:
         options = Options(layout, backend, needs)
-        if torch._C._are_functorch_transforms_active():
+        if _are_functorch_transforms_active():
             return TransformableSparseDeltaLinearFunction.apply(options, *tensors)
-        apply = SparseDeltaLinearFunction.apply if torch.compiler.is_compiling() else _apply_eagerly
+        apply = SparseDeltaLinearFunction.apply if is_dynamo_compiling() else _apply_eagerly
         return apply(options, *tensors)
     return _forward_op(x, weight, values, bias, *_flat(layout), backend)
 
@@ -96,7 +98,7 @@ def with_sparse_gradient_(y: torch.Tensor, x: torch.Tensor, values: torch.Tensor
     if not (torch.is_grad_enabled() and values.requires_grad):
         return y
     options = Options(layout, backends.choose("sparse_delta_linear", x), [False, False, True, False])
-    watched = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    watched = is_dynamo_compiling() or _are_functorch_transforms_active()
     apply = SparseGradientFunction.apply if watched else _attach_eagerly
     return apply(options, y, x, values)
 

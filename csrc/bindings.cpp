@@ -1,6 +1,7 @@
 // The module _C: facts about the native build. No op needs it.
 
 #include "common/kernel_table.h"
+#include "lora_linear/tiles.h"
 
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
@@ -38,10 +39,25 @@ py::list kernels(const std::string& library) {
     kernel["name"] = resources.name;
     kernel["registers"] = resources.registers;
     kernel["shared_bytes"] = resources.shared_bytes;
+    kernel["dynamic_bytes"] = resources.dynamic_bytes;
     kernel["local_bytes"] = resources.local_bytes;
+    kernel["max_threads"] = resources.max_threads;
     found.append(kernel);
   }
   return found;
+}
+
+py::tuple gemm_tile(int64_t rows, int64_t columns, int processors) {
+  using namespace peft_kernels::lora_gemm;
+  if (rows < 1 || columns < 1 || processors < 1) throw std::invalid_argument("expected sizes of at least 1");
+  switch (choose(rows, columns, processors)) {
+    case TileName::kWide:
+      return py::make_tuple(Wide::kRows, Wide::kColumns);
+    case TileName::kSquare:
+      return py::make_tuple(Square::kRows, Square::kColumns);
+    default:
+      return py::make_tuple(Small::kRows, Small::kColumns);
+  }
 }
 
 }  // namespace
@@ -50,5 +66,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Facts about the native build of peft_kernels.";
   m.def("build_facts", &build_facts, "What the library was built with: cuda, torch, architectures, compiler.");
   m.def("kernels", &kernels, py::arg("library"),
-        "Registers, shared and local bytes of every kernel of the loaded library, as this GPU runs it.");
+        "Of every kernel of the loaded library, as this GPU runs it: registers and local bytes (spills) a thread, static "
+        "and dynamic shared bytes a block, the most threads a block may have.");
+  m.def("gemm_tile", &gemm_tile, py::arg("rows"), py::arg("columns"), py::arg("processors"),
+        "The tile [rows, columns] of out that lora_gemm takes for out [rows, columns] on a GPU of so many SMs.");
 }

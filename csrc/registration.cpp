@@ -4,6 +4,9 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(peft_kernels_native, m) {
+  m.def(
+      "lora_gemm(Tensor left, Tensor right, Tensor low_left, Tensor low_right, Tensor? keep, Tensor? bias, "
+      "bool by_feature) -> Tensor");
   m.def("draw_mask(Tensor seed, int rows, int columns, int threshold, int streams) -> Tensor");
   m.def(
       "sparse_patched(Tensor weight, Tensor values, Tensor row_starts, Tensor columns, int row_begin, int row_end, "

@@ -2,21 +2,28 @@
 
 #include <cuda_runtime_api.h>
 
-#include <utility>
 #include <vector>
 
 namespace peft_kernels {
 namespace {
 
+struct Known {
+  const char* name;
+  const void* kernel;
+  int dynamic_bytes;
+};
+
 // A function's static: the entries register themselves in no fixed order.
-std::vector<std::pair<const char*, const void*>>& table() {
-  static std::vector<std::pair<const char*, const void*>> kernels;
+std::vector<Known>& table() {
+  static std::vector<Known> kernels;
   return kernels;
 }
 
 }  // namespace
 
-KernelEntry::KernelEntry(const char* name, const void* kernel) { table().emplace_back(name, kernel); }
+KernelEntry::KernelEntry(const char* name, const void* kernel, int dynamic_bytes) {
+  table().push_back({name, kernel, dynamic_bytes});
+}
 
 }  // namespace peft_kernels
 
@@ -27,9 +34,13 @@ extern "C" __attribute__((visibility("default"))) int peft_kernels_kernel_resour
   const auto& kernels = peft_kernels::table();
   if (index < 0 || index >= static_cast<int>(kernels.size())) return 1;
   cudaFuncAttributes attributes{};
-  const cudaError_t status = cudaFuncGetAttributes(&attributes, kernels[index].second);
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, kernels[index].kernel);
   *error = status == cudaSuccess ? nullptr : cudaGetErrorString(status);
-  *out = {kernels[index].first, attributes.numRegs, static_cast<int>(attributes.sharedSizeBytes),
-          static_cast<int>(attributes.localSizeBytes)};
+  *out = {kernels[index].name,
+          attributes.numRegs,
+          static_cast<int>(attributes.sharedSizeBytes),
+          kernels[index].dynamic_bytes,
+          static_cast<int>(attributes.localSizeBytes),
+          attributes.maxThreadsPerBlock};
   return 0;
 }

@@ -1,23 +1,14 @@
-// What both implementations of draw_mask are given, and what they check.
+// What both implementations of draw_mask check, and how they come to their arguments.
 #pragma once
 
 #include "common/checks.h"
-#include "dropout/philox.h"
+#include "dropout/arguments.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdint>
 
 namespace peft_kernels::dropout {
-
-struct Arguments {
-  const int64_t* seed;  // on the mask's device
-  uint8_t* mask;        // [streams, rows, groups], contiguous
-  int64_t rows;
-  int64_t groups;     // bytes of a row
-  int64_t numel;      // streams * rows * groups
-  int32_t threshold;  // the draw from which on an element is kept
-};
 
 // An empty mask, uint8 [streams, rows, ceil(columns / 8)], beside the seed.
 inline torch::stable::Tensor empty_mask(const torch::stable::Tensor& seed, int64_t rows, int64_t columns,

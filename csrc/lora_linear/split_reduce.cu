@@ -4,7 +4,7 @@
 // kernel own a slice each and write float32 partials, this adds them in ascending p. No atomics, so the result
 // has the same bits every time.
 
-#include "lora_linear/split_reduce.cuh"
+#include "lora_linear/split_reduce_kernel.h"
 
 #include "common/checks.h"
 #include "common/kernel_table.h"

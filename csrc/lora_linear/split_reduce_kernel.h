@@ -1,6 +1,8 @@
 // Device code of split_reduce: for every architecture, bound by the bandwidth of reading the partials once.
 #pragma once
 
+#include "common/kernel_source.h"
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -30,13 +32,13 @@ struct alignas(sizeof(T) * kWidth) Pack {
 // kWidth neighbours of [M, R], from `first` on. The sum runs over p in ascending order, whatever the launch: the
 // same partials give the same bits.
 template <typename Out, int kWidth>
-__device__ __forceinline__ void reduce_pack(const Arguments& args, int64_t first) {
+PEFT_KERNELS_DEVICE void reduce_pack(const Arguments& args, int64_t first) {
   float sum[kWidth] = {};
   const float* source = args.partials + first;
-#pragma unroll 4  // loads of several partials in flight; the additions stay in order
+  PEFT_KERNELS_UNROLL_BY_4  // loads of several partials in flight; the additions stay in order
   for (int64_t p = 0; p < args.num_partials; ++p, source += args.stride_p) {
     const auto pack = *reinterpret_cast<const Pack<float, kWidth>*>(source);
-#pragma unroll
+  PEFT_KERNELS_UNROLL
     for (int i = 0; i < kWidth; ++i) sum[i] += pack.values[i];
   }
 
@@ -47,7 +49,7 @@ __device__ __forceinline__ void reduce_pack(const Arguments& args, int64_t first
     column = first - row * args.rank;
   }
   Pack<Out, kWidth> result;
-#pragma unroll
+  PEFT_KERNELS_UNROLL
   for (int i = 0; i < kWidth; ++i) {
     float factor = args.scale;
     if (args.row_scale != nullptr) {
@@ -61,8 +63,8 @@ __device__ __forceinline__ void reduce_pack(const Arguments& args, int64_t first
 
 // One thread a pack, then one thread for each value that is left over.
 template <typename Out, int kWidth>
-__global__ void __launch_bounds__(kThreads) kernel(const Arguments args) {
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+PEFT_KERNELS_GLOBAL(kThreads) kernel(const Arguments args) {
+  const int64_t thread = static_cast<int64_t>(block_index()) * kThreads + thread_index();
   const int64_t packs = args.numel / kWidth;
   if (thread < packs) {
     reduce_pack<Out, kWidth>(args, thread * kWidth);

@@ -1,0 +1,31 @@
+// A GEMM with a low-rank product added in the same accumulators (KERNELS: "K-extension"):
+//
+//   out = left·right + keep∘(low_left·low_right) + bias
+//
+// forward  y  = x·Wᵀ + S·Bᵀ + bias                    right and low_right by feature: W [N, K], B [N, R]
+// backward dx = dy·W + D(dH·A)                        right and low_right by depth:   W [N, K], A [R, K]
+//
+// The low-rank product comes first: `keep` masks it in registers before the large one is accumulated onto it.
+#pragma once
+
+#include <cstdint>
+
+namespace peft_kernels::lora_gemm {
+
+// Sizes in elements. Operands are of 16 bits, their rows of unit stride, start and pitch multiples of 8 elements.
+struct Arguments {
+  const void* left;        // [rows, depth]
+  int64_t left_pitch;      // from one row to the next
+  const void* right;       // [columns, depth], or [depth, columns]
+  int64_t right_pitch;
+  const void* low_left;    // [rows, rank]
+  int64_t low_left_pitch;
+  const void* low_right;   // [columns, rank], or [rank, columns]
+  int64_t low_right_pitch;
+  const uint8_t* keep;     // [rows, ceil(columns / 8)], a bit an element as dropout's mask has it, or null
+  const void* bias;        // [columns], or null
+  void* out;               // [rows, columns], contiguous, starting on 16 bytes
+  int rows, columns, depth, rank;
+};
+
+}  // namespace peft_kernels::lora_gemm

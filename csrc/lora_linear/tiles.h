@@ -1,0 +1,69 @@
+// The tiles of the GEMM, which of them a shape takes, and which tile a block computes. Plain arithmetic, for host and GPU.
+#pragma once
+
+#include "common/host_device.h"
+
+#include <cstdint>
+
+namespace peft_kernels::lora_gemm {
+
+// kRows x kColumns of out by warps of kWarpRows x kWarpColumns, kDepth elements of the reduction a stage.
+template <int kRows_, int kColumns_, int kDepth_, int kWarpRows_, int kWarpColumns_, int kStages_>
+struct Tile {
+  static constexpr int kRows = kRows_, kColumns = kColumns_, kDepth = kDepth_;
+  static constexpr int kWarpRows = kWarpRows_, kWarpColumns = kWarpColumns_, kStages = kStages_;
+  static constexpr int kThreads = kRows / kWarpRows * (kColumns / kWarpColumns) * 32;
+};
+
+// By size, in 64 to 76 KiB of shared memory: sm_86 and sm_89 have 99 KiB, sm_80 twice as much for two blocks.
+using Wide = Tile<128, 256, 32, 64, 64, 3>;
+using Square = Tile<128, 128, 32, 64, 64, 4>;
+using Small = Tile<64, 64, 64, 32, 32, 4>;
+
+PEFT_KERNELS_HOST_DEVICE int tiles_of(int64_t size, int tile) { return static_cast<int>((size + tile - 1) / tile); }
+
+struct Position {
+  int row, column;  // in tiles
+};
+
+// Neighbouring blocks share rows and columns, which the L2 cache then holds: eight rows of tiles, column by column.
+PEFT_KERNELS_HOST_DEVICE Position position(int block, int rows, int columns, int tile_rows, int tile_columns) {
+  constexpr int kBand = 8;
+  const int down = tiles_of(rows, tile_rows), across = tiles_of(columns, tile_columns);
+  const int band = block / (kBand * across), first = band * kBand;
+  const int height = down - first < kBand ? down - first : kBand;
+  const int inside = block - band * kBand * across;
+  return {first + inside % height, inside / height};
+}
+
+enum class TileName { kWide, kSquare, kSmall };
+
+// The tile of the least estimated time on a GPU of `processors` SMs: waves of blocks, times what a block's step costs. A
+// step of 16 in depth costs the tensor cores rows·columns·16 / 1024 cycles (sm_80), and shared memory the bytes that all
+// warps read / 128; both are added, as if nothing overlapped. No measurement is behind it yet.
+PEFT_KERNELS_HOST_DEVICE TileName choose(int64_t rows, int64_t columns, int processors) {
+  struct Candidate {
+    TileName name;
+    int rows, columns, warp_rows, warp_columns, blocks;  // blocks an SM, by shared memory
+  };
+  constexpr Candidate kCandidates[] = {
+      {TileName::kWide, Wide::kRows, Wide::kColumns, Wide::kWarpRows, Wide::kWarpColumns, 1},
+      {TileName::kSquare, Square::kRows, Square::kColumns, Square::kWarpRows, Square::kWarpColumns, 2},
+      {TileName::kSmall, Small::kRows, Small::kColumns, Small::kWarpRows, Small::kWarpColumns, 2},
+  };
+  TileName best = TileName::kSmall;
+  int64_t least = INT64_MAX;
+  for (const Candidate& tile : kCandidates) {
+    const int64_t blocks = static_cast<int64_t>(tiles_of(rows, tile.rows)) * tiles_of(columns, tile.columns);
+    const int warps = tile.rows / tile.warp_rows * (tile.columns / tile.warp_columns);
+    const int64_t step = tile.rows * tile.columns * 16 / 1024 + warps * (tile.warp_rows + tile.warp_columns) * 32 / 128;
+    const int64_t at_once = static_cast<int64_t>(processors) * tile.blocks;
+    const int64_t full = blocks / at_once, rest = blocks % at_once;
+    // Blocks that share an SM share its tensor cores; in the last wave an SM may have fewer.
+    const int64_t time = (full * tile.blocks + (rest + processors - 1) / processors) * step;
+    if (time < least) least = time, best = tile.name;
+  }
+  return best;
+}
+
+}  // namespace peft_kernels::lora_gemm

@@ -1,0 +1,133 @@
+// The kernels on the GPU, against sums in float64 on the host. Without torch, for compute-sanitizer and profilers. Exits
+// with 1 at a difference, with 77 where there is no GPU.
+
+#include "dropout/draw_mask_kernel.h"
+#include "lora_linear/gemm_sm80.cuh"
+#include "selftest/problem.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <utility>
+
+namespace peft_kernels::selftest {
+namespace {
+
+void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  std::printf("%s: %s\n", what, cudaGetErrorString(status));
+  std::exit(1);
+}
+
+// A copy on the device, with nothing of this program's behind it, so that compute-sanitizer sees every step too far.
+template <typename T>
+class OnDevice {
+ public:
+  explicit OnDevice(const std::vector<T>& values) : size_(values.size()) {
+    check(cudaMalloc(&data_, size_ * sizeof(T) + 1), "cudaMalloc");
+    check(cudaMemcpy(data_, values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
+  }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+  ~OnDevice() { cudaFree(data_); }
+  T* get() const { return data_; }
+  std::vector<T> host() const {
+    std::vector<T> values(size_);
+    check(cudaMemcpy(values.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost), "cudaMemcpy");
+    return values;
+  }
+
+ private:
+  size_t size_;
+  T* data_ = nullptr;
+};
+
+int failed = 0, ran = 0;
+
+void report(const std::string& what, const std::string& complaint) {
+  ++ran;
+  if (complaint.empty()) return;
+  ++failed;
+  std::printf("%s: %s\n", what.c_str(), complaint.c_str());
+}
+
+template <typename T>
+void gemms(const char* dtype) {
+  using lora_gemm::TileName;
+  for (const Shape& shape : shapes(true)) {
+    const Problem<T> problem(shape);
+    const OnDevice<T> left(problem.left.values), right(problem.right.values), low_left(problem.low_left.values),
+        low_right(problem.low_right.values), bias(problem.bias.values);
+    const OnDevice<uint8_t> keep(problem.keep);
+    for (const auto& [tile, name] : {std::pair{TileName::kWide, "Wide"}, {TileName::kSquare, "Square"},
+                                     {TileName::kSmall, "Small"}}) {
+      std::vector<T> first;
+      std::string complaint;
+      for (int repeat = 0; repeat < 3 && complaint.empty(); ++repeat) {
+        const OnDevice<T> out(poisoned<T>(static_cast<size_t>(shape.rows) * shape.columns));
+        lora_gemm::Arguments args = problem.arguments(out.get());
+        args.left = left.get(), args.right = right.get(), args.low_left = low_left.get();
+        args.low_right = low_right.get();
+        args.keep = args.keep ? keep.get() : nullptr, args.bias = args.bias ? bias.get() : nullptr;
+        check(shape.by_feature ? lora_gemm::launch_sm80<T, true>(args, tile, nullptr)
+                               : lora_gemm::launch_sm80<T, false>(args, tile, nullptr),
+              "launching gemm_sm80");
+        check(cudaDeviceSynchronize(), "gemm_sm80");
+        const std::vector<T> found = out.host();
+        if (repeat == 0) {
+          complaint = problem.complaint(found);
+          first = found;
+        } else if (std::memcmp(first.data(), found.data(), found.size() * sizeof(T)) != 0) {
+          complaint = "other bits when repeated";
+        }
+      }
+      report(std::string("gemm_sm80<") + dtype + ", " + name + ">, " + shape.text(), complaint);
+    }
+  }
+}
+
+void masks() {
+  for (const MaskProblem& problem : mask_problems()) {
+    const OnDevice<int64_t> seed(std::vector<int64_t>{MaskProblem::kSeed});
+    const OnDevice<uint8_t> mask(poisoned<uint8_t>(problem.numel()));
+    const dropout::Arguments args = problem.arguments(seed.get(), mask.get());
+    constexpr int kPerBlock = dropout::kThreads * dropout::kBytes;
+    dropout::draw_mask_kernel<<<(args.numel + kPerBlock - 1) / kPerBlock, dropout::kThreads>>>(args);
+    check(cudaDeviceSynchronize(), "draw_mask");
+    report("draw_mask", mask.host() == problem.expected() ? "" : "other bits than the host's");
+  }
+}
+
+template <typename Out, int kWidth>
+void reduce(const char* name) {
+  for (const Reduction<Out>& problem : reductions<Out>()) {
+    const OnDevice<float> values(problem.values), row_scale(problem.row_scale);
+    const OnDevice<Out> out(poisoned<Out>(problem.numel()));
+    const split_reduce::Arguments args = problem.arguments(values.get(), row_scale.get(), out.get());
+    const int64_t threads = args.numel / kWidth + args.numel % kWidth;
+    const int blocks = static_cast<int>((threads + split_reduce::kThreads - 1) / split_reduce::kThreads);
+    split_reduce::kernel<Out, kWidth><<<blocks, split_reduce::kThreads>>>(args);
+    check(cudaDeviceSynchronize(), "split_reduce");
+    report(std::string("split_reduce<") + name + ">", problem.complaint(out.host()));
+  }
+}
+
+}  // namespace
+}  // namespace peft_kernels::selftest
+
+int main() {
+  using namespace peft_kernels::selftest;
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+    std::printf("no GPU\n");
+    return 77;
+  }
+  masks();
+  reduce<float, 4>("float, 4");
+  reduce<float, 1>("float, 1");
+  reduce<__half, 4>("half, 4");
+  reduce<__nv_bfloat16, 1>("bfloat16, 1");
+  gemms<__nv_bfloat16>("bfloat16");
+  gemms<__half>("float16");
+  std::printf("%d of %d passed\n", ran - failed, ran);
+  return failed != 0;
+}

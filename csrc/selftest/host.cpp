@@ -1,0 +1,110 @@
+// The kernels' own source on the CPU, thread by thread (csrc/emulator). Needs neither a GPU nor torch. Exits with 1, and
+// says where the first difference is.
+
+#include "dropout/draw_mask_kernel.h"
+#include "lora_linear/gemm_sm80.h"
+#include "selftest/problem.h"
+
+#include <cstdio>
+#include <exception>
+
+namespace peft_kernels::selftest {
+namespace {
+
+constexpr size_t kMargin = 64;  // behind what a kernel writes
+
+int failed = 0, ran = 0;
+
+void report(const std::string& what, const std::string& complaint) {
+  ++ran;
+  if (complaint.empty()) return;
+  ++failed;
+  std::printf("%s: %s\n", what.c_str(), complaint.c_str());
+}
+
+template <typename T>
+bool margin_is_whole(const std::vector<T>& values) {
+  const auto* bytes = reinterpret_cast<const unsigned char*>(values.data() + values.size() - kMargin);
+  for (size_t i = 0; i < kMargin * sizeof(T); ++i) {
+    if (bytes[i] != 0xFF) return false;
+  }
+  return true;
+}
+
+template <typename T, typename Tile, bool kByFeature>
+std::string gemm(const Problem<T>& problem, unsigned order) {
+  using Gemm = lora_gemm::Gemm<T, Tile, kByFeature>;
+  const Shape& shape = problem.shape;
+  std::vector<T> out = poisoned<T>(static_cast<size_t>(shape.rows) * shape.columns + kMargin);
+  const lora_gemm::Arguments args = problem.arguments(out.data());
+  const int blocks = lora_gemm::tiles_of(shape.rows, Tile::kRows) * lora_gemm::tiles_of(shape.columns, Tile::kColumns);
+  const emulator::Report report = emulator::launch(blocks, Gemm::kThreads, Gemm::kSharedBytes, order,
+                                                   [&](char* shared) { Gemm::run(args, shared); });
+  if (report.bank_conflicts) return std::to_string(report.bank_conflicts) + " bank conflicts";
+  if (!margin_is_whole(out)) return "written behind the end of out";
+  return problem.complaint(out);
+}
+
+template <typename T, typename Tile>
+void gemm(const Problem<T>& problem, const char* name) {
+  for (const unsigned order : {0u, 1u}) {
+    report(std::string("gemm_sm80<") + name + ">, " + problem.shape.text(),
+           problem.shape.by_feature ? gemm<T, Tile, true>(problem, order) : gemm<T, Tile, false>(problem, order));
+  }
+}
+
+template <typename T>
+void gemms(const std::string& dtype) {
+  for (const Shape& shape : shapes(false)) {
+    const Problem<T> problem(shape);
+    gemm<T, lora_gemm::Wide>(problem, (dtype + ", Wide").c_str());
+    gemm<T, lora_gemm::Square>(problem, (dtype + ", Square").c_str());
+    gemm<T, lora_gemm::Small>(problem, (dtype + ", Small").c_str());
+  }
+}
+
+void masks() {
+  for (const MaskProblem& problem : mask_problems()) {
+    const int64_t seed = MaskProblem::kSeed;
+    std::vector<uint8_t> mask = poisoned<uint8_t>(problem.numel() + kMargin);
+    const dropout::Arguments args = problem.arguments(&seed, mask.data());
+    constexpr int kPerBlock = dropout::kThreads * dropout::kBytes;
+    const int blocks = static_cast<int>((args.numel + kPerBlock - 1) / kPerBlock);
+    emulator::launch(blocks, dropout::kThreads, 0, 1, [&](char*) { dropout::draw_mask_kernel(args); });
+    const bool whole = margin_is_whole(mask);
+    mask.resize(problem.numel());
+    report("draw_mask", !whole ? "written behind the end" : mask == problem.expected() ? "" : "other bits");
+  }
+}
+
+template <typename Out, int kWidth>
+void reduce(const char* name) {
+  for (const Reduction<Out>& problem : reductions<Out>()) {
+    std::vector<Out> out = poisoned<Out>(problem.numel() + kMargin);
+    const auto args = problem.arguments(problem.values.data(), problem.row_scale.data(), out.data());
+    const int64_t threads = args.numel / kWidth + args.numel % kWidth;
+    const int blocks = static_cast<int>((threads + split_reduce::kThreads - 1) / split_reduce::kThreads);
+    emulator::launch(blocks, split_reduce::kThreads, 0, 1, [&](char*) { split_reduce::kernel<Out, kWidth>(args); });
+    report(std::string("split_reduce<") + name + ">",
+           margin_is_whole(out) ? problem.complaint(out) : "written behind the end of out");
+  }
+}
+
+}  // namespace
+}  // namespace peft_kernels::selftest
+
+int main() try {
+  using namespace peft_kernels::selftest;
+  masks();
+  reduce<float, 4>("float, 4");
+  reduce<float, 1>("float, 1");
+  reduce<__half, 4>("half, 4");
+  reduce<__nv_bfloat16, 1>("bfloat16, 1");
+  gemms<__nv_bfloat16>("bfloat16");
+  gemms<__half>("float16");
+  std::printf("%d of %d passed\n", ran - failed, ran);
+  return failed != 0;
+} catch (const std::exception& error) {
+  std::printf("%s\n", error.what());
+  return 1;
+}

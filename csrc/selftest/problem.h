@@ -1,0 +1,227 @@
+// The kernels' problems for the self-test: operands with margins, what comes out, and by how much it may differ.
+#pragma once
+
+#include "dropout/arguments.h"
+#include "lora_linear/gemm.h"
+#include "lora_linear/split_reduce_kernel.h"
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <random>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+namespace peft_kernels::selftest {
+
+// Bytes of 0xFF: NaN in every floating-point type.
+template <typename T>
+std::vector<T> poisoned(size_t size) {
+  std::vector<T> values(size);
+  std::memset(static_cast<void*>(values.data()), 0xFF, size * sizeof(T));
+  return values;
+}
+
+template <typename T>
+double wide(T value) {
+  return static_cast<double>(static_cast<float>(value));
+}
+
+// --- lora_gemm ------------------------------------------------------------------------------------------------
+
+struct Shape {
+  int rows, columns, depth, rank;
+  bool by_feature, masked, with_bias;
+
+  std::string text() const {
+    return std::to_string(rows) + " x " + std::to_string(columns) + " x " + std::to_string(depth) + " + " +
+           std::to_string(rank) + (by_feature ? ", by feature" : ", by depth") + (masked ? ", masked" : "") +
+           (with_bias ? ", bias" : "");
+  }
+};
+
+// Every edge: one element, sizes off the tile, ranks of 0, 1 and past a stage, several tiles each way; rows of the mask
+// that start on 8 bytes, and others.
+inline std::vector<Shape> shapes(bool large) {
+  std::vector<Shape> found;
+  for (const bool by_feature : {true, false}) {
+    for (const bool masked : {false, true}) {
+      for (const bool with_bias : {false, true}) {
+        found.push_back({1, 1, 1, 1, by_feature, masked, with_bias});
+        found.push_back({65, 72, 64, 16, by_feature, masked, with_bias});
+        found.push_back({130, 71, 200, 6, by_feature, masked, with_bias});
+      }
+      found.push_back({70, 320, 96, 100, by_feature, masked, false});
+      found.push_back({5, 8, 16, 0, by_feature, masked, true});
+      found.push_back({17, 24, 0, 4, by_feature, masked, true});
+      if (large) {
+        found.push_back({512, 1000, 1024, 16, by_feature, masked, true});
+        found.push_back({333, 1032, 520, 130, by_feature, masked, true});
+      }
+    }
+  }
+  return found;
+}
+
+// [height, width], every row on 16 bytes; what no one may read is NaN.
+template <typename T>
+struct Matrix {
+  int height, width;
+  int64_t pitch;
+  std::vector<T> values;
+
+  Matrix(int height, int width, std::mt19937& random, double scale)
+      : height(height), width(width), pitch((width + 7) / 8 * 8 + 8), values(poisoned<T>(height * pitch + 8)) {
+    std::normal_distribution<float> normal(0.0f, static_cast<float>(scale));
+    for (int row = 0; row < height; ++row) {
+      for (int column = 0; column < width; ++column) values[row * pitch + column] = T(normal(random));
+    }
+  }
+  T at(int row, int column) const { return values[row * pitch + column]; }
+};
+
+template <typename T>
+class Problem {
+ public:
+  const Shape shape;
+  std::mt19937 random;
+  const Matrix<T> left, right, low_left, low_right, bias;
+  std::vector<uint8_t> keep;
+
+  explicit Problem(const Shape& s)
+      : shape(s),
+        random(s.rows * 31 + s.columns * 17 + s.depth),
+        left(s.rows, s.depth, random, 1.0),
+        right(s.by_feature ? s.columns : s.depth, s.by_feature ? s.depth : s.columns, random, 0.1),
+        low_left(s.rows, s.rank, random, 1.0),
+        low_right(s.by_feature ? s.columns : s.rank, s.by_feature ? s.rank : s.columns, random, 0.3),
+        bias(1, s.columns, random, 1.0),
+        keep(static_cast<size_t>(s.rows) * ((s.columns + 7) / 8)) {
+    for (uint8_t& byte : keep) byte = static_cast<uint8_t>(random());
+    expect();
+  }
+
+  // The operands where they are, on the host; `out` is the caller's.
+  lora_gemm::Arguments arguments(T* out) const {
+    return {left.values.data(),
+            left.pitch,
+            right.values.data(),
+            right.pitch,
+            low_left.values.data(),
+            low_left.pitch,
+            low_right.values.data(),
+            low_right.pitch,
+            shape.masked ? keep.data() : nullptr,
+            shape.with_bias ? bias.values.data() : nullptr,
+            out,
+            shape.rows,
+            shape.columns,
+            shape.depth,
+            shape.rank};
+  }
+
+  // "" where `out` is right.
+  std::string complaint(const std::vector<T>& out) const {
+    for (size_t i = 0; i < expected_.size(); ++i) {
+      if (std::abs(wide(out[i]) - expected_[i]) <= allowed_[i]) continue;  // not for NaN
+      return "expected " + std::to_string(expected_[i]) + " at (" + std::to_string(i / shape.columns) + ", " +
+             std::to_string(i % shape.columns) + "), got " + std::to_string(wide(out[i]));
+    }
+    return "";
+  }
+
+ private:
+  std::vector<double> expected_, allowed_;  // [rows, columns]
+
+  // In float64; what may differ is float32's rounding of every sum, and one rounding to T.
+  void expect() {
+    constexpr double kRounding = std::is_same_v<T, __half> ? 0x1p-11 : 0x1p-8;
+    const auto add = [](const Matrix<T>& a, const Matrix<T>& b, bool by_feature, int depth, int row, int column,
+                        double& sum, double& size) {
+      for (int k = 0; k < depth; ++k) {
+        const double term = wide(a.at(row, k)) * wide(by_feature ? b.at(column, k) : b.at(k, column));
+        sum += term, size += std::abs(term);
+      }
+    };
+    for (int row = 0; row < shape.rows; ++row) {
+      for (int column = 0; column < shape.columns; ++column) {
+        double sum = 0.0, size = 0.0;
+        add(low_left, low_right, shape.by_feature, shape.rank, row, column, sum, size);
+        const uint8_t bits = keep[static_cast<size_t>(row) * ((shape.columns + 7) / 8) + column / 8];
+        if (shape.masked && !(bits >> column % 8 & 1)) sum = 0.0;
+        add(left, right, shape.by_feature, shape.depth, row, column, sum, size);
+        if (shape.with_bias) sum += wide(bias.at(0, column));
+        expected_.push_back(sum);
+        allowed_.push_back(kRounding * std::abs(sum) + (shape.depth + shape.rank) * 0x1p-24 * size + 0x1p-24);
+      }
+    }
+  }
+};
+
+// --- draw_mask ------------------------------------------------------------------------------------------------
+
+struct MaskProblem {
+  int64_t rows, groups, streams;
+  static constexpr int64_t kSeed = -7;
+  static constexpr int32_t kThreshold = -26214;  // p = 0.1
+
+  int64_t numel() const { return rows * groups * streams; }
+  dropout::Arguments arguments(const int64_t* seed, uint8_t* mask) const {
+    return {seed, mask, rows, groups, numel(), kThreshold};
+  }
+  // Byte by byte, as the contract has it.
+  std::vector<uint8_t> expected() const {
+    std::vector<uint8_t> bytes;
+    for (int64_t at = 0; at < numel(); ++at) {
+      bytes.push_back(dropout::kept_byte(static_cast<uint64_t>(kSeed), at / groups % rows,
+                                         static_cast<uint32_t>(at % groups),
+                                         static_cast<uint32_t>(at / groups / rows), kThreshold));
+    }
+    return bytes;
+  }
+};
+
+// Rows shorter than what a thread draws, of that size, and longer; ends within a thread's bytes.
+inline std::vector<MaskProblem> mask_problems() { return {{1, 1, 1}, {33, 9, 2}, {100, 16, 1}, {512, 72, 3}}; }
+
+// --- split_reduce ---------------------------------------------------------------------------------------------
+
+template <typename Out>
+struct Reduction {
+  int partials, rows, rank;
+  bool scaled;
+  std::vector<float> values, row_scale;
+
+  Reduction(int partials, int rows, int rank, bool scaled)
+      : partials(partials), rows(rows), rank(rank), scaled(scaled), row_scale(rows) {
+    std::mt19937 random(partials);
+    std::normal_distribution<float> normal;
+    values.resize(static_cast<size_t>(partials) * stride());
+    for (float& value : values) value = normal(random);
+    for (float& scale : row_scale) scale = normal(random);
+  }
+
+  int64_t numel() const { return static_cast<int64_t>(rows) * rank; }
+  int64_t stride() const { return (numel() + 3) / 4 * 4; }  // every partial on 16 bytes
+  split_reduce::Arguments arguments(const float* on_values, const float* on_scale, Out* out) const {
+    return {on_values, stride(), partials, scaled ? on_scale : nullptr, 0.5f, numel(), rank, out};
+  }
+  // In float32 and in ascending order: the same bits.
+  std::string complaint(const std::vector<Out>& out) const {
+    for (int64_t i = 0; i < numel(); ++i) {
+      float sum = 0.0f;
+      for (int p = 0; p < partials; ++p) sum += values[p * stride() + i];
+      const Out wanted = static_cast<Out>(sum * (scaled ? 0.5f * row_scale[i / rank] : 0.5f));
+      if (std::memcmp(&wanted, &out[i], sizeof(Out)) != 0) return "other bits at " + std::to_string(i);
+    }
+    return "";
+  }
+};
+
+template <typename Out>
+std::vector<Reduction<Out>> reductions() {
+  return {{1, 1, 1, false}, {5, 33, 6, true}, {3, 130, 16, false}, {16, 41, 3, true}};
+}
+
+}  // namespace peft_kernels::selftest

@@ -17,10 +17,11 @@ VENV_STAMP   := $(VENV)/.stamp-venv
 LINT_STAMP   := $(VENV)/.stamp-lint
 ENV_STAMP    := $(VENV)/.stamp-env
 NATIVE_STAMP := $(VENV)/.stamp-native
+SELFTEST := build/selftest
 TRITON_STAMP := $(VENV)/.stamp-triton-$(OLDEST_TRITON)
 OLD_TRITON   := $(VENV)/triton-$(basename $(OLDEST_TRITON))
 
-.PHONY: help setup demo test bench lint format gpu aot-all clean
+.PHONY: help setup demo test selftest bench lint format gpu aot-all clean
 .NOTPARALLEL:
 # Ahead-of-time compilation fails under the interpreter: only the stage that wants it gets it.
 unexport TRITON_INTERPRET
@@ -30,6 +31,7 @@ help:
 	@echo "make demo          fine-tune SmolLM2-135M with PEFT, accelerated, with IST, and compare"
 	@echo "make test          the whole suite on this machine"
 	@echo "make bench         every provider on every op, and a report: about seven minutes"
+	@echo "make selftest      the CUDA sources on the CPU, thread by thread, and on a GPU where there is one"
 	@echo "make lint          ruff: rules and format"
 	@echo "make format        ruff: put both right"
 	@echo "make aot-all       compile every configuration of every kernel, for every architecture"
@@ -91,9 +93,18 @@ test: setup $(TRITON_STAMP)
 	$(call stage,the suite,$(XDIST) -rs -m "not slow" tests --ignore=tests/interpret --ignore=tests/aot)
 	@# A real model wants all cores for itself.
 	$(call stage,a real model: SmolLM2 and the demo,$(PY) -m pytest -q -m slow tests --ignore=tests/interpret --ignore=tests/aot)
+	$(call stage,every CUDA kernel thread by thread,$(MAKE) --no-print-directory selftest)
 	$(call stage,every Triton kernel in the interpreter,TRITON_INTERPRET=1 $(XDIST) tests/interpret)
 	$(call stage,kernels compiled ahead of time by the newest Triton,$(XDIST) tests/aot)
 	$(call stage,kernels compiled ahead of time by Triton $(OLDEST_TRITON),PYTHONPATH=$(OLD_TRITON) $(XDIST) tests/aot)
+
+# The CUDA sources on the CPU, thread by thread, and on a GPU where there is one. Takes nvcc, and no torch.
+selftest: $(ENV_STAMP)
+	@command -v nvcc >/dev/null || test -x $${CUDA_HOME:-/usr/local/cuda}/bin/nvcc || \
+	  { echo "no self-test of the CUDA sources: nvcc was not found"; exit 0; }; \
+	PATH="$(abspath $(VENV))/bin:$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin"; \
+	cmake -S csrc/selftest -B $(SELFTEST) -G Ninja -DCMAKE_BUILD_TYPE=Release >/dev/null && \
+	cmake --build $(SELFTEST) -- --quiet && ctest --test-dir $(SELFTEST) --output-on-failure
 
 aot-all: setup $(TRITON_STAMP)
 	$(call stage,every configuration by the newest Triton,PEFT_KERNELS_AOT=all $(XDIST) tests/aot)

@@ -4,7 +4,8 @@
 #   scripts/gpu.sh MINUTES [BENCHMARK ARGUMENTS…]
 #
 # The suite may take 60 % of the budget and is stopped there; the benchmarks get what is left, and run also
-# where the suite failed. The exit status is the suite's, or the benchmarks' where the suite passed.
+# where the suite failed. Before them the CUDA sources' self-test, where it was built. The exit status is the first's that
+# failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 budget=$((${1:?expected the budget in whole minutes, got none} * 60))
@@ -20,6 +21,10 @@ python3 -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || {
 }
 [ -e peft_kernels/_lib/libpeft_kernels.so ] || python3 setup.py -q build_ext --inplace
 python3 -m peft_kernels env
+
+# Built by `make selftest`, where nvcc is; it needs nothing here.
+selftest=0
+[ -x build/selftest/selftest_gpu ] && { build/selftest/selftest_gpu; selftest=$?; }
 
 # Compiling the kernels is most of the suite's time: spread it, where xdist is there.
 workers=()
@@ -44,5 +49,7 @@ timeout --signal=INT --kill-after=10 "$left" \
 bench=$?
 echo "== the GPU benchmarks: $([ $bench = 0 ] && echo done || echo "FAILED ($bench)"), $SECONDS s since the start"
 
-[ "$suite" = 0 ] && exit "$bench"
-exit "$suite"
+[ "$selftest" = 0 ] || echo "== the CUDA self-test: FAILED ($selftest)"
+for status in "$selftest" "$suite" "$bench"; do
+    [ "$status" = 0 ] || exit "$status"
+done

@@ -78,20 +78,80 @@ def find_cuobjdump():
     return shutil.which("cuobjdump", path=path)
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
-def test_resource_use(architecture):
-    """Every kernel is there for the architecture, spills nothing, and leaves room for a full SM."""
-    cuobjdump = find_cuobjdump()
-    if cuobjdump is None:
+def cuobjdump(*arguments):
+    program = find_cuobjdump()
+    if program is None:
         pytest.skip("needs cuobjdump (the CUDA toolkit's, or Triton's)")
-    dump = subprocess.check_output([cuobjdump, "--dump-resource-usage", _native.LIBRARY], text=True)
+    # Beside it lies nvdisasm, which it calls.
+    environment = os.environ | {"PATH": os.pathsep.join([str(Path(program).parent), os.environ.get("PATH", "")])}
+    return subprocess.check_output([program, *arguments, _native.LIBRARY], text=True, env=environment)
+
+
+#: Part of a kernel's name -> how many there are, and the registers that a thread may take.
+BUDGETS = {
+    "split_reduce": (6, 64),  # three output dtypes, vectorised or not; 4 blocks of 256 threads an SM
+    "draw_mask": (1, 64),
+    "gemm_sm80": (12, 255),  # two dtypes, three tiles, two layouts; 256 threads an SM, in one block or two
+}
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90a"])
+def test_resource_use(architecture):
+    """Every kernel is there for the architecture, spills nothing, and keeps to its registers."""
+    dump = cuobjdump("--dump-resource-usage")
     section = "".join(re.findall(rf"arch = {architecture}\n(.*?)(?=\nFatbin |\Z)", dump, flags=re.DOTALL))
     use = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", section)
-    assert sum("split_reduce" in name for name, *_ in use) == 6  # three output dtypes, vectorised or not
-    assert sum("draw_mask" in name for name, *_ in use) == 1
-    for name, registers, stack, local in use:
-        assert (int(stack), int(local)) == (0, 0), name
-        assert int(registers) <= 64, name  # 4 blocks of 256 threads an SM
+    for part, (count, most) in BUDGETS.items():
+        kernels = [kernel for kernel in use if part in kernel[0]]
+        assert len(kernels) == count, part
+        for name, registers, stack, local in kernels:
+            assert (int(stack), int(local)) == (0, 0), name
+            assert int(registers) <= most, name
+    assert len(use) == sum(count for count, _ in BUDGETS.values())
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+def test_instructions(architecture):
+    """The GEMM multiplies on the tensor cores what cp.async brought; every pass over memory is by 16 bytes."""
+    _, *functions = re.split(r"Function : (\S+)\n", cuobjdump("-sass", "-arch", architecture))
+    code = dict(zip(functions[::2], functions[1::2]))
+    for name, sass in code.items():
+        if "gemm_sm80" in name:
+            wanted = {"HMMA.16816.F32", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128", "STG.E.128"}
+            assert not {instruction for instruction in wanted if instruction not in sass}, name
+        elif "draw_mask" in name:
+            assert "STG.E.128" in sass
+        elif "Li4E" in name:  # split_reduce, vectorised
+            assert "LDG.E.128" in sass
+    assert len(code) == sum(count for count, _ in BUDGETS.values())
+
+
+class TestArchitectures:
+    """TORCH_CUDA_ARCH_LIST, as CMake reads it."""
+
+    @staticmethod
+    def configure(folder, architectures):
+        cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+        if cmake is None:
+            pytest.skip("needs cmake")
+        root = Path(__file__).resolve().parents[1]
+        command = [cmake, "-S", root, "-B", folder, f"-DPython_EXECUTABLE={sys.executable}"]
+        environment = os.environ | {"TORCH_CUDA_ARCH_LIST": architectures}
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    @pytest.mark.parametrize("architectures", ["8.0;9.0a+PTX", "8.0 9.0a+PTX"])
+    def test_honoured(self, tmp_path, architectures):
+        printed = self.configure(tmp_path, architectures).stdout
+        assert "for sm_80, sm_90a, compute_90a\n" in printed
+
+    @pytest.mark.parametrize("architectures", ["7.5", "Ampere", "8.0;80"])
+    def test_refused_in_one_line(self, tmp_path, architectures):
+        result = self.configure(tmp_path, architectures)
+        assert result.returncode
+        item = architectures.split(";")[-1]
+        assert f'expected TORCH_CUDA_ARCH_LIST of 8.0 and later, as in "8.0;8.9+PTX;9.0a", got "{item}"' in " ".join(
+            result.stderr.split()
+        )
 
 
 class TestDrawMask:

@@ -1,0 +1,157 @@
+"""`lora_gemm` of the native library. Its index arithmetic is proved without a GPU by csrc/selftest."""
+
+import itertools
+
+import pytest
+import torch
+
+from peft_kernels import _native
+
+pytestmark = pytest.mark.skipif(not _native.LIBRARY.exists(), reason="needs the native library")
+
+
+def lora_gemm(*args):
+    assert _native.load(), _native.why_not()
+    return torch.ops.peft_kernels_native.lora_gemm(*args)
+
+
+def operands(rows, columns, depth, rank, by_feature, dtype=torch.bfloat16, device="cuda"):
+    """left, right, low_left, low_right, whose rows start on 16 bytes, whatever their length."""
+
+    def matrix(height, width, scale=1.0):
+        padded = torch.randn(height, -(-width // 8) * 8, device=device) * scale
+        return padded.to(dtype)[:, :width]
+
+    torch.manual_seed(0)
+    right, low_right = ((columns, depth), (columns, rank)) if by_feature else ((depth, columns), (rank, columns))
+    return (
+        matrix(rows, depth),
+        matrix(*right, scale=max(depth, 1) ** -0.5),
+        matrix(rows, rank),
+        matrix(*low_right, scale=max(rank, 1) ** -0.5),
+    )
+
+
+def test_refuses_cpu_tensors():
+    with pytest.raises(NotImplementedError, match="CPU"):
+        lora_gemm(*operands(4, 8, 8, 2, True, device="cpu"), None, None, True)
+
+
+@pytest.fixture(scope="module")
+def tile():
+    facts = _native._facts()
+    if facts is None:
+        pytest.skip("the facts were built for another Python")
+    return facts.gemm_tile
+
+
+class TestTile:
+    @pytest.mark.parametrize("processors", [108, 132])  # A100, H200
+    def test_large_for_large_and_small_for_small(self, tile, processors):
+        assert tile(8192, 4096, processors) in {(128, 256), (128, 128)}
+        assert tile(8192, 14336, processors) in {(128, 256), (128, 128)}
+        assert tile(64, 1024, processors) == (64, 64)
+        assert tile(1, 1, processors) == (64, 64)
+
+    def test_no_tile_leaves_most_processors_idle_where_a_smaller_one_would_not(self, tile):
+        for rows, columns in itertools.product((256, 512, 1024, 2048), (576, 1024, 1536, 4096)):
+            height, width = tile(rows, columns, 108)
+            blocks = -(-rows // height) * -(-columns // width)
+            small = -(-rows // 64) * -(-columns // 64)
+            assert blocks * 2 >= min(108, small), (rows, columns)
+
+    def test_depends_on_nothing_else(self, tile):
+        assert len({tile(512, 1536, 108) for _ in range(5)}) == 1
+
+    def test_refuses_nothing_to_do(self, tile):
+        with pytest.raises(ValueError, match="expected sizes of at least 1"):
+            tile(0, 8, 108)
+
+
+# --- On a GPU -----------------------------------------------------------------------------------------------
+
+
+def exact(left, right, low_left, low_right, keep, bias, by_feature):
+    left, right, low_left, low_right = (tensor.double() for tensor in (left, right, low_left, low_right))
+    low = low_left @ (low_right.mT if by_feature else low_right)
+    if keep is not None:
+        bits = torch.arange(8, device=keep.device)
+        low = low * ((keep[..., None] >> bits) & 1).flatten(1)[:, : low.shape[1]]
+    out = left @ (right.mT if by_feature else right) + low
+    return out if bias is None else out + bias.double()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("by_feature", [True, False])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 8, 1), (130, 71, 200, 6), (512, 1536, 576, 16), (1000, 1024, 4096, 64), (2048, 4096, 4096, 512)],
+    ids=str,
+)  # fmt: skip
+def test_is_the_rounded_sum(shape, masked, by_feature, dtype):
+    rows, columns, depth, rank = shape
+    given = operands(*shape, by_feature, dtype)
+    keep = torch.randint(256, (rows, -(-columns // 8)), dtype=torch.uint8, device="cuda") if masked else None
+    bias = torch.randn(columns, device="cuda").to(dtype)
+    out = lora_gemm(*given, keep, bias, by_feature)
+    wanted = exact(*given, keep, bias, by_feature)
+    # One rounding to the output's dtype, and float32's along the sum, whose terms are of size 1 altogether.
+    bound = torch.finfo(dtype).eps / 2 * wanted.abs() + (depth + rank) * 2**-23
+    assert bool(((out.double() - wanted).abs() <= bound).all())
+    assert all(torch.equal(out, lora_gemm(*given, keep, bias, by_feature)) for _ in range(5))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(0, 8, 8, 2), (8, 0, 8, 2)])
+def test_nothing_to_compute(shape):
+    assert lora_gemm(*operands(*shape, True), None, None, True).shape == shape[:2]
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_past_2_to_the_31_elements():
+    rows = 2**31 // 4096 + 5
+    left, right, low_left, low_right = operands(rows, 4096, 8, 8, True)
+    out = lora_gemm(left, right, low_left, low_right, None, None, True)
+    torch.testing.assert_close(out[-5:], lora_gemm(left[-5:], right, low_left[-5:], low_right, None, None, True))
+
+
+@pytest.mark.gpu
+def test_runs_on_the_current_stream():
+    given = operands(64, 64, 64, 8, True)
+    lora_gemm(*given, None, None, True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # a launch on any other stream would make the capture fail
+        out = lora_gemm(*given, None, None, True)
+    given[0].zero_()
+    given[2].zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert not out.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t | {"left": t["left"].float()}, "expected bfloat16 or float16"),
+        (lambda t: t | {"right": t["right"][:, :-8]}, r"expected right \[64, 64\], got \[64, 56\]"),
+        (lambda t: t | {"low_right": t["low_right"].half()}, "expected low_right in left's dtype"),
+        (lambda t: t | {"left": t["left"].mT}, r"expected rows of left that start on 16 bytes, got strides \(1, 64\)"),
+        (lambda t: t | {"left": torch.randn(64, 65, device="cuda").bfloat16()[:, 1:]}, "start on 16 bytes"),
+        (lambda t: t | {"low_left": t["low_left"].cpu()}, "expected low_left on CUDA device 0"),
+        (lambda t: t | {"keep": t["keep"][:, :4]}, r"expected a contiguous keep, uint8 \[64, 8\]"),
+        (lambda t: t | {"bias": t["bias"][:3]}, r"expected a contiguous bias \[64\]"),
+    ],
+)
+def test_says_what_it_expected(change, message):
+    names = ("left", "right", "low_left", "low_right")
+    given = dict(zip(names, operands(64, 64, 64, 8, True)))
+    given |= {
+        "keep": torch.zeros(64, 8, dtype=torch.uint8, device="cuda"),
+        "bias": torch.zeros(64, dtype=torch.bfloat16, device="cuda"),
+    }
+    with pytest.raises(RuntimeError, match=message) as caught:
+        lora_gemm(*change(given).values(), True)
+    assert "\n" not in str(caught.value).strip()

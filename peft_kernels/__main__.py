@@ -14,17 +14,28 @@ import torch
 
 import peft_kernels
 from peft_kernels import _native, backends, tune
+from peft_kernels.ops.common import tuning
+from peft_kernels.ops.lora_linear import configs
+from peft_kernels.ops.lora_linear.explain import Sizes, explain
 from peft_kernels.tune import session
 
 _WIDTH = 80
 _LABEL = 28  # columns of a row's label, the indent included
+_EXPLAINED = (torch.float32, torch.bfloat16, torch.float16)
 _BESIDE = ("triton", "peft", "transformers", "accelerate", "numpy")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m peft_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("env", help="versions, GPU, native library, and the backend each op would take")
+    shown = commands.add_parser("env", help="versions, GPU, native library, and the backend each op would take")
+    shown.add_argument(
+        "--explain",
+        nargs=5,
+        metavar=("M", "K", "N", "R", "DTYPE"),
+        help="what lora_linear would take for M tokens, K in_features, N out_features, rank R: way and tiles",
+    )
+    shown.add_argument("--arch", type=int, help="explain for this compute capability, as 90, instead of the GPU here")
     tuner = commands.add_parser(
         "tune", help="measure this GPU, and keep the fastest tiles", description=tune.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -33,7 +44,43 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "tune":
         sys.exit(session.main(options))
-    print(env())
+    if options.explain is None:
+        print(env())
+        return
+    try:
+        print(explained(*options.explain, arch=options.arch))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def explained(*sizes_and_dtype: str, arch: int | None = None) -> str:
+    """What `lora_linear` would take for M, K, N, R and a dtype's name: on the CPU, and on the GPU here or of `arch`.
+
+    Raises:
+        ValueError: for sizes that are no whole numbers of at least 1, or another dtype.
+    """
+    *numbers, name = sizes_and_dtype
+    if not all(number.isdecimal() and int(number) for number in numbers):
+        raise ValueError(f"--explain: expected M, K, N and R of at least 1, got {' '.join(numbers)}")
+    dtype = getattr(torch, name, None)
+    if dtype not in _EXPLAINED:
+        raise ValueError(f"--explain: expected float32, bfloat16 or float16, got {name!r}")
+    sizes = Sizes(*map(int, numbers))
+    heading = ", ".join(f"{key} {value}" for key, value in sizes._asdict().items())
+    lines = [f"lora_linear with {heading}, {name}", *_row("on a CPU", _choice("lora_linear", "cpu", dtype)[1])]
+    if arch is not None:
+        choices = [("on a GPU", f"sm_{arch}, by the rules"), *explain(sizes, dtype, arch)]
+    else:
+        gpu, missing = session.current_gpu()
+        if gpu is None:
+            choices = [("on a GPU", f"none: {missing}; --arch 90 explains for one")]
+        else:
+            backend, text = _choice("lora_linear", "cuda", dtype)
+            choices = [("on a GPU", f"{gpu.name}: {text}")]
+            if backend.startswith("triton"):
+                table = tuning.load("lora_linear", gpu, configs.CHOICES)
+                choices += explain(sizes, dtype, gpu.architecture, backend, table)
+    return "\n".join([*lines, *(line for label, text in choices for line in _row(label, text))])
 
 
 def env() -> str:
@@ -113,13 +160,16 @@ def _choices() -> Iterator[tuple[str, str]]:
         devices.insert(0, ("cuda", torch.bfloat16))
     for op in backends.OPS:
         for device_type, dtype in devices:
-            where = f"{device_type} {str(dtype).removeprefix('torch.')}"
-            try:
-                choice = backends.explain(op, device_type, dtype)
-            except RuntimeError as error:  # a backend was asked for that cannot run here: that is the answer
-                yield op, f"{where}: refused: {str(error).removeprefix(op + ': ')}"
-            else:
-                yield op, f"{where}: {choice.backend} ({choice.reason})"
+            yield op, f"{device_type} {str(dtype).removeprefix('torch.')}: {_choice(op, device_type, dtype)[1]}"
+
+
+def _choice(op: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend, empty where the one asked for is refused, and the line about it."""
+    try:
+        choice = backends.explain(op, device_type, dtype)
+    except RuntimeError as error:  # a backend was asked for that cannot run here: that is the answer
+        return "", f"refused: {str(error).removeprefix(op + ': ')}"
+    return choice.backend, f"{choice.backend} ({choice.reason})"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The package itself: what importing it does not do, its versions, and `python -m peft_kernels env`."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,10 @@ import torch
 
 import peft_kernels
 from peft_kernels import _native, backends
-from peft_kernels.__main__ import env
+from peft_kernels.__main__ import env, explained
+from peft_kernels.ops.common import tuning
+from peft_kernels.ops.lora_linear import configs
+from peft_kernels.tune import session
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,6 +83,48 @@ def test_env_says_what_an_impossible_request_would_meet():
         pytest.skip("the request is possible here")
     with peft_kernels.use_backend("triton"):
         assert "refused" in " ".join(env().split())
+
+
+class TestExplained:
+    """`env --explain`: the same answers as the launchers', in words."""
+
+    def test_by_the_rules_of_an_architecture(self):
+        text = explained("4096", "4096", "4096", "16", "bfloat16", arch=90)
+        assert max(map(len, text.split("\n"))) <= 80
+        words = " ".join(text.split())
+        assert words.startswith("lora_linear with M 4096, K 4096, N 4096, R 16, bfloat16")
+        assert "low-rank product blas (no crossover was measured on sm_90)" in words
+        tile = configs.shrink_tile(4096, 4096, 16, 2, False, False)
+        assert f"S, pass over x block_m {tile.block_m}, block_c {tile.block_c}" in words
+        assert "dH and dB, pass over dy" in words
+        assert "dH and dB two products" in " ".join(explained("8", "8", "8", "64", "float16", arch=80).split())
+
+    def test_of_the_gpu_here_with_its_table_and_what_was_asked_for(self, monkeypatch):
+        gpu = tuning.Gpu("Some GPU", 90, "3.6.0")
+        monkeypatch.setattr(session, "current_gpu", lambda: (gpu, ""))
+        monkeypatch.setattr(tuning, "load", lambda *_: {("fused_from", 2): 1000})
+        monkeypatch.setattr(backends, "explain", lambda op, *_: backends.Choice("triton", "as asked"))
+        words = " ".join(explained("128", "64", "256", "8", "bfloat16").split())
+        assert "on a GPU Some GPU: triton (as asked)" in words
+        assert f"fused (M·N·K = {128 * 64 * 256}, fused from 1000 on)" in words
+        tile = configs.gemm_tile(128, 256, 8, 2, 90, tma=True)
+        assert f"y block_m {tile.block_m}, block_n {tile.block_n}" in words
+
+    def test_without_a_gpu(self):
+        if not torch.cuda.is_available():
+            assert "sees no GPU" in " ".join(explained("1", "2", "3", "4", "float32").split())
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (("0", "8", "8", "2", "float32"), "expected M, K, N and R of at least 1, got 0 8 8 2"),
+            (("4", "x", "8", "2", "float32"), "expected M, K, N and R of at least 1, got 4 x 8 2"),
+            (("4", "8", "8", "2", "int8"), "expected float32, bfloat16 or float16, got 'int8'"),
+        ],
+    )
+    def test_refuses_what_it_does_not_know(self, given, message):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            explained(*given)
 
 
 def test_a_missing_library_is_explained(tmp_path):

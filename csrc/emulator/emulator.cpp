@@ -17,6 +17,7 @@ namespace {
 
 constexpr size_t kStackBytes = 128 * 1024;
 constexpr int kWarp = 32;
+constexpr size_t kMargin = 8192;  // behind shared memory, for stores that no one checks
 
 struct Copy {
   char* to;
@@ -60,7 +61,7 @@ struct Fibre {
 
 struct Block {
   Block(int index, int threads, size_t shared_bytes, const std::function<void(char*)>& kernel, Report& report)
-      : index(index), shared(shared_bytes + 128, static_cast<char>(0xFF)), barrier(threads), kernel(kernel),
+      : index(index), shared(shared_bytes + 128 + kMargin, static_cast<char>(0xFF)), barrier(threads), kernel(kernel),
         report(report), fibres(threads) {
     const auto address = reinterpret_cast<uintptr_t>(shared.data());
     begin = shared.data() + (128 - address % 128) % 128;
@@ -146,6 +147,9 @@ void run(Block& block, const std::vector<int>& order) {
     bool moved = false;
     for (const int warp : order) moved |= run_warp(block, warp);
     if (!moved) throw std::runtime_error("a deadlock in block " + std::to_string(block.index));
+  }
+  if (std::any_of(block.end, block.end + kMargin, [](char byte) { return byte != static_cast<char>(0xFF); })) {
+    throw std::runtime_error("written behind shared memory in block " + std::to_string(block.index));
   }
 }
 

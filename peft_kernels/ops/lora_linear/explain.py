@@ -1,0 +1,60 @@
+"""What `lora_linear` takes for given sizes, in words: the way of the low-rank product, the tile of every kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from ..common.tuning import UNTUNED, Table
+from . import configs
+
+
+class Sizes(NamedTuple):
+    """M tokens, K in_features, N out_features, R rank."""
+
+    M: int
+    K: int
+    N: int
+    R: int
+
+
+def explain(
+    sizes: Sizes, dtype: torch.dtype, arch: int, backend: str = "triton", table: Table = UNTUNED
+) -> Iterator[tuple[str, str]]:
+    """Label and text of each choice of the Triton backend, for one projection whose adapters are of `dtype`.
+
+    Args:
+        arch: compute capability times 10, as 90.
+        backend: "triton", or one that forces a way ("triton:fused", "triton:blas").
+        table: what was measured on that GPU; the rules stand where it has nothing.
+    """
+    M, K, N, R = sizes
+    size = dtype.itemsize
+    path = configs.expand_path(M, N, K, R, dtype, arch, backend, table)
+    forced = backend.partition(":")[2]
+    measured = table.get(("fused_from", size), configs.FUSED_FROM.get((arch, size)))
+    if forced:
+        reason = f"asked for: {backend}"
+    elif measured is None:
+        reason = f"no crossover was measured on sm_{arch}"
+    else:
+        reason = f"M·N·K = {M * N * K}, fused from {measured} on"
+    yield "low-rank product", f"{path} ({reason})"
+    yield "S, pass over x", _text(configs.shrink_tile(M, K, R, size, False, False, table))
+    if path == "fused":
+        tma = arch >= 90 and size == 2 and K % 8 == 0 and N % 8 == 0
+        for product, columns in (("y", N), ("dx", K)):
+            yield product, _text(configs.gemm_tile(M, columns, R, size, arch, tma, table=table))
+    else:
+        yield "y and dx", "S·Bᵀ or dH·A first, then the vendor's GEMM with beta = 1"
+    if size in configs.LARGEST_RANK_OF_DY_PASS and configs.LARGEST_RANK_OF_DY_PASS[size] >= R:
+        yield "dH and dB, pass over dy", _text(configs.dy_pass_tile(M, N, R, size, False, arch, table))
+    else:
+        yield "dH and dB", "two products by the vendor's GEMM: the rank is above that of the pass over dy"
+    yield "dA, pass over x", _text(configs.x_pass_tile(M, K, R, size, False, table))
+
+
+def _text(tile: NamedTuple) -> str:
+    return ", ".join(f"{name} {value}" for name, value in tile._asdict().items())

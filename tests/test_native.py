@@ -91,6 +91,7 @@ def cuobjdump(*arguments):
 BUDGETS = {
     "split_reduce": (6, 64),  # three output dtypes, vectorised or not; 4 blocks of 256 threads an SM
     "draw_mask": (1, 64),
+    "shrink_sm80": (12, 168),  # two dtypes, 16, 32 or 64 columns, two layouts; 3 blocks of 128 threads an SM
     "gemm_sm80": (12, 255),  # two dtypes, three tiles, two layouts; 256 threads an SM, in one block or two
 }
 
@@ -112,12 +113,13 @@ def test_resource_use(architecture):
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 def test_instructions(architecture):
-    """The GEMM multiplies on the tensor cores what cp.async brought; every pass over memory is by 16 bytes."""
+    """The tensor cores multiply what cp.async brought; passes over memory are by 16 bytes."""
     _, *functions = re.split(r"Function : (\S+)\n", cuobjdump("-sass", "-arch", architecture))
     code = dict(zip(functions[::2], functions[1::2]))
     for name, sass in code.items():
-        if "gemm_sm80" in name:
-            wanted = {"HMMA.16816.F32", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128", "STG.E.128"}
+        if "sm80" in name:
+            wanted = {"HMMA.16816.F32", "LDSM.16.M88.4", "LDGSTS.E.BYPASS.128"}
+            wanted |= {"STG.E.128"} if "gemm" in name else set()
             assert not {instruction for instruction in wanted if instruction not in sass}, name
         elif "draw_mask" in name:
             assert "STG.E.128" in sass

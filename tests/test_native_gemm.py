@@ -1,4 +1,4 @@
-"""`lora_gemm` of the native library. Its index arithmetic is proved without a GPU by csrc/selftest."""
+"""`lora_gemm` and `lora_shrink` of the native library; csrc/selftest proves their index arithmetic without a GPU."""
 
 import itertools
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from peft_kernels import _native
+from peft_kernels.ops.common import dropout
 
 pytestmark = pytest.mark.skipif(not _native.LIBRARY.exists(), reason="needs the native library")
 
@@ -15,26 +16,34 @@ def lora_gemm(*args):
     return torch.ops.peft_kernels_native.lora_gemm(*args)
 
 
+def lora_shrink(*args):
+    assert _native.load(), _native.why_not()
+    return torch.ops.peft_kernels_native.lora_shrink(*args)
+
+
+def matrix(height, width, dtype=torch.bfloat16, device="cuda", scale=1.0):
+    """Rows that start on 16 bytes, whatever their length."""
+    return (torch.randn(height, -(-width // 8) * 8, device=device) * scale).to(dtype)[:, :width]
+
+
 def operands(rows, columns, depth, rank, by_feature, dtype=torch.bfloat16, device="cuda"):
-    """left, right, low_left, low_right, whose rows start on 16 bytes, whatever their length."""
-
-    def matrix(height, width, scale=1.0):
-        padded = torch.randn(height, -(-width // 8) * 8, device=device) * scale
-        return padded.to(dtype)[:, :width]
-
+    """left, right, low_left, low_right."""
     torch.manual_seed(0)
     right, low_right = ((columns, depth), (columns, rank)) if by_feature else ((depth, columns), (rank, columns))
     return (
-        matrix(rows, depth),
-        matrix(*right, scale=max(depth, 1) ** -0.5),
-        matrix(rows, rank),
-        matrix(*low_right, scale=max(rank, 1) ** -0.5),
+        matrix(rows, depth, dtype, device),
+        matrix(*right, dtype, device, max(depth, 1) ** -0.5),
+        matrix(rows, rank, dtype, device),
+        matrix(*low_right, dtype, device, max(rank, 1) ** -0.5),
     )
 
 
 def test_refuses_cpu_tensors():
     with pytest.raises(NotImplementedError, match="CPU"):
         lora_gemm(*operands(4, 8, 8, 2, True, device="cpu"), None, None, True)
+    x, lora_A, *_ = operands(4, 2, 8, 2, True, device="cpu")
+    with pytest.raises(NotImplementedError, match="CPU"):
+        lora_shrink(x, lora_A, None, 0, 1, None, True)
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +144,9 @@ def test_runs_on_the_current_stream():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t | {"left": t["left"].float()}, "expected bfloat16 or float16"),
+        (lambda t: t | {"left": t["left"].float()}, "expected left bfloat16 or float16"),
         (lambda t: t | {"right": t["right"][:, :-8]}, r"expected right \[64, 64\], got \[64, 56\]"),
-        (lambda t: t | {"low_right": t["low_right"].half()}, "expected low_right in left's dtype"),
+        (lambda t: t | {"low_right": t["low_right"].half()}, "expected every operand in one dtype, got low_right"),
         (lambda t: t | {"left": t["left"].mT}, r"expected rows of left that start on 16 bytes, got strides \(1, 64\)"),
         (lambda t: t | {"left": torch.randn(64, 65, device="cuda").bfloat16()[:, 1:]}, "start on 16 bytes"),
         (lambda t: t | {"low_left": t["low_left"].cpu()}, "expected low_left on CUDA device 0"),
@@ -154,4 +163,64 @@ def test_says_what_it_expected(change, message):
     }
     with pytest.raises(RuntimeError, match=message) as caught:
         lora_gemm(*change(given).values(), True)
+    assert "\n" not in str(caught.value).strip()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 1, 1), (130, 71, 6, 1), (512, 4096, 16, 3), (8192, 4096, 16, 1), (300, 1000, 130, 2)], ids=str
+)
+def test_shrink_is_the_product_of_what_is_kept(shape, p, dtype):
+    rows, depth, width, streams = shape
+    torch.manual_seed(0)
+    x, lora_A = matrix(rows, depth, dtype), matrix(streams * width, depth, dtype)
+    seed = torch.tensor([7], device="cuda") if p else None
+    mask = torch.empty(streams, rows, -(-depth // 8), dtype=torch.uint8, device="cuda") if p else None
+    partials = lora_shrink(x, lora_A, seed, dropout.threshold(p), streams, mask, True)
+    assert partials.shape[1:] == (rows, streams * width)
+    wide = x.double().expand(streams, rows, depth)
+    if p:
+        assert torch.equal(mask, dropout.draw_mask_by_torch(seed, rows, depth, p, streams))
+        wide = wide * torch.stack([dropout.unpack_mask(bits, depth, torch.float64) for bits in mask])
+    wanted = torch.einsum("smk,swk->msw", wide, lora_A.double().unflatten(0, (streams, width))).flatten(1)
+    assert (partials.double().sum(0) - wanted).abs().max() <= 2**-22 * depth
+    assert all(
+        torch.equal(partials, lora_shrink(x, lora_A, seed, dropout.threshold(p), streams, mask, True)) for _ in range(5)
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 8, 1), (130, 71, 6), (2048, 4096, 64)], ids=str)
+def test_shrink_by_depth(shape):
+    rows, depth, rank = shape
+    dy, lora_B = matrix(rows, depth), matrix(depth, rank)
+    partials = lora_shrink(dy, lora_B, None, 0, 1, None, False)
+    assert (partials.double().sum(0) - dy.double() @ lora_B.double()).abs().max() <= 2**-22 * depth
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(0, 8, 2), (8, 0, 2)])
+def test_shrink_of_nothing(shape):
+    rows, depth, rank = shape
+    partials = lora_shrink(matrix(rows, depth), matrix(rank, depth), None, 0, 1, None, True)
+    assert partials.shape[1:] == (rows, rank)
+    assert not partials.sum(0).any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (((8, 16), (4, 8), None, 1, True), r"expected narrow \[4, 16\], got \[4, 8\]"),
+        (((8, 16), (4, 16), None, 3, True), "expected streams that divide the columns of narrow"),
+        (((8, 16), (16, 4), 1, 1, False), r"expected seed int64 \[1\], and narrow by feature"),
+    ],
+)
+def test_shrink_says_what_it_expected(arguments, message):
+    wide, narrow, seed, streams, by_feature = arguments
+    seed = None if seed is None else torch.tensor([seed], device="cuda")
+    with pytest.raises(RuntimeError, match=message) as caught:
+        lora_shrink(matrix(*wide), matrix(*narrow), seed, 0, streams, None, by_feature)
     assert "\n" not in str(caught.value).strip()

@@ -3,6 +3,7 @@
 
 #include "dropout/draw_mask_kernel.h"
 #include "lora_linear/gemm_sm80.cuh"
+#include "lora_linear/shrink_sm80.cuh"
 #include "selftest/problem.h"
 
 #include <cstdio>
@@ -85,6 +86,23 @@ void gemms(const char* dtype) {
   }
 }
 
+template <typename T>
+void shrink(const std::string& dtype) {
+  for (const ShrinkProblem<T>& problem : shrinks<T>()) {
+    const OnDevice<T> wide(problem.wide_values()), narrow(problem.narrow_values());
+    const OnDevice<float> partials(poisoned<float>(problem.results()));
+    const OnDevice<int64_t> seed(std::vector<int64_t>{MaskProblem::kSeed});
+    const OnDevice<uint8_t> mask(poisoned<uint8_t>(problem.mask_bytes()));
+    const lora_shrink::Arguments args =
+        problem.arguments(wide.get(), narrow.get(), partials.get(), seed.get(), mask.get());
+    check(problem.by_feature ? lora_shrink::launch_sm80<T, true>(args, nullptr)
+                             : lora_shrink::launch_sm80<T, false>(args, nullptr),
+          "launching shrink_sm80");
+    check(cudaDeviceSynchronize(), "shrink_sm80");
+    report("shrink_sm80<" + dtype + ">, " + problem.text(), problem.complaint(partials.host(), mask.host()));
+  }
+}
+
 void masks() {
   for (const MaskProblem& problem : mask_problems()) {
     const OnDevice<int64_t> seed(std::vector<int64_t>{MaskProblem::kSeed});
@@ -126,6 +144,8 @@ int main() {
   reduce<float, 1>("float, 1");
   reduce<__half, 4>("half, 4");
   reduce<__nv_bfloat16, 1>("bfloat16, 1");
+  shrink<__nv_bfloat16>("bfloat16");
+  shrink<__half>("float16");
   gemms<__nv_bfloat16>("bfloat16");
   gemms<__half>("float16");
   std::printf("%d of %d passed\n", ran - failed, ran);

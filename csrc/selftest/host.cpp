@@ -3,6 +3,7 @@
 
 #include "dropout/draw_mask_kernel.h"
 #include "lora_linear/gemm_sm80.h"
+#include "lora_linear/shrink_sm80.h"
 #include "selftest/problem.h"
 
 #include <cstdio>
@@ -63,6 +64,32 @@ void gemms(const std::string& dtype) {
   }
 }
 
+template <typename T, int kColumns, bool kByFeature>
+std::string shrink(const ShrinkProblem<T>& problem, unsigned order) {
+  using Shrink = lora_shrink::Shrink<T, kColumns, kByFeature>;
+  std::vector<float> partials = poisoned<float>(problem.results() + kMargin);
+  std::vector<uint8_t> mask = poisoned<uint8_t>(problem.mask_bytes() + kMargin);
+  const int64_t seed = MaskProblem::kSeed;
+  const lora_shrink::Arguments args = problem.arguments(problem.wide_values().data(), problem.narrow_values().data(),
+                                                        partials.data(), &seed, mask.data());
+  const emulator::Report report =
+      emulator::launch(static_cast<int>(lora_shrink::blocks_of<kColumns>(args)), lora_shrink::kThreads,
+                       Shrink::kSharedBytes, order, [&](char* shared) { Shrink::run(args, shared); });
+  if (report.bank_conflicts) return std::to_string(report.bank_conflicts) + " bank conflicts";
+  if (!margin_is_whole(partials) || !margin_is_whole(mask)) return "written behind the end";
+  return problem.complaint(partials, mask);
+}
+
+template <typename T, int kColumns>
+void shrink(const std::string& dtype) {
+  for (const ShrinkProblem<T>& problem : shrinks<T>()) {
+    for (const unsigned order : {0u, 1u}) {
+      report("shrink_sm80<" + dtype + ", " + std::to_string(kColumns) + ">, " + problem.text(),
+             problem.by_feature ? shrink<T, kColumns, true>(problem, order) : shrink<T, kColumns, false>(problem, order));
+    }
+  }
+}
+
 void masks() {
   for (const MaskProblem& problem : mask_problems()) {
     const int64_t seed = MaskProblem::kSeed;
@@ -100,6 +127,9 @@ int main() try {
   reduce<float, 1>("float, 1");
   reduce<__half, 4>("half, 4");
   reduce<__nv_bfloat16, 1>("bfloat16, 1");
+  shrink<__nv_bfloat16, 16>("bfloat16");
+  shrink<__nv_bfloat16, 64>("bfloat16");
+  shrink<__half, 32>("float16");
   gemms<__nv_bfloat16>("bfloat16");
   gemms<__half>("float16");
   std::printf("%d of %d passed\n", ran - failed, ran);

@@ -3,8 +3,10 @@
 
 #include "dropout/arguments.h"
 #include "lora_linear/gemm.h"
+#include "lora_linear/shrink_sm80.h"
 #include "lora_linear/split_reduce_kernel.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -184,6 +186,100 @@ struct MaskProblem {
 
 // Rows shorter than what a thread draws, of that size, and longer; ends within a thread's bytes.
 inline std::vector<MaskProblem> mask_problems() { return {{1, 1, 1}, {33, 9, 2}, {100, 16, 1}, {512, 72, 3}}; }
+
+// --- shrink ---------------------------------------------------------------------------------------------------
+
+template <typename T>
+class ShrinkProblem {
+ public:
+  const int rows, depth, width, streams, splits;
+  const bool by_feature, dropping;
+
+  ShrinkProblem(int rows, int depth, int width, int streams, int splits, bool by_feature, bool dropping)
+      : rows(rows),
+        depth(depth),
+        width(width),
+        streams(streams),
+        splits(splits),
+        by_feature(by_feature),
+        dropping(dropping),
+        random_(rows + depth * 3),
+        wide_(rows, depth, random_, 1.0),
+        narrow_(by_feature ? streams * width : depth, by_feature ? depth : width, random_, 1.0) {}
+
+  std::string text() const {
+    return std::to_string(rows) + " x " + std::to_string(streams) + " * " + std::to_string(width) + " x " +
+           std::to_string(depth) + " in " + std::to_string(splits) + (by_feature ? ", by feature" : ", by depth") +
+           (dropping ? ", dropout" : "");
+  }
+  const std::vector<T>& wide_values() const { return wide_.values; }
+  const std::vector<T>& narrow_values() const { return narrow_.values; }
+  size_t results() const { return static_cast<size_t>(splits) * rows * streams * width; }
+  size_t mask_bytes() const { return static_cast<size_t>(streams) * rows * ((depth + 7) / 8); }
+  int part() const { return lora_shrink::part_of(depth, splits); }
+
+  lora_shrink::Arguments arguments(const T* wide, const T* narrow, float* partials, const int64_t* seed,
+                                   uint8_t* mask) const {
+    return {wide,
+            wide_.pitch,
+            narrow,
+            narrow_.pitch,
+            partials,
+            dropping ? seed : nullptr,
+            dropping ? mask : nullptr,
+            MaskProblem::kThreshold,
+            rows,
+            depth,
+            width,
+            streams,
+            splits,
+            part()};
+  }
+
+  std::string complaint(const std::vector<float>& partials, const std::vector<uint8_t>& mask) const {
+    const std::vector<uint8_t> bits = MaskProblem{rows, (depth + 7) / 8, streams}.expected();
+    if (dropping && !std::equal(bits.begin(), bits.end(), mask.begin())) return "another mask";
+    for (int split = 0; split < splits; ++split) {
+      for (int row = 0; row < rows; ++row) {
+        for (int column = 0; column < streams * width; ++column) {
+          double sum = 0.0, size = 0.0;
+          for (int k = split * part(); k < std::min(depth, (split + 1) * part()); ++k) {
+            const size_t byte = (static_cast<size_t>(column / width) * rows + row) * ((depth + 7) / 8) + k / 8;
+            if (dropping && !(bits[byte] >> k % 8 & 1)) continue;
+            const double term = selftest::wide(wide_.at(row, k)) *
+                                selftest::wide(by_feature ? narrow_.at(column, k) : narrow_.at(k, column));
+            sum += term, size += std::abs(term);
+          }
+          const float found = partials[(static_cast<size_t>(split) * rows + row) * streams * width + column];
+          if (std::abs(found - sum) <= (part() + 2) * 0x1p-24 * size) continue;  // not for NaN
+          return "expected " + std::to_string(sum) + " at (" + std::to_string(split) + ", " + std::to_string(row) +
+                 ", " + std::to_string(column) + "), got " + std::to_string(found);
+        }
+      }
+    }
+    return "";
+  }
+
+ private:
+  std::mt19937 random_;
+  const Matrix<T> wide_, narrow_;
+};
+
+// One element, sizes off the tile, several blocks each way, parts that end within a tile.
+template <typename T>
+std::vector<ShrinkProblem<T>> shrinks() {
+  std::vector<ShrinkProblem<T>> found;
+  for (const bool dropping : {false, true}) {
+    found.emplace_back(1, 1, 1, 1, 1, true, dropping);
+    found.emplace_back(70, 200, 6, 1, 1, true, dropping);
+    found.emplace_back(65, 300, 16, 3, 2, true, dropping);
+    found.emplace_back(33, 576, 100, 1, 3, true, dropping);
+  }
+  found.emplace_back(1, 1, 1, 1, 1, false, false);
+  found.emplace_back(130, 203, 6, 1, 2, false, false);
+  found.emplace_back(65, 300, 100, 1, 1, false, false);
+  return found;
+}
 
 // --- split_reduce ---------------------------------------------------------------------------------------------
 

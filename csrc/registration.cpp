@@ -10,6 +10,8 @@ STABLE_TORCH_LIBRARY(peft_kernels_native, m) {
   m.def(
       "lora_shrink(Tensor wide, Tensor narrow, Tensor? seed, int threshold, int streams, Tensor(a!)? mask, "
       "bool by_feature) -> Tensor");
+  m.def(
+      "lora_outer(Tensor wide, Tensor narrow, Tensor? right, Tensor? keep, bool transposed) -> (Tensor, Tensor)");
   m.def("draw_mask(Tensor seed, int rows, int columns, int threshold, int streams) -> Tensor");
   m.def(
       "sparse_patched(Tensor weight, Tensor values, Tensor row_starts, Tensor columns, int row_begin, int row_end, "

@@ -3,6 +3,7 @@
 
 #include "dropout/draw_mask_kernel.h"
 #include "lora_linear/gemm_sm80.cuh"
+#include "lora_linear/outer_sm80.cuh"
 #include "lora_linear/shrink_sm80.cuh"
 #include "selftest/problem.h"
 
@@ -103,6 +104,24 @@ void shrink(const std::string& dtype) {
   }
 }
 
+template <typename T>
+void outer(const std::string& dtype) {
+  for (const int width : {16, 32, 64}) {
+    for (const OuterProblem<T>& problem : outers<T>(width)) {
+      const OnDevice<T> wide(problem.wide_values()), narrow(problem.narrow_values()), right(problem.right_values());
+      const OnDevice<uint8_t> keep(problem.keep());
+      const OnDevice<float> sums(poisoned<float>(problem.sums())), shrunk(poisoned<float>(problem.shrunk()));
+      const lora_outer::Arguments args =
+          problem.arguments(wide.get(), narrow.get(), right.get(), keep.get(), sums.get(), shrunk.get());
+      check(problem.shrinks ? lora_outer::launch_sm80<T, true>(args, nullptr)
+                            : lora_outer::launch_sm80<T, false>(args, nullptr),
+            "launching outer_sm80");
+      check(cudaDeviceSynchronize(), "outer_sm80");
+      report("outer_sm80<" + dtype + ">, " + problem.text(), problem.complaint(sums.host(), shrunk.host()));
+    }
+  }
+}
+
 void masks() {
   for (const MaskProblem& problem : mask_problems()) {
     const OnDevice<int64_t> seed(std::vector<int64_t>{MaskProblem::kSeed});
@@ -146,6 +165,8 @@ int main() {
   reduce<__nv_bfloat16, 1>("bfloat16, 1");
   shrink<__nv_bfloat16>("bfloat16");
   shrink<__half>("float16");
+  outer<__nv_bfloat16>("bfloat16");
+  outer<__half>("float16");
   gemms<__nv_bfloat16>("bfloat16");
   gemms<__half>("float16");
   std::printf("%d of %d passed\n", ran - failed, ran);

@@ -3,6 +3,7 @@
 
 #include "dropout/draw_mask_kernel.h"
 #include "lora_linear/gemm_sm80.h"
+#include "lora_linear/outer_sm80.h"
 #include "lora_linear/shrink_sm80.h"
 #include "selftest/problem.h"
 
@@ -90,6 +91,32 @@ void shrink(const std::string& dtype) {
   }
 }
 
+template <typename T, int kWidth, bool kShrinks>
+std::string outer(const OuterProblem<T>& problem, unsigned order) {
+  using Outer = lora_outer::Outer<T, kWidth, kShrinks>;
+  std::vector<float> sums = poisoned<float>(problem.sums() + kMargin);
+  std::vector<float> shrunk = poisoned<float>(problem.shrunk() + kMargin);
+  const lora_outer::Arguments args =
+      problem.arguments(problem.wide_values().data(), problem.narrow_values().data(), problem.right_values().data(),
+                        problem.keep().data(), sums.data(), shrunk.data());
+  const emulator::Report report =
+      emulator::launch(static_cast<int>(lora_outer::blocks_of(args)), lora_outer::kThreads, Outer::kSharedBytes, order,
+                       [&](char* shared) { Outer::run(args, shared); });
+  if (report.bank_conflicts) return std::to_string(report.bank_conflicts) + " bank conflicts";
+  if (!margin_is_whole(sums) || !margin_is_whole(shrunk)) return "written behind the end";
+  return problem.complaint(sums, shrunk);
+}
+
+template <typename T, int kWidth>
+void outer(const std::string& dtype) {
+  for (const OuterProblem<T>& problem : outers<T>(kWidth)) {
+    for (const unsigned order : {0u, 1u}) {
+      report("outer_sm80<" + dtype + ", " + std::to_string(kWidth) + ">, " + problem.text(),
+             problem.shrinks ? outer<T, kWidth, true>(problem, order) : outer<T, kWidth, false>(problem, order));
+    }
+  }
+}
+
 void masks() {
   for (const MaskProblem& problem : mask_problems()) {
     const int64_t seed = MaskProblem::kSeed;
@@ -130,6 +157,9 @@ int main() try {
   shrink<__nv_bfloat16, 16>("bfloat16");
   shrink<__nv_bfloat16, 64>("bfloat16");
   shrink<__half, 32>("float16");
+  outer<__nv_bfloat16, 16>("bfloat16");
+  outer<__half, 32>("float16");
+  outer<__nv_bfloat16, 64>("bfloat16");
   gemms<__nv_bfloat16>("bfloat16");
   gemms<__half>("float16");
   std::printf("%d of %d passed\n", ran - failed, ran);

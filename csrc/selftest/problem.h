@@ -3,6 +3,7 @@
 
 #include "dropout/arguments.h"
 #include "lora_linear/gemm.h"
+#include "lora_linear/outer_sm80.h"
 #include "lora_linear/shrink_sm80.h"
 #include "lora_linear/split_reduce_kernel.h"
 
@@ -278,6 +279,120 @@ std::vector<ShrinkProblem<T>> shrinks() {
   found.emplace_back(1, 1, 1, 1, 1, false, false);
   found.emplace_back(130, 203, 6, 1, 2, false, false);
   found.emplace_back(65, 300, 100, 1, 1, false, false);
+  return found;
+}
+
+// --- outer ----------------------------------------------------------------------------------------------------
+
+template <typename T>
+class OuterProblem {
+ public:
+  const int rows, columns, width, parts;
+  const bool shrinks, masked, transposed;
+
+  OuterProblem(int rows, int columns, int width, int parts, bool shrinks, bool masked, bool transposed)
+      : rows(rows),
+        columns(columns),
+        width(width),
+        parts(parts),
+        shrinks(shrinks),
+        masked(masked),
+        transposed(transposed),
+        random_(rows + columns * 3),
+        wide_(rows, columns, random_, 1.0),
+        narrow_(rows, width, random_, 1.0),
+        right_(columns, width, random_, 1.0),
+        keep_(static_cast<size_t>(rows) * pitch()) {
+    for (uint8_t& byte : keep_) byte = static_cast<uint8_t>(random_());
+  }
+
+  std::string text() const {
+    return std::to_string(rows) + " x " + std::to_string(columns) + " x " + std::to_string(width) + " in " +
+           std::to_string(parts) + (shrinks ? ", shrinks" : "") + (masked ? ", masked" : "") +
+           (transposed ? ", transposed" : "");
+  }
+  const std::vector<T>& wide_values() const { return wide_.values; }
+  const std::vector<T>& narrow_values() const { return narrow_.values; }
+  const std::vector<T>& right_values() const { return right_.values; }
+  const std::vector<uint8_t>& keep() const { return keep_; }
+  size_t sums() const { return static_cast<size_t>(parts) * columns * width; }
+  size_t shrunk() const {
+    return shrinks ? static_cast<size_t>(lora_gemm::tiles_of(columns, lora_outer::kSlice)) * rows * width : 0;
+  }
+
+  lora_outer::Arguments arguments(const T* wide, const T* narrow, const T* right, const uint8_t* keep, float* sums,
+                                  float* shrunk) const {
+    return {wide,
+            wide_.pitch,
+            narrow,
+            narrow_.pitch,
+            shrinks ? right : nullptr,
+            right_.pitch,
+            masked ? keep : nullptr,
+            sums,
+            shrunk,
+            rows,
+            columns,
+            width,
+            parts,
+            part(),
+            transposed};
+  }
+
+  std::string complaint(const std::vector<float>& sums, const std::vector<float>& shrunk) const {
+    for (int p = 0; p < parts; ++p) {
+      for (int column = 0; column < columns; ++column) {
+        for (int rank = 0; rank < width; ++rank) {
+          double sum = 0.0, size = 0.0;
+          for (int row = p * part(); row < std::min(rows, (p + 1) * part()); ++row) {
+            if (masked && !(keep_[static_cast<size_t>(row) * pitch() + column / 8] >> column % 8 & 1)) continue;
+            const double term = selftest::wide(wide_.at(row, column)) * selftest::wide(narrow_.at(row, rank));
+            sum += term, size += std::abs(term);
+          }
+          const int at = transposed ? rank * columns + column : column * width + rank;
+          const std::string wrong = differs(sums[static_cast<size_t>(p) * columns * width + at], sum, size, part());
+          if (!wrong.empty()) return "sums of column " + std::to_string(column) + wrong;
+        }
+      }
+    }
+    for (size_t at = 0; at < this->shrunk(); ++at) {
+      const int rank = static_cast<int>(at % width), row = static_cast<int>(at / width % rows);
+      const int first = static_cast<int>(at / width / rows) * lora_outer::kSlice;
+      double sum = 0.0, size = 0.0;
+      for (int column = first; column < std::min(columns, first + lora_outer::kSlice); ++column) {
+        const double term = selftest::wide(wide_.at(row, column)) * selftest::wide(right_.at(column, rank));
+        sum += term, size += std::abs(term);
+      }
+      const std::string wrong = differs(shrunk[at], sum, size, lora_outer::kSlice);
+      if (!wrong.empty()) return "shrunk of row " + std::to_string(row) + wrong;
+    }
+    return "";
+  }
+
+ private:
+  static std::string differs(float found, double sum, double size, int terms) {
+    if (std::abs(found - sum) <= (terms + 2) * 0x1p-24 * size) return "";  // not for NaN
+    return ": expected " + std::to_string(sum) + ", got " + std::to_string(found);
+  }
+  int part() const { return lora_outer::part_of(rows, parts); }
+  int pitch() const { return (columns + 7) / 8; }
+
+  std::mt19937 random_;
+  const Matrix<T> wide_, narrow_, right_;
+  std::vector<uint8_t> keep_;
+};
+
+// Widths up to 16. One element, sizes off the tile, several slices and parts, parts that end within a tile.
+template <typename T>
+std::vector<OuterProblem<T>> outers(int width) {
+  std::vector<OuterProblem<T>> found;
+  for (const bool shrinks : {false, true}) {
+    found.emplace_back(1, 1, 1, 1, shrinks, false, false);
+    found.emplace_back(70, 200, width, 1, shrinks, false, false);
+    found.emplace_back(300, 264, width - 3, 2, shrinks, false, false);
+  }
+  found.emplace_back(70, 200, width, 1, false, true, true);
+  found.emplace_back(300, 71, width - 3, 3, false, true, true);
   return found;
 }
 

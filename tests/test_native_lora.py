@@ -1,4 +1,4 @@
-"""`lora_gemm` and `lora_shrink` of the native library; csrc/selftest proves their index arithmetic without a GPU."""
+"""The low-rank products of the native library; csrc/selftest proves their index arithmetic without a GPU."""
 
 import itertools
 
@@ -19,6 +19,11 @@ def lora_gemm(*args):
 def lora_shrink(*args):
     assert _native.load(), _native.why_not()
     return torch.ops.peft_kernels_native.lora_shrink(*args)
+
+
+def lora_outer(*args):
+    assert _native.load(), _native.why_not()
+    return torch.ops.peft_kernels_native.lora_outer(*args)
 
 
 def matrix(height, width, dtype=torch.bfloat16, device="cuda", scale=1.0):
@@ -44,6 +49,8 @@ def test_refuses_cpu_tensors():
     x, lora_A, *_ = operands(4, 2, 8, 2, True, device="cpu")
     with pytest.raises(NotImplementedError, match="CPU"):
         lora_shrink(x, lora_A, None, 0, 1, None, True)
+    with pytest.raises(NotImplementedError, match="CPU"):
+        lora_outer(x, x, None, None, False)
 
 
 @pytest.fixture(scope="module")
@@ -224,3 +231,48 @@ def test_shrink_says_what_it_expected(arguments, message):
     with pytest.raises(RuntimeError, match=message) as caught:
         lora_shrink(matrix(*wide), matrix(*narrow), seed, 0, streams, None, by_feature)
     assert "\n" not in str(caught.value).strip()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 8, 1), (130, 71, 6), (2048, 4096, 16), (8192, 1000, 32), (300, 576, 64)])
+def test_outer_and_shrunk(shape, dtype):
+    rows, columns, width = shape
+    torch.manual_seed(0)
+    dy, s, lora_B = matrix(rows, columns, dtype), matrix(rows, width, dtype), matrix(columns, width, dtype)
+    sums, shrunk = lora_outer(dy, s, lora_B, None, False)
+    assert (sums.double().sum(0) - dy.double().mT @ s.double()).abs().max() <= 2**-21 * rows
+    assert (shrunk.double().sum(0) - dy.double() @ lora_B.double()).abs().max() <= 2**-21 * columns
+    again = lora_outer(dy, s, lora_B, None, False)
+    assert torch.equal(sums, again[0]) and torch.equal(shrunk, again[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(1, 8, 1), (130, 71, 6), (2048, 4096, 16)], ids=str)
+def test_outer_transposed(shape, masked):
+    rows, columns, width = shape
+    torch.manual_seed(0)
+    x, dh = matrix(rows, columns), matrix(rows, width)
+    keep = torch.randint(256, (rows, -(-columns // 8)), dtype=torch.uint8, device="cuda") if masked else None
+    sums, shrunk = lora_outer(x, dh, None, keep, True)
+    kept = x.double() if keep is None else x.double() * dropout.unpack_mask(keep, columns, torch.float64)
+    assert (sums.double().sum(0) - dh.double().mT @ kept).abs().max() <= 2**-21 * rows
+    assert not shrunk.numel()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(0, 8, 2), (8, 0, 2)])
+def test_outer_of_nothing(shape):
+    rows, columns, width = shape
+    sums, _ = lora_outer(matrix(rows, columns), matrix(rows, width), None, None, False)
+    assert sums.shape[1:] == (columns, width)
+    assert not sums.sum(0).any()
+
+
+@pytest.mark.gpu
+def test_outer_says_what_it_expected():
+    with pytest.raises(RuntimeError, match="lora_outer: expected a rank of at most 64, got 72"):
+        lora_outer(matrix(8, 16), matrix(8, 72), None, None, False)
+    with pytest.raises(RuntimeError, match=r"lora_outer: expected narrow \[8, 8\], got \[4, 8\]"):
+        lora_outer(matrix(8, 16), matrix(4, 8), None, None, False)

@@ -1,0 +1,90 @@
+// The outer products (outer.h) as an op: what it takes, then in how many parts, then the launch.
+//
+//   lora_outer(wide [M, F], narrow [M, R], right? [F, R], keep? uint8 [M, ceil(F / 8)], transposed)
+//     -> sums float32 [P, F, R], or [P, R, F] where transposed; shrunk float32 [ceil(F / 128), M, R], empty without right
+//
+// bfloat16 or float16 on sm_80 and later, R up to 64; rows of unit stride that start on 16 bytes. P is at most 32. The
+// results are all that is allocated.
+
+#include "common/checks.h"
+#include "common/kernel_table.h"
+#include "common/launch.h"
+#include "common/operands.h"
+#include "lora_linear/outer_sm80.cuh"
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+namespace peft_kernels::lora_outer {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+#define ENTRY(T, width, shrinks)                                                \
+  KernelEntry("outer_sm80<" #T ", " #width ", " #shrinks ">",                   \
+              reinterpret_cast<const void*>(&outer_sm80<T, width, shrinks>), \
+              Outer<T, width, shrinks>::kSharedBytes)
+#define ENTRIES(T) \
+  ENTRY(T, 16, true), ENTRY(T, 16, false), ENTRY(T, 32, true), ENTRY(T, 32, false), ENTRY(T, 64, true), ENTRY(T, 64, false)
+const KernelEntry kEntries[] = {ENTRIES(__nv_bfloat16), ENTRIES(__half)};
+#undef ENTRIES
+#undef ENTRY
+
+constexpr const char* kOp = "lora_outer";
+
+std::tuple<Tensor, Tensor> lora_outer(const Tensor& wide, const Tensor& narrow, const std::optional<Tensor>& right,
+                                      const std::optional<Tensor>& keep, bool transposed) {
+  check_16_bit(kOp, wide, "wide");
+  STD_TORCH_CHECK(narrow.dim() == 2, kOp, ": expected narrow of two dimensions, got ", shape_of(narrow));
+  const int64_t rows = wide.size(0), columns = wide.size(1), width = narrow.size(1);
+  check_sizes(kOp, {rows, columns});
+  STD_TORCH_CHECK(width <= kLargestWidth, kOp, ": expected a rank of at most ", kLargestWidth, ", got ", width);
+  check_operand(kOp, wide, "wide", rows, columns, wide);
+  check_operand(kOp, narrow, "narrow", rows, width, wide);
+  if (right) check_operand(kOp, *right, "right", columns, width, wide);
+  if (keep) {
+    STD_TORCH_CHECK(!right && keep->dim() == 2 && keep->size(0) == rows && keep->size(1) == (columns + 7) / 8 &&
+                        keep->scalar_type() == ScalarType::Byte && keep->is_contiguous(),
+                    kOp, ": expected a contiguous keep, uint8 [", rows, ", ", (columns + 7) / 8,
+                    "], and no right, got ", shape_of(*keep));
+    check_same_device(*keep, "keep", wide);
+  }
+
+  const int32_t device = wide.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  int processors = 0;
+  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "counting processors");
+  const bool empty = rows == 0 || columns == 0 || width == 0;
+  const int split = empty ? 0 : parts(rows, columns, processors);  // no parts add up to zeros
+  Tensor sums = torch::stable::new_empty(
+      wide, {split, transposed ? width : columns, transposed ? columns : width}, ScalarType::Float);
+  Tensor shrunk = torch::stable::new_empty(
+      wide, {right ? lora_gemm::tiles_of(columns, kSlice) : 0, rows, width}, ScalarType::Float);
+  if (empty) return {sums, shrunk};
+
+  const Arguments args{
+      wide.const_data_ptr(), pitch_of(wide), narrow.const_data_ptr(), pitch_of(narrow),
+      right ? right->const_data_ptr() : nullptr, right ? pitch_of(*right) : 0,
+      keep ? static_cast<const uint8_t*>(keep->const_data_ptr()) : nullptr,
+      static_cast<float*>(sums.mutable_data_ptr()), static_cast<float*>(shrunk.mutable_data_ptr()),
+      static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(width), split, part_of(rows, split), transposed,
+  };
+  blocks_for(blocks_of(args), 1);  // they fit
+  const auto launch = wide.scalar_type() == ScalarType::Half
+                          ? (right ? &launch_sm80<__half, true> : &launch_sm80<__half, false>)
+                          : (right ? &launch_sm80<__nv_bfloat16, true> : &launch_sm80<__nv_bfloat16, false>);
+  check_cuda(launch(args, current_stream(device)), "launching lora_outer");
+  return {sums, shrunk};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(peft_kernels_native, CUDA, m) { m.impl("lora_outer", TORCH_BOX(&lora_outer)); }
+
+}  // namespace peft_kernels::lora_outer

@@ -1,0 +1,37 @@
+// The outer products' kernels for sm_80 and later, and their launch. No torch: the self-test launches them too.
+#pragma once
+
+#include "lora_linear/outer_sm80.h"
+
+#include <cuda_runtime.h>
+
+namespace peft_kernels::lora_outer {
+
+constexpr int kLargestWidth = 64;  // above, partials grow beyond what a second pass costs
+
+template <typename T, int kWidth, bool kShrinks>
+PEFT_KERNELS_GLOBAL(kThreads) outer_sm80(const Arguments args) {
+  extern __shared__ __align__(128) char shared[];
+  Outer<T, kWidth, kShrinks>::run(args, shared);
+}
+
+// On the current device. There is at least one row, one column, and a width from 1 to kWidth.
+template <typename T, int kWidth, bool kShrinks>
+cudaError_t launch_sm80(const Arguments& args, cudaStream_t stream) {
+  constexpr int kSharedBytes = Outer<T, kWidth, kShrinks>::kSharedBytes;
+  const auto kernel = &outer_sm80<T, kWidth, kShrinks>;
+  // Asked at every launch: the limit is each device's own, and the call costs less than to remember where it was made.
+  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (status != cudaSuccess) return status;
+  kernel<<<static_cast<unsigned>(blocks_of(args)), kThreads, kSharedBytes, stream>>>(args);
+  return cudaGetLastError();
+}
+
+template <typename T, bool kShrinks>
+cudaError_t launch_sm80(const Arguments& args, cudaStream_t stream) {
+  if (args.width <= 16) return launch_sm80<T, 16, kShrinks>(args, stream);
+  if (args.width <= 32) return launch_sm80<T, 32, kShrinks>(args, stream);
+  return launch_sm80<T, 64, kShrinks>(args, stream);
+}
+
+}  // namespace peft_kernels::lora_outer

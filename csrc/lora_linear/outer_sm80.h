@@ -1,0 +1,196 @@
+// Device code of the outer products for sm_80 and later: cp.async in several stages, ldmatrix, mma. Bound by the bandwidth
+// of reading `wide` once. A block owns kSlice columns, all ranks, and one part of the rows, which it reads kRows at a time.
+#pragma once
+
+#include "common/copy_async.h"
+#include "common/kernel_source.h"
+#include "common/load_matrices.h"
+#include "common/mma.h"
+#include "common/shared_tile.h"
+#include "lora_linear/outer.h"
+#include "lora_linear/tiles.h"
+
+#include <cstdint>
+
+namespace peft_kernels::lora_outer {
+
+using lora_gemm::tiles_of;
+
+constexpr int kRows = 64, kSlice = 128, kStages = 3;
+constexpr int kThreads = 128;
+constexpr int kWarpColumns = kSlice / 4;  // of sums; of shrunk a warp has 16 rows
+
+// The length of a part, a multiple of kRows.
+PEFT_KERNELS_HOST_DEVICE int part_of(int64_t rows, int parts) { return tiles_of(rows, parts * kRows) * kRows; }
+
+// In how many parts the rows are read: enough blocks for twice each SM, at most 32, none shorter than four stages.
+PEFT_KERNELS_HOST_DEVICE int parts(int64_t rows, int64_t columns, int processors) {
+  const int64_t wanted = 2 * static_cast<int64_t>(processors) / tiles_of(columns, kSlice);
+  const int64_t most = rows / (4 * kRows) < 32 ? rows / (4 * kRows) : 32;
+  const int64_t taken = wanted < most ? wanted : most;
+  return taken > 1 ? tiles_of(rows, part_of(rows, static_cast<int>(taken))) : 1;
+}
+
+PEFT_KERNELS_HOST_DEVICE int64_t blocks_of(const Arguments& args) {
+  return static_cast<int64_t>(args.parts) * tiles_of(args.columns, kSlice);
+}
+
+// kWidth: the rank, rounded up. kShrinks: shrunk too.
+template <typename T, int kWidth, bool kShrinks>
+struct Outer {
+  using Wide = SharedTile<kRows, kSlice>;
+  using Narrow = SharedTile<kRows, kWidth>;
+  using Right = SharedTile<kSlice, kWidth>;
+  static constexpr int kStageBytes = Wide::kBytes + Narrow::kBytes;
+  static constexpr int kSharedBytes = kStages * kStageBytes + (kShrinks ? Right::kBytes : 0);
+  using Sums = float[kWarpColumns / 16][kWidth / 8][4];
+
+  PEFT_KERNELS_DEVICE static void run(const Arguments& args, char* shared) {
+    const int slices = tiles_of(args.columns, kSlice);
+    const int slice = block_index() % slices, part = block_index() / slices;
+    const int column_0 = slice * kSlice, row_0 = part * args.part;
+    const int end = args.rows - row_0 < args.part ? args.rows : row_0 + args.part;
+    const int stages = tiles_of(end - row_0, kRows);
+    char* right = shared + kStages * kStageBytes;
+    Sums sums = {};
+
+    if constexpr (kShrinks) {  // arrives with the first stage
+      Right::template copy<kThreads>(right, args.right, args.right_pitch, column_0, args.columns, 0, args.width);
+    }
+    PEFT_KERNELS_UNROLL
+    for (int stage = 0; stage < kStages - 1; ++stage) fetch(args, shared, stage, stages, row_0, end, column_0);
+    for (int stage = 0; stage < stages; ++stage) {
+      copy_async_wait<kStages - 2>();
+      sync_block();  // this stage has arrived, and the one before it is read: its place is free
+      fetch(args, shared, stage + kStages - 1, stages, row_0, end, column_0);
+      char* tile = shared + stage % kStages * kStageBytes;
+      if (args.keep != nullptr) {
+        mask(args, tile, row_0 + stage * kRows, column_0);
+        sync_block();
+      }
+      if constexpr (kShrinks) shrink(args, tile, right, slice, row_0 + stage * kRows, end);
+      multiply(tile, sums);
+    }
+    store(args, part, column_0, sums);
+  }
+
+ private:
+  PEFT_KERNELS_DEVICE static int lane() { return thread_index() % 32; }
+  PEFT_KERNELS_DEVICE static int warp() { return thread_index() / 32; }
+
+  // Starts the copies of a stage; past the last one an empty group, so that waiting counts alike.
+  PEFT_KERNELS_DEVICE static void fetch(const Arguments& args, char* shared, int stage, int stages, int row_0, int end,
+                                        int column_0) {
+    if (stage < stages) {
+      char* tile = shared + stage % kStages * kStageBytes;
+      const int row = row_0 + stage * kRows;
+      Wide::template copy<kThreads>(tile, args.wide, args.wide_pitch, row, end, column_0, args.columns);
+      Narrow::template copy<kThreads>(tile + Wide::kBytes, args.narrow, args.narrow_pitch, row, end, 0, args.width);
+    }
+    copy_async_commit();
+  }
+
+  // Zero what dropout dropped, eight neighbours of a row at a time.
+  PEFT_KERNELS_DEVICE static void mask(const Arguments& args, char* tile, int row_0, int column_0) {
+    struct alignas(16) Chunk {
+      uint16_t values[kChunk];
+    };
+    const int64_t bytes = (args.columns + 7) / 8;
+    PEFT_KERNELS_UNROLL_BY_4
+    for (int i = 0; i < kRows * Wide::kChunks / kThreads; ++i) {
+      const int item = i * kThreads + thread_index(), row = item / Wide::kChunks, chunk = item % Wide::kChunks;
+      const int64_t byte = column_0 / kChunk + chunk;
+      if (row_0 + row >= args.rows || byte >= bytes) continue;
+      const unsigned kept = args.keep[(row_0 + row) * bytes + byte];
+      auto* values = reinterpret_cast<Chunk*>(tile + Wide::offset(row, chunk));
+      Chunk masked = *values;
+      PEFT_KERNELS_UNROLL
+      for (int k = 0; k < kChunk; ++k) masked.values[k] = kept >> k & 1 ? masked.values[k] : uint16_t{0};
+      *values = masked;
+    }
+  }
+
+  // Two fragments of eight ranks, from element 16·step of the depth on.
+  PEFT_KERNELS_DEVICE static void load_ranks(uint32_t (&b)[4], const char* tile, int step, int j) {
+    load_matrices<true>(b, tile + Narrow::offset(16 * step + lane() % 16, 2 * j + lane() / 16));
+  }
+
+  // sums += wideᵀ·narrow of a stage: wide's rows are the depth, so its fragments are loaded transposed.
+  PEFT_KERNELS_DEVICE static void multiply(const char* tile, Sums& sums) {
+    PEFT_KERNELS_UNROLL
+    for (int step = 0; step < kRows / kFragment; ++step) {
+      uint32_t a[kWarpColumns / 16][4];
+      PEFT_KERNELS_UNROLL
+      for (int i = 0; i < kWarpColumns / 16; ++i) {
+        const int row = 16 * step + lane() % 8 + lane() / 16 * 8;
+        const int chunk = (warp() * kWarpColumns + 16 * i) / kChunk + lane() / 8 % 2;
+        load_matrices<true>(a[i], tile + Wide::offset(row, chunk));
+      }
+      PEFT_KERNELS_UNROLL
+      for (int j = 0; j < kWidth / 16; ++j) {
+        uint32_t b[4];
+        load_ranks(b, tile + Wide::kBytes, step, j);
+        PEFT_KERNELS_UNROLL
+        for (int i = 0; i < kWarpColumns / 16; ++i) {
+          mma_m16n8k16<T>(sums[i][2 * j], a[i], b[0], b[1]);
+          mma_m16n8k16<T>(sums[i][2 * j + 1], a[i], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // shrunk = wide·right of a stage, this slice's share of it.
+  PEFT_KERNELS_DEVICE static void shrink(const Arguments& args, const char* tile, const char* right, int slice,
+                                         int row_0, int end) {
+    float sums[kWidth / 8][4] = {};
+    PEFT_KERNELS_UNROLL
+    for (int step = 0; step < kSlice / kFragment; ++step) {
+      uint32_t a[4];
+      load_matrices<false>(a, tile + Wide::offset(warp() * 16 + lane() % 16, 2 * step + lane() / 16));
+      PEFT_KERNELS_UNROLL
+      for (int j = 0; j < kWidth / 16; ++j) {
+        uint32_t b[4];
+        load_ranks(b, right, step, j);
+        mma_m16n8k16<T>(sums[2 * j], a, b[0], b[1]);
+        mma_m16n8k16<T>(sums[2 * j + 1], a, b[2], b[3]);
+      }
+    }
+    PEFT_KERNELS_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int row = row_0 + warp() * 16 + 8 * half + lane() / 4;
+      if (row >= end) continue;
+      float* to = args.shrunk + (slice * static_cast<int64_t>(args.rows) + row) * args.width;
+      PEFT_KERNELS_UNROLL
+      for (int j = 0; j < kWidth / 8; ++j) {
+        PEFT_KERNELS_UNROLL
+        for (int k = 0; k < 2; ++k) {
+          const int rank = 8 * j + 2 * (lane() % 4) + k;
+          if (rank < args.width) to[rank] = sums[j][2 * half + k];
+        }
+      }
+    }
+  }
+
+  PEFT_KERNELS_DEVICE static void store(const Arguments& args, int part, int column_0, const Sums& sums) {
+    float* to = args.sums + static_cast<int64_t>(part) * args.columns * args.width;
+    const int64_t by_column = args.transposed ? 1 : args.width, by_rank = args.transposed ? args.columns : 1;
+    PEFT_KERNELS_UNROLL
+    for (int i = 0; i < kWarpColumns / 16; ++i) {
+      PEFT_KERNELS_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int column = column_0 + warp() * kWarpColumns + 16 * i + 8 * half + lane() / 4;
+        if (column >= args.columns) continue;
+        PEFT_KERNELS_UNROLL
+        for (int j = 0; j < kWidth / 8; ++j) {
+          PEFT_KERNELS_UNROLL
+          for (int k = 0; k < 2; ++k) {
+            const int rank = 8 * j + 2 * (lane() % 4) + k;
+            if (rank < args.width) to[column * by_column + rank * by_rank] = sums[i][j][2 * half + k];
+          }
+        }
+      }
+    }
+  }
+};
+
+}  // namespace peft_kernels::lora_outer

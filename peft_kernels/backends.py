@@ -25,14 +25,14 @@ NAMES = ("auto", "reference", "cpu", "triton", "triton:fused", "triton:blas", "c
 
 #: op -> the backends that implement it.
 OPS = {
-    "lora_linear": ("reference", "triton"),
-    "lora_linear_shared_input": ("reference", "triton"),
+    "lora_linear": ("reference", "triton", "cuda"),
+    "lora_linear_shared_input": ("reference", "triton", "cuda"),
     "masked_linear": ("reference", "triton"),
     "sparse_delta_linear": ("reference", "cpu", "triton"),
 }
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of all but the reference
-_CPU = _native.load()  # now: where a graph is traced it could not be
+_NATIVE = _native.load()  # now: where a graph is traced it could not be
 _TRITON = importlib.util.find_spec("triton") is not None  # found, not imported
 #: Triton's kernels then run in its interpreter, on the CPU; `auto` never takes it.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -112,7 +112,7 @@ def _resolve(op: str, requested: str, device_type: str, dtype: torch.dtype) -> s
     if requested == "auto":
         if _TRITON and device_type == "cuda" and dtype in _DTYPES:
             return "triton"
-        native = _CPU and device_type == "cpu" and dtype in _DTYPES and "cpu" in OPS[op]
+        native = _NATIVE and device_type == "cpu" and dtype in _DTYPES and "cpu" in OPS[op]
         return "cpu" if native else "reference"
     family = requested.partition(":")[0]
     if family not in OPS[op]:
@@ -130,8 +130,10 @@ def _why_not(family: str, device_type: str, dtype: torch.dtype) -> str:
         return ""
     if family == "triton" and not _TRITON:
         return "Triton is not installed"
-    if family == "cpu" and not _CPU:
+    if family in ("cpu", "cuda") and not _NATIVE:
         return f"no native library: {_native.why_not()}"
+    if family == "cuda" and torch.version.hip is not None:
+        return "expected a GPU by NVIDIA, got a torch for ROCm"
     wanted = "cpu" if family == "cpu" else "cuda"
     if device_type != wanted:
         return f"expected {wanted.upper()} tensors, got {device_type}"

@@ -8,7 +8,7 @@ import math
 import torch
 
 import peft_kernels as pk
-from peft_kernels.ops.lora_linear import reference
+from peft_kernels.ops.lora_linear import cuda, reference
 from peft_kernels.testing import (
     assert_within_eager,
     eager,
@@ -99,15 +99,17 @@ def check_subsets(backend: str, dropout_p: float = 0.25, **case_arguments) -> No
         assert sorted(found) == sorted(expected), f"frozen: {frozen}"
 
 
-def check_runs(backend: str, device: str, monkeypatch) -> None:
+def check_runs(backend: str, device: str, monkeypatch, dtype: torch.dtype = torch.float32) -> None:
     """The backend asked for is the one that runs, backward included, also outside of the block."""
     modules = [reference]
-    if backend != "reference":
+    if backend == "cuda":
+        modules = [cuda]
+    elif backend != "reference":
         from peft_kernels.ops.lora_linear import triton_backward, triton_forward
 
         modules = [triton_forward, triton_backward]
     calls = record_calls(monkeypatch, modules)
-    case = make_case(device=device)
+    case = make_case(device=device, dtype=dtype)
     x = case.x.requires_grad_()
     with pk.use_backend(backend):
         (y,) = pk.lora_linear_shared_input(x, case.projections)
@@ -140,9 +142,9 @@ def check_layouts(backend: str, device: str = "cpu", dtype: torch.dtype = torch.
         torch.testing.assert_close(one, other)
 
 
-def check_empty(backend: str, device: str = "cpu") -> None:
+def check_empty(backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
     """M = 0: empty outputs, zero gradients."""
-    case = make_case((0,), 24, (16, 8), 4, device=device, dropout_p=0.5)
+    case = make_case((0,), 24, (16, 8), 4, dtype=dtype, device=device, dropout_p=0.5)
     with pk.use_backend(backend):
         results = run(case)
     assert results["y0"].shape == (0, 16)
@@ -151,11 +153,12 @@ def check_empty(backend: str, device: str = "cpu") -> None:
         assert not value.any(), name
 
 
-def check_same_mask(backend: str, device: str = "cpu") -> None:
+def check_same_mask(backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
     """With A and B that let x through, what the op drops is what the dropout contract says, forward and backward."""
     rows, features = 37, 72
-    x = torch.ones(rows, features, device=device, requires_grad=True)
-    zero, eye = torch.zeros(features, features, device=device), torch.eye(features, device=device)
+    options = {"device": device, "dtype": dtype}
+    x = torch.ones(rows, features, requires_grad=True, **options)
+    zero, eye = torch.zeros(features, features, **options), torch.eye(features, **options)
     for p in (0.001, 0.5, 0.999):
         torch.manual_seed(5)
         with pk.use_backend(backend):
@@ -163,7 +166,7 @@ def check_same_mask(backend: str, device: str = "cpu") -> None:
         (grad,) = torch.autograd.grad(y.sum(), x)
         case = make_case((rows,), features, dropout_p=p, seed=5, device=device)
         (kept,) = case.masks()
-        expected = kept.float() / (1.0 - p)
+        expected = (kept.float() / (1.0 - p)).to(dtype)
         torch.testing.assert_close(y, expected)
         torch.testing.assert_close(grad, expected)
     with pk.use_backend(backend):

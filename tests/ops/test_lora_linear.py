@@ -435,7 +435,7 @@ def test_no_projection():
     ("backend", "error", "message"),
     [
         ("nonsense", ValueError, "expected a backend among auto, reference, .*, got 'nonsense'"),
-        ("cuda", RuntimeError, "lora_linear: expected one of the backends reference, triton, got 'cuda'"),
+        ("cuda", RuntimeError, "lora_linear: the backend 'cuda' cannot run here"),
         ("triton", RuntimeError, "'triton' cannot run here: expected CUDA tensors, got cpu"),
     ],
 )

@@ -10,7 +10,7 @@ from tests.checks import lora_linear as checks
 from tests.checks.common import captured
 
 pytestmark = pytest.mark.gpu
-BACKENDS = ["triton:fused", "triton:blas", "reference"]
+BACKENDS = ["triton:fused", "triton:blas", "cuda", "reference"]
 DTYPES = {
     "bfloat16": {"dtype": torch.bfloat16},
     "float16": {"dtype": torch.float16},
@@ -43,7 +43,7 @@ def test_subsets(backend, dropout_p):
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 def test_runs(backend, monkeypatch):
-    checks.check_runs(backend, "cuda", monkeypatch)
+    checks.check_runs(backend, "cuda", monkeypatch, torch.bfloat16)
 
 
 def test_auto_takes_triton():
@@ -52,18 +52,20 @@ def test_auto_takes_triton():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_layouts(backend):
-    checks.check_layouts(backend, "cuda")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layouts(backend, dtype):
+    checks.check_layouts(backend, "cuda", dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty(backend):
-    checks.check_empty(backend, "cuda")
+    checks.check_empty(backend, "cuda", torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_same_mask(backend):
-    checks.check_same_mask(backend, "cuda")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_mask(backend, dtype):
+    checks.check_same_mask(backend, "cuda", dtype)
 
 
 def test_same_mask_as_the_cpu():

@@ -17,7 +17,7 @@ from ... import backends
 from ..common import dropout
 from ..common.library import LIBRARY, on_device_of, register
 from ..common.tensors import autocast
-from . import reference
+from . import cuda, reference
 from .checks import check
 
 
@@ -297,18 +297,22 @@ LIBRARY.define(
 def _forward(*args):
     if args[-1] == "reference":
         return reference.forward(*args)
-    from . import triton_forward  # needs Triton, which the package does not
-
     with on_device_of(args[0]):
+        if args[-1] == "cuda":
+            return cuda.forward(*args)
+        from . import triton_forward  # needs Triton, which the package does not
+
         return triton_forward.forward(*args)
 
 
 def _backward(*args):
     if args[-1] == "reference":
         return reference.backward(*args)
-    from . import triton_backward
-
     with on_device_of(args[0][0]):
+        if args[-1] == "cuda":
+            return cuda.backward(*args)
+        from . import triton_backward
+
         return triton_backward.backward(*args)
 
 

@@ -1,0 +1,220 @@
+"""LoRA linear by the native library's CUDA kernels (csrc/README.md): one pass over x for S and dropout's mask, one GEMM
+for y; one pass over dy for dH and dB, one over x for dA, one GEMM for dx.
+
+They multiply 16-bit operands whose rows start on 16 bytes. Low-rank matrices are filled up with zeros to a multiple of
+8 ranks, and a wide matrix whose rows lie otherwise is copied once. A weight that lies otherwise is left to the vendor's
+GEMM, and float32 (operands, or adapters at "high" precision) to the reference: by these rules, before any launch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import pad
+
+from ..common import dropout
+from ..common.tensors import flatten, unflatten
+from . import reference
+
+LARGEST_RANK_OF_PASS = 64  # of `lora_outer`; above, a pass for every 64 ranks
+
+
+def forward(
+    x: torch.Tensor,
+    projections: list[torch.Tensor | None],
+    scalings: list[float],
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    shared_dropout: bool,
+    save_s: list[bool],
+    save_mask: bool,
+    high_precision: bool,
+    backend: str,
+) -> list[torch.Tensor]:
+    """As `reference.forward`."""
+    if x.dtype == torch.float32 or high_precision:
+        return reference.forward(
+            x, projections, scalings, seed, dropout_p, shared_dropout, save_s, save_mask, high_precision
+        )
+    rows, num = flatten(x), len(scalings)
+    (M, K), R = rows.shape, max(_padded_rank(lora_A) for lora_A in projections[2::5])
+    streams = 1 if shared_dropout or seed is None else num
+    masks = None
+    if save_mask and seed is not None:
+        masks = rows.new_empty(streams, M, dropout.mask_bytes(K), dtype=torch.uint8)
+    stacked = torch.cat([_rows(lora_A.to(x.dtype), R) for lora_A in projections[2::5]])
+    threshold = 0 if seed is None else dropout.threshold(dropout_p)
+    wide = _aligned(rows)
+    partials = _native().lora_shrink(wide, _aligned(stacked), seed, threshold, streams, masks, True)
+    ys, kept_s = [], []
+    for j, scaling in enumerate(scalings):
+        weight, bias, lora_A, lora_B, row_scaling = projections[5 * j : 5 * j + 5]
+        part = partials if num == 1 else partials[:, :, j * R : (j + 1) * R].contiguous()
+        s = _reduced(part, row_scaling, scaling * dropout.rescale(dropout_p), x.dtype)  # [M, R]
+        rank = lora_A.shape[0]
+        ys.append(unflatten(_expand(wide, weight, s[:, :rank], lora_B.to(x.dtype), bias), x))
+        if save_s[j]:
+            kept_s.append(s[:, :rank])
+    if kept_s:
+        ys.append(torch.cat(kept_s, dim=1))
+    if masks is not None:
+        ys.append(masks)
+    return ys
+
+
+def backward(
+    grad_ys: list[torch.Tensor],
+    x: torch.Tensor | None,
+    s: torch.Tensor | None,
+    masks: torch.Tensor | None,
+    projections: list[torch.Tensor | None],
+    scalings: list[float],
+    ranks: list[int],
+    dropout_p: float,
+    needs_x: bool,
+    needs: list[bool],
+    adapter_dtype: torch.dtype,
+    high_precision: bool,
+    backend: str,
+) -> list[torch.Tensor]:
+    """As `reference.backward`."""
+    dtype = grad_ys[0].dtype
+    if dtype == torch.float32 or high_precision:
+        return reference.backward(
+            grad_ys, x, s, masks, projections, scalings, ranks, dropout_p, needs_x, needs, adapter_dtype, high_precision
+        )
+    rows = None if x is None else _aligned(flatten(x))
+    grad_x, grads, column = None, [], 0
+    for j, grad_y in enumerate(grad_ys):
+        weight, lora_A, lora_B, row_scaling = projections[4 * j : 4 * j + 4]
+        needs_weight, needs_bias, needs_A, needs_B = needs[4 * j : 4 * j + 4]
+        dy, rank = _aligned(flatten(grad_y)), ranks[j]
+        keep = None if masks is None else masks[min(j, len(masks) - 1)]
+        kept_s = None
+        if needs_B:
+            kept_s = s[:, column : column + rank]
+            column += rank
+        right = lora_B.to(dtype) if needs_x or needs_A else None
+        scale = scalings[j] * dropout.rescale(dropout_p)
+        dh, grad_B = _pass_over_dy(dy, right, kept_s, row_scaling, scale, adapter_dtype)
+        if needs_x:
+            part = _grad_x(dy, weight, dh, lora_A.to(dtype), keep)
+            grad_x = part if grad_x is None else grad_x.add_(part)
+        if needs_weight:
+            grads.append(dy.t().mm(rows))
+        if needs_bias:
+            grads.append(dy.sum(0))
+        if needs_A:
+            grads.append(_outer(rows, dh, keep, True, adapter_dtype))
+        if needs_B:
+            grads.append(grad_B)
+    return [unflatten(grad_x, grad_ys[0]), *grads] if needs_x else grads
+
+
+def _expand(
+    x: torch.Tensor, weight: torch.Tensor, s: torch.Tensor, lora_B: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x·Wᵀ + S·Bᵀ + bias [M, N]."""
+    bias = None if bias is None else bias.contiguous()
+    if _takes(weight):
+        return _native().lora_gemm(x, weight, s, _aligned(lora_B), None, bias, True)
+    if _takes(weight.t()):
+        return _native().lora_gemm(x, weight.t(), s, _aligned(lora_B.t()), None, bias, False)
+    return reference.add_base(s, lora_B, x, weight, bias)
+
+
+def _grad_x(
+    dy: torch.Tensor, weight: torch.Tensor, dh: torch.Tensor, lora_A: torch.Tensor, keep: torch.Tensor | None
+) -> torch.Tensor:
+    """dy·W + D(dH·A) [M, K]."""
+    if _takes(weight):
+        return _native().lora_gemm(dy, weight, dh, _aligned(lora_A), keep, None, False)
+    if _takes(weight.t()):
+        return _native().lora_gemm(dy, weight.t(), dh, _aligned(lora_A.t()), keep, None, True)
+    low_rank = dh.mm(lora_A)
+    if keep is not None:
+        low_rank.mul_(dropout.unpack_mask(keep, lora_A.shape[1], dh.dtype))
+    return low_rank.addmm_(dy, weight)
+
+
+def _pass_over_dy(
+    dy: torch.Tensor,
+    lora_B: torch.Tensor | None,
+    s: torch.Tensor | None,
+    row_scaling: torch.Tensor | None,
+    scale: float,
+    adapter_dtype: torch.dtype,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """dH = scale · dy·B [M, R] where lora_B is given, dB = dyᵀ·S [N, R] where s is: of both, by one pass."""
+    if lora_B is None:
+        return None, None if s is None else _outer(dy, s, None, False, adapter_dtype)
+    rank = lora_B.shape[1]
+    R = _padded(rank)
+    right = _columns(lora_B, R)
+    if s is None or R > LARGEST_RANK_OF_PASS:
+        shrunk = _native().lora_shrink(dy, right, None, 0, 1, None, False)
+        grad_B = None if s is None else _outer(dy, s, None, False, adapter_dtype)
+    else:
+        sums, shrunk = _native().lora_outer(dy, _columns(s, R), right, None, False)
+        grad_B = _reduced(sums, None, 1.0, adapter_dtype)[:, :rank].contiguous()
+    return _reduced(shrunk, row_scaling, scale, dy.dtype)[:, :rank], grad_B
+
+
+def _outer(
+    wide: torch.Tensor, narrow: torch.Tensor, keep: torch.Tensor | None, transposed: bool, dtype: torch.dtype
+) -> torch.Tensor:
+    """D(wide)ᵀ·narrow [F, R], or its transpose."""
+    found = []
+    for ranks in narrow.split(LARGEST_RANK_OF_PASS, dim=1):
+        rank = ranks.shape[1]
+        sums, _ = _native().lora_outer(wide, _columns(ranks, _padded(rank)), None, keep, transposed)
+        total = _reduced(sums, None, 1.0, dtype)
+        found.append(total[:rank] if transposed else total[:, :rank])
+    return torch.cat(found, dim=0 if transposed else 1)
+
+
+def _reduced(
+    partials: torch.Tensor, row_scaling: torch.Tensor | None, scale: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """scale · row_scaling · Σ_p partials[p], rounded once."""
+    if row_scaling is not None:
+        row_scaling = row_scaling.reshape(-1).expand(partials.shape[1]).float().contiguous()
+    return _native().split_reduce(partials, row_scaling, scale, dtype)
+
+
+# --- What the kernels' copies of 16 bytes take ----------------------------------------------------------------
+
+
+def _takes(matrix: torch.Tensor) -> bool:
+    """Whether rows have adjacent elements and start on 16 bytes."""
+    (height, width), (pitch, step) = matrix.shape, matrix.stride()
+    aligned = matrix.data_ptr() % 16 == 0 and (width == 1 or step == 1)
+    return aligned and (height == 1 or (pitch % 8 == 0 and pitch >= width))
+
+
+def _aligned(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix, in a copy where the kernels could not take it."""
+    return matrix if _takes(matrix) else _columns(matrix, _padded(matrix.shape[1]))[:, : matrix.shape[1]]
+
+
+def _columns(matrix: torch.Tensor, width: int) -> torch.Tensor:
+    """[height, width], filled up with zeros."""
+    if matrix.shape[1] == width and _takes(matrix):
+        return matrix
+    return pad(matrix, (0, width - matrix.shape[1])).contiguous(memory_format=torch.contiguous_format)
+
+
+def _rows(matrix: torch.Tensor, height: int) -> torch.Tensor:
+    """[height, width], filled up with zeros."""
+    return matrix if matrix.shape[0] == height else pad(matrix, (0, 0, 0, height - matrix.shape[0]))
+
+
+def _padded(rank: int) -> int:
+    return -(-rank // 8) * 8
+
+
+def _padded_rank(lora_A: torch.Tensor) -> int:
+    return _padded(lora_A.shape[0])
+
+
+def _native():
+    return torch.ops.peft_kernels_native

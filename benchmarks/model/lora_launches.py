@@ -257,6 +257,45 @@ def _dy_pass(l: Layer, wide: int, processors: int) -> list[Launch]:
     ]  # fmt: skip
 
 
+def cuda(layers: list[Layer], ceilings: Ceilings) -> Passes | None:
+    """By the native kernels, as `cuda.py` calls them: 16-bit operands."""
+    l, n, processors = layers[0], len(layers), int(ceilings.get("sms", 132))
+    if l.size == F32:
+        return None
+    masks = n if l.p else 1
+    C, bits = n * l.R, l.M * math.ceil(l.K / 8) if l.p else 0
+    width = C // masks
+    blocks = math.ceil(l.M / 64) * masks * math.ceil(width / (16 if width <= 16 else 32 if width <= 32 else 64))
+    S = F32 * _native_parts(blocks, l.K, processors) * l.M * C
+    draws = masks * l.mask // 2 if l.p else 0  # 16 bits an element
+    forward = [elementwise("seed", 0, INDEX)] if l.p else []
+    forward += [elementwise("cat of the As", n * l.A, n * l.A)] if n > 1 else []
+    forward.append(Launch("shrink", 2 * l.M * l.K * C, l.x + n * l.A, S + masks * bits, draws))
+    for one in layers:
+        forward += [elementwise("its part of S", S // n, S // n)] if n > 1 else []
+        forward += [elementwise("reduce S", S // n, one.S), in_one(one.base(), one.expand(), kept=one.y)]
+    forward += [elementwise("cat of S", n * l.S, n * l.S)] if n > 1 else []
+
+    backward = []
+    for j, one in enumerate(layers):
+        slices = math.ceil(one.N / 128)
+        dH, dB = F32 * slices * one.M * one.R, F32 * _native_parts(slices, one.M, processors) * one.N * one.R
+        dA = F32 * _native_parts(math.ceil(one.K / 128), one.M, processors) * one.R * one.K
+        backward += [
+            Launch("dy pass", 4 * one.M * one.N * one.R, one.y + one.B + one.S, dH + dB),
+            elementwise("reduce dB", dB, one.B), elementwise("reduce dH", dH, one.S),
+            _reads(in_one(one.base_dx(), one.low_rank_dx(), kept=one.x), bits),
+            *([elementwise("dx +", 2 * one.x, one.x)] if j else []),
+            Launch("x pass", 2 * one.M * one.K * one.R, one.x + one.S + bits, dA), elementwise("reduce dA", dA, one.A),
+        ]  # fmt: skip
+    return Passes(forward, backward)
+
+
+def _native_parts(blocks: int, length: int, processors: int) -> int:
+    """How many parts csrc/lora_linear reads a length in: two blocks an SM, none shorter than four stages of 64."""
+    return max(1, min(2 * processors // blocks, length // 256, 32))
+
+
 def accelerated(layers: list[Layer], ceilings: Ceilings, adapter: int = 0) -> Passes | None:
     """PEFT's layers, each with our op inside, by the path that nothing tuned takes: "blas" on a GPU, whose ceilings
     have its "sms"."""
@@ -300,6 +339,7 @@ PROVIDERS: dict[str, Model] = {
     f"{PEFT}, NF4 base": each(peft_nf4),
     "ours, triton:fused": partial(triton, path="fused"),
     "ours, triton:blas": partial(triton, path="blas"),
+    "ours, cuda": cuda,
     "ours, reference": reference,
 }
 #: Known from papers and by arithmetic only; no provider of the benchmark runs them.

@@ -12,7 +12,7 @@ from . import Provider, Ready, ready
 
 
 def providers(device: str) -> list[Provider]:
-    names = ("triton:fused", "triton:blas", "reference") if device == "cuda" else ("reference",)
+    names = ("triton:fused", "triton:blas", "cuda", "reference") if device == "cuda" else ("reference",)
     return [
         Provider(f"ours, {backend}", lambda case, backend=backend: build(case, backend), our_masks=True)
         for backend in names

@@ -41,7 +41,7 @@ def forward(
     masks = None
     if save_mask and seed is not None:
         masks = rows.new_empty(streams, M, dropout.mask_bytes(K), dtype=torch.uint8)
-    stacked = torch.cat([_rows(lora_A.to(x.dtype), R) for lora_A in projections[2::5]])
+    stacked = _joined([_rows(lora_A.to(x.dtype), R) for lora_A in projections[2::5]], dim=0)
     threshold = 0 if seed is None else dropout.threshold(dropout_p)
     wide = _aligned(rows)
     partials = _native().lora_shrink(wide, _aligned(stacked), seed, threshold, streams, masks, True)
@@ -55,7 +55,7 @@ def forward(
         if save_s[j]:
             kept_s.append(s[:, :rank])
     if kept_s:
-        ys.append(torch.cat(kept_s, dim=1))
+        ys.append(_joined(kept_s, dim=1).contiguous())
     if masks is not None:
         ys.append(masks)
     return ys
@@ -169,7 +169,7 @@ def _outer(
         sums, _ = _native().lora_outer(wide, _columns(ranks, _padded(rank)), None, keep, transposed)
         total = _reduced(sums, None, 1.0, dtype)
         found.append(total[:rank] if transposed else total[:, :rank])
-    return torch.cat(found, dim=0 if transposed else 1)
+    return _joined(found, dim=0 if transposed else 1).contiguous()
 
 
 def _reduced(
@@ -201,6 +201,10 @@ def _columns(matrix: torch.Tensor, width: int) -> torch.Tensor:
     if matrix.shape[1] == width and _takes(matrix):
         return matrix
     return pad(matrix, (0, width - matrix.shape[1])).contiguous(memory_format=torch.contiguous_format)
+
+
+def _joined(matrices: list[torch.Tensor], dim: int) -> torch.Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices, dim)
 
 
 def _rows(matrix: torch.Tensor, height: int) -> torch.Tensor:

@@ -16,11 +16,12 @@ import peft_kernels
 from peft_kernels import _native, backends, tune
 from peft_kernels.ops.common import tuning
 from peft_kernels.ops.lora_linear import configs
-from peft_kernels.ops.lora_linear.explain import Sizes, explain
+from peft_kernels.ops.lora_linear.explain import Sizes, explain, explain_native
 from peft_kernels.tune import session
 
 _WIDTH = 80
 _LABEL = 28  # columns of a row's label, the indent included
+_PROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132}  # of an A100, an A6000, an L40S, an H200
 _EXPLAINED = (torch.float32, torch.bfloat16, torch.float16)
 _BESIDE = ("triton", "peft", "transformers", "accelerate", "numpy")
 
@@ -70,6 +71,7 @@ def explained(*sizes_and_dtype: str, arch: int | None = None) -> str:
     lines = [f"lora_linear with {heading}, {name}", *_row("on a CPU", _choice("lora_linear", "cpu", dtype)[1])]
     if arch is not None:
         choices = [("on a GPU", f"sm_{arch}, by the rules"), *explain(sizes, dtype, arch)]
+        choices += explain_native(sizes, dtype, _PROCESSORS.get(arch, 132))
     else:
         gpu, missing = session.current_gpu()
         if gpu is None:
@@ -80,6 +82,8 @@ def explained(*sizes_and_dtype: str, arch: int | None = None) -> str:
             if backend.startswith("triton"):
                 table = tuning.load("lora_linear", gpu, configs.CHOICES)
                 choices += explain(sizes, dtype, gpu.architecture, backend, table)
+            processors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+            choices += explain_native(sizes, dtype, processors)
     return "\n".join([*lines, *(line for label, text in choices for line in _row(label, text))])
 
 

@@ -33,7 +33,8 @@ def build_facts() -> dict[str, str]:
 
 
 def kernels() -> list[dict[str, str | int]]:
-    """Every native kernel's `name`, `registers`, `shared_bytes` and `local_bytes`, as this GPU runs it.
+    """Every native kernel's `name`, `registers`, `shared_bytes`, `dynamic_bytes`, `local_bytes` (spills) and
+    `max_threads`, as this GPU runs it.
 
     Raises:
         RuntimeError: where the library or its facts are missing, or there is no GPU.
@@ -44,6 +45,12 @@ def kernels() -> list[dict[str, str | int]]:
     if module is None:
         raise RuntimeError(f"expected the build's facts beside {LIBRARY}, got none for this Python")
     return module.kernels(str(LIBRARY))
+
+
+def gemm_tile(rows: int, columns: int, processors: int) -> tuple[int, int] | None:
+    """The tile of out [rows, columns] that `lora_gemm` takes on so many SMs; None without the build's facts."""
+    module = _facts()
+    return module.gemm_tile(rows, columns, processors) if module else None
 
 
 @functools.cache

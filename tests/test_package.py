@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -97,17 +98,21 @@ class TestExplained:
         tile = configs.shrink_tile(4096, 4096, 16, 2, False, False)
         assert f"S, pass over x block_m {tile.block_m}, block_c {tile.block_c}" in words
         assert "dH and dB, pass over dy" in words
+        assert "backend cuda, y tile 128 × 256 on 132 SMs" in words or not _native.build_facts()
         assert "dH and dB two products" in " ".join(explained("8", "8", "8", "64", "float16", arch=80).split())
 
     def test_of_the_gpu_here_with_its_table_and_what_was_asked_for(self, monkeypatch):
         gpu = tuning.Gpu("Some GPU", 90, "3.6.0")
         monkeypatch.setattr(session, "current_gpu", lambda: (gpu, ""))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=4))
         monkeypatch.setattr(tuning, "load", lambda *_: {("fused_from", 2): 1000})
         monkeypatch.setattr(backends, "explain", lambda op, *_: backends.Choice("triton", "as asked"))
         words = " ".join(explained("128", "64", "256", "8", "bfloat16").split())
         assert "on a GPU Some GPU: triton (as asked)" in words
         assert f"fused (M·N·K = {128 * 64 * 256}, fused from 1000 on)" in words
         tile = configs.gemm_tile(128, 256, 8, 2, 90, tma=True)
+        assert "on 4 SMs" in words or not _native.build_facts()
         assert f"y block_m {tile.block_m}, block_n {tile.block_n}" in words
 
     def test_without_a_gpu(self):

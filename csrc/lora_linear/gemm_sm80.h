@@ -75,8 +75,8 @@ struct Gemm {
   }
   PEFT_KERNELS_DEVICE static int lane() { return thread_index() % 32; }
 
-  // Starts the copies of a stage; past the last one an empty group, so that waiting counts alike. What is copied depends
-  // on the stage in one place only: as two calls the addresses of both would stay in registers, and spill.
+  // Starts the copies of a stage; past the last one an empty group, so that waiting counts alike. Operands are chosen by
+  // the stage and copied by the same code.
   PEFT_KERNELS_DEVICE static void fetch(const Arguments& args, char* shared, int stage, int stages, int low_stages,
                                         int row_0, int column_0) {
     if (stage < stages) {

@@ -1,4 +1,4 @@
-"""What `lora_linear` takes for given sizes, in words: the way of the low-rank product, the tile of every kernel."""
+"""What `lora_linear` takes for given sizes, in words: the way of the low-rank product, the tiles of kernels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from ... import _native
 from ..common.tuning import UNTUNED, Table
 from . import configs
 
@@ -54,6 +55,18 @@ def explain(
     else:
         yield "dH and dB", "two products by the vendor's GEMM: the rank is above that of the pass over dy"
     yield "dA, pass over x", _text(configs.x_pass_tile(M, K, R, size, False, table))
+
+
+def explain_native(sizes: Sizes, dtype: torch.dtype, processors: int) -> Iterator[tuple[str, str]]:
+    """The same of the backend "cuda", on a GPU of so many SMs."""
+    M, K, N, _ = sizes
+    if dtype.itemsize != 2:
+        yield "backend cuda", "the reference: its kernels multiply 16-bit operands"
+        return
+    for product, columns in (("y", N), ("dx", K)):
+        tile = _native.gemm_tile(M, columns, processors)
+        text = f"tile {tile[0]} × {tile[1]} on {processors} SMs" if tile else "not known to this Python"
+        yield f"backend cuda, {product}", text
 
 
 def _text(tile: NamedTuple) -> str:

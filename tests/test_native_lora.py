@@ -112,7 +112,7 @@ def test_is_the_rounded_sum(shape, masked, by_feature, dtype):
     bias = torch.randn(columns, device="cuda").to(dtype)
     out = lora_gemm(*given, keep, bias, by_feature)
     wanted = exact(*given, keep, bias, by_feature)
-    # One rounding to the output's dtype, and float32's along the sum, whose terms are of size 1 altogether.
+    # One rounding to the output's dtype, and float32's along the sum, of which the parts are of size 1.
     bound = torch.finfo(dtype).eps / 2 * wanted.abs() + (depth + rank) * 2**-23
     assert bool(((out.double() - wanted).abs() <= bound).all())
     assert all(torch.equal(out, lora_gemm(*given, keep, bias, by_feature)) for _ in range(5))
@@ -173,11 +173,19 @@ def test_says_what_it_expected(change, message):
     assert "\n" not in str(caught.value).strip()
 
 
+def assert_summed(found, wanted, terms):
+    """Float32 sums of as many products. A tensor core cuts off what does not fit beside a partial sum, 8 or 16 products
+    at a time: errors of one sign, which add up."""
+    assert (found.double() - wanted).abs().max() <= (terms / 8 + 2) * 2**-23 * wanted.abs().max()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize(
-    "shape", [(1, 8, 1, 1), (130, 71, 6, 1), (512, 4096, 16, 3), (8192, 4096, 16, 1), (300, 1000, 130, 2)], ids=str
+    "shape",
+    [(1, 8, 1, 1), (130, 71, 6, 1), (512, 4096, 16, 3), (8192, 4096, 16, 1), (300, 1000, 24, 2), (300, 1000, 130, 2)],
+    ids=str,
 )
 def test_shrink_is_the_product_of_what_is_kept(shape, p, dtype):
     rows, depth, width, streams = shape
@@ -192,19 +200,19 @@ def test_shrink_is_the_product_of_what_is_kept(shape, p, dtype):
         assert torch.equal(mask, dropout.draw_mask_by_torch(seed, rows, depth, p, streams))
         wide = wide * torch.stack([dropout.unpack_mask(bits, depth, torch.float64) for bits in mask])
     wanted = torch.einsum("smk,swk->msw", wide, lora_A.double().unflatten(0, (streams, width))).flatten(1)
-    assert (partials.double().sum(0) - wanted).abs().max() <= 2**-22 * depth
+    assert_summed(partials.double().sum(0), wanted, depth)
     assert all(
         torch.equal(partials, lora_shrink(x, lora_A, seed, dropout.threshold(p), streams, mask, True)) for _ in range(5)
     )
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(1, 8, 1), (130, 71, 6), (2048, 4096, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 8, 1), (130, 71, 6), (130, 71, 24), (2048, 4096, 64)], ids=str)
 def test_shrink_by_depth(shape):
     rows, depth, rank = shape
     dy, lora_B = matrix(rows, depth), matrix(depth, rank)
     partials = lora_shrink(dy, lora_B, None, 0, 1, None, False)
-    assert (partials.double().sum(0) - dy.double() @ lora_B.double()).abs().max() <= 2**-22 * depth
+    assert_summed(partials.double().sum(0), dy.double() @ lora_B.double(), depth)
 
 
 @pytest.mark.gpu
@@ -241,8 +249,8 @@ def test_outer_and_shrunk(shape, dtype):
     torch.manual_seed(0)
     dy, s, lora_B = matrix(rows, columns, dtype), matrix(rows, width, dtype), matrix(columns, width, dtype)
     sums, shrunk = lora_outer(dy, s, lora_B, None, False)
-    assert (sums.double().sum(0) - dy.double().mT @ s.double()).abs().max() <= 2**-21 * rows
-    assert (shrunk.double().sum(0) - dy.double() @ lora_B.double()).abs().max() <= 2**-21 * columns
+    assert_summed(sums.double().sum(0), dy.double().mT @ s.double(), rows)
+    assert_summed(shrunk.double().sum(0), dy.double() @ lora_B.double(), columns)
     again = lora_outer(dy, s, lora_B, None, False)
     assert torch.equal(sums, again[0]) and torch.equal(shrunk, again[1])
 
@@ -257,7 +265,7 @@ def test_outer_transposed(shape, masked):
     keep = torch.randint(256, (rows, -(-columns // 8)), dtype=torch.uint8, device="cuda") if masked else None
     sums, shrunk = lora_outer(x, dh, None, keep, True)
     kept = x.double() if keep is None else x.double() * dropout.unpack_mask(keep, columns, torch.float64)
-    assert (sums.double().sum(0) - dh.double().mT @ kept).abs().max() <= 2**-21 * rows
+    assert_summed(sums.double().sum(0), dh.double().mT @ kept, rows)
     assert not shrunk.numel()
 
 

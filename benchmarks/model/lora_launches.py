@@ -292,7 +292,7 @@ def cuda(layers: list[Layer], ceilings: Ceilings) -> Passes | None:
 
 
 def _native_parts(blocks: int, length: int, processors: int) -> int:
-    """How many parts csrc/lora_linear reads a length in: two blocks an SM, none shorter than four stages of 64."""
+    """How many parts csrc/lora_linear reads a length in: up to two blocks an SM, four stages of 64 at least."""
     return max(1, min(2 * processors // blocks, length // 256, 32))
 
 

@@ -17,10 +17,10 @@ inline void check_16_bit(const char* op, const torch::stable::Tensor& tensor, co
                   ": expected ", name, " bfloat16 or float16, got another dtype");
 }
 
-// Below 2^31, also when they are rounded up to tiles.
+// Below 2^31 also when they are rounded up to tiles.
 inline void check_sizes(const char* op, std::initializer_list<int64_t> sizes) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - 1024;
-  for (const int64_t size : sizes) STD_TORCH_CHECK(size <= kMost, op, ": expected sizes below 2^31, got ", size);
+  for (const int64_t size : sizes) STD_TORCH_CHECK(size <= kMost, op, ": expected sizes of at most 2^31 - 1025, got ", size);
 }
 
 // [height, width] in the dtype and on the device of `like`, of which every row starts on 16 bytes.

@@ -23,7 +23,7 @@ constexpr int kWarpColumns = kSlice / 4;  // of sums; of shrunk a warp has 16 ro
 // The length of a part, a multiple of kRows.
 PEFT_KERNELS_HOST_DEVICE int part_of(int64_t rows, int parts) { return tiles_of(rows, parts * kRows) * kRows; }
 
-// In how many parts the rows are read: enough blocks for twice each SM, at most 32, none shorter than four stages.
+// In how many parts the rows are read: for up to two blocks an SM, at most 32, of four stages and more but for the last.
 PEFT_KERNELS_HOST_DEVICE int parts(int64_t rows, int64_t columns, int processors) {
   const int64_t wanted = 2 * static_cast<int64_t>(processors) / tiles_of(columns, kSlice);
   const int64_t most = rows / (4 * kRows) < 32 ? rows / (4 * kRows) : 32;

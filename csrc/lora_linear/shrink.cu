@@ -45,7 +45,7 @@ Tensor lora_shrink(const Tensor& wide, const Tensor& narrow, const std::optional
   STD_TORCH_CHECK(narrow.dim() == 2, kOp, ": expected narrow of two dimensions, got ", shape_of(narrow));
   const int64_t rows = wide.size(0), depth = wide.size(1), columns = narrow.size(by_feature ? 0 : 1);
   check_sizes(kOp, {rows, depth, columns});
-  STD_TORCH_CHECK(streams >= 1 && columns % streams == 0 && (by_feature || streams == 1), kOp,
+  STD_TORCH_CHECK(1 <= streams && streams <= columns && columns % streams == 0 && (by_feature || streams == 1), kOp,
                   ": expected streams that divide the columns of narrow, one if it is by depth, got ", streams, " of ",
                   columns);
   check_operand(kOp, wide, "wide", rows, depth, wide);

@@ -26,7 +26,7 @@ PEFT_KERNELS_HOST_DEVICE int part_of(int64_t depth, int splits) {
   return tiles_of(depth, splits * kDepth) * kDepth;
 }
 
-// In how many parts the depth is read: enough blocks for twice each SM, at most 32, none shorter than four stages.
+// In how many parts the depth is read: for up to two blocks an SM, at most 32, of four stages and more but for the last.
 PEFT_KERNELS_HOST_DEVICE int parts(int64_t blocks, int64_t depth, int processors) {
   const int64_t wanted = blocks > 0 ? 2 * static_cast<int64_t>(processors) / blocks : 1;
   const int64_t most = depth / (4 * kDepth) < 32 ? depth / (4 * kDepth) : 32;

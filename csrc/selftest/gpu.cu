@@ -7,6 +7,7 @@
 #include "lora_linear/shrink_sm80.cuh"
 #include "selftest/problem.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <utility>
@@ -20,12 +21,12 @@ void check(cudaError_t status, const char* what) {
   std::exit(1);
 }
 
-// A copy on the device, with nothing of this program's behind it, so that compute-sanitizer sees every step too far.
+// A copy on the device, in an allocation of its own, behind which compute-sanitizer sees every access.
 template <typename T>
 class OnDevice {
  public:
   explicit OnDevice(const std::vector<T>& values) : size_(values.size()) {
-    check(cudaMalloc(&data_, size_ * sizeof(T) + 1), "cudaMalloc");
+    check(cudaMalloc(&data_, std::max<size_t>(size_ * sizeof(T), 1)), "cudaMalloc");
     check(cudaMemcpy(data_, values.data(), size_ * sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
   }
   OnDevice(const OnDevice&) = delete;
@@ -129,6 +130,7 @@ void masks() {
     const dropout::Arguments args = problem.arguments(seed.get(), mask.get());
     constexpr int kPerBlock = dropout::kThreads * dropout::kBytes;
     dropout::draw_mask_kernel<<<(args.numel + kPerBlock - 1) / kPerBlock, dropout::kThreads>>>(args);
+    check(cudaGetLastError(), "launching draw_mask");
     check(cudaDeviceSynchronize(), "draw_mask");
     report("draw_mask", mask.host() == problem.expected() ? "" : "other bits than the host's");
   }
@@ -143,6 +145,7 @@ void reduce(const char* name) {
     const int64_t threads = args.numel / kWidth + args.numel % kWidth;
     const int blocks = static_cast<int>((threads + split_reduce::kThreads - 1) / split_reduce::kThreads);
     split_reduce::kernel<Out, kWidth><<<blocks, split_reduce::kThreads>>>(args);
+    check(cudaGetLastError(), "launching split_reduce");
     check(cudaDeviceSynchronize(), "split_reduce");
     report(std::string("split_reduce<") + name + ">", problem.complaint(out.host()));
   }
@@ -162,6 +165,8 @@ int main() {
   reduce<float, 4>("float, 4");
   reduce<float, 1>("float, 1");
   reduce<__half, 4>("half, 4");
+  reduce<__half, 1>("half, 1");
+  reduce<__nv_bfloat16, 4>("bfloat16, 4");
   reduce<__nv_bfloat16, 1>("bfloat16, 1");
   shrink<__nv_bfloat16>("bfloat16");
   shrink<__half>("float16");

@@ -153,6 +153,8 @@ int main() try {
   reduce<float, 4>("float, 4");
   reduce<float, 1>("float, 1");
   reduce<__half, 4>("half, 4");
+  reduce<__half, 1>("half, 1");
+  reduce<__nv_bfloat16, 4>("bfloat16, 4");
   reduce<__nv_bfloat16, 1>("bfloat16, 1");
   shrink<__nv_bfloat16, 16>("bfloat16");
   shrink<__nv_bfloat16, 64>("bfloat16");

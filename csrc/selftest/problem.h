@@ -58,7 +58,7 @@ inline std::vector<Shape> shapes(bool large) {
       found.push_back({70, 320, 96, 100, by_feature, masked, false});
       found.push_back({5, 8, 16, 0, by_feature, masked, true});
       found.push_back({17, 24, 0, 4, by_feature, masked, true});
-      if (large) {
+      if (large && masked) {
         found.push_back({512, 1000, 1024, 16, by_feature, masked, true});
         found.push_back({333, 1032, 520, 130, by_feature, masked, true});
       }
@@ -274,11 +274,13 @@ std::vector<ShrinkProblem<T>> shrinks() {
     found.emplace_back(1, 1, 1, 1, 1, true, dropping);
     found.emplace_back(70, 200, 6, 1, 1, true, dropping);
     found.emplace_back(65, 300, 16, 3, 2, true, dropping);
+    found.emplace_back(20, 130, 24, 2, 2, true, dropping);
     found.emplace_back(33, 576, 100, 1, 3, true, dropping);
   }
   found.emplace_back(1, 1, 1, 1, 1, false, false);
   found.emplace_back(130, 203, 6, 1, 2, false, false);
   found.emplace_back(65, 300, 100, 1, 1, false, false);
+  found.emplace_back(20, 130, 24, 1, 2, false, false);
   return found;
 }
 

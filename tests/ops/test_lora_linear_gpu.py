@@ -74,7 +74,7 @@ def test_same_mask_as_the_cpu():
     assert torch.equal(dropout.draw_mask(seed.cuda(), 100, 333, 0.3, 2).cpu(), on_cpu)
 
 
-@pytest.mark.parametrize("backend", ["triton:fused", "triton:blas"])
+@pytest.mark.parametrize("backend", ["triton:fused", "triton:blas", "cuda"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_cuda_graph(backend, dropout_p):
     """A captured forward and backward replays on new inputs, with a new mask at every replay."""
@@ -128,7 +128,7 @@ def test_more_than_2_to_the_31_elements():
     case = make_case((1,), K, (N,), 8, torch.bfloat16, device="cuda")
     weight, lora_A, lora_B, scaling, bias = case.projections[0]
     leaves = [x.requires_grad_(), lora_A.requires_grad_(), lora_B.requires_grad_()]
-    for backend in ("triton:fused", "triton:blas"):
+    for backend in ("triton:fused", "triton:blas", "cuda"):
         with pk.use_backend(backend):
             y = pk.lora_linear(x, weight, lora_A, lora_B, scaling, bias)
             tail = pk.lora_linear(x[-64:].clone(), weight, lora_A, lora_B, scaling, bias)
@@ -141,8 +141,9 @@ def test_more_than_2_to_the_31_elements():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_another_device_than_the_current():
+@pytest.mark.parametrize("backend", ["triton:fused", "cuda"])
+def test_another_device_than_the_current(backend):
     case = make_case((40,), 64, (48,), 8, torch.bfloat16, device="cuda:1")
-    with torch.cuda.device(0), pk.use_backend("triton:fused"):
+    with torch.cuda.device(0), pk.use_backend(backend):
         y = pk.lora_linear(case.x, *case.projections[0])
     assert y.device == torch.device("cuda:1")

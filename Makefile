@@ -17,7 +17,7 @@ VENV_STAMP   := $(VENV)/.stamp-venv
 LINT_STAMP   := $(VENV)/.stamp-lint
 ENV_STAMP    := $(VENV)/.stamp-env
 NATIVE_STAMP := $(VENV)/.stamp-native
-SELFTEST := build/selftest
+SELFTEST     := build/selftest
 TRITON_STAMP := $(VENV)/.stamp-triton-$(OLDEST_TRITON)
 OLD_TRITON   := $(VENV)/triton-$(basename $(OLDEST_TRITON))
 

@@ -46,6 +46,8 @@ def main() -> None:
     if options.command == "tune":
         sys.exit(session.main(options))
     if options.explain is None:
+        if options.arch is not None:
+            parser.error("--arch: expected --explain beside it")
         print(env())
         return
     try:

@@ -26,6 +26,13 @@ inline cudaStream_t current_stream(int32_t device_index) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// SMs of a device.
+inline int processors_of(int32_t device_index) {
+  int processors = 0;
+  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device_index), "counting processors");
+  return processors;
+}
+
 // Blocks that cover `items` with `per_block` each: int64 in, checked against the grid's limit.
 inline unsigned int blocks_for(int64_t items, int64_t per_block) {
   const int64_t blocks = (items + per_block - 1) / per_block;

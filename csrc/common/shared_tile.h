@@ -43,4 +43,15 @@ struct SharedTile {
   }
 };
 
+// Zeros in place of the elements of a chunk whose bit is not set.
+PEFT_KERNELS_DEVICE void keep_in_chunk(char* chunk, unsigned bits) {
+  struct alignas(16) Elements {
+    uint16_t values[kChunk];
+  };
+  Elements kept = *reinterpret_cast<const Elements*>(chunk);
+  PEFT_KERNELS_UNROLL
+  for (int k = 0; k < kChunk; ++k) kept.values[k] = bits >> k & 1 ? kept.values[k] : uint16_t{0};
+  *reinterpret_cast<Elements*>(chunk) = kept;
+}
+
 }  // namespace peft_kernels

@@ -216,7 +216,6 @@ void load_matrices(uint32_t (&out)[4], const void* row, bool transposed) {
     for (int matrix = 0; matrix < 4; ++matrix) {
       unsigned banks = 0;
       for (int i = 0; i < 8; ++i) banks |= 1u << (rows[8 * matrix + i] - running->begin) / 16 % 8;
-      ++running->report.matrices;
       running->report.bank_conflicts += banks != 0xFF;
     }
   }

@@ -13,8 +13,7 @@ namespace peft_kernels::emulator {
 
 // What a launch did.
 struct Report {
-  int64_t matrices = 0;        // 8 x 8, loaded by ldmatrix
-  int64_t bank_conflicts = 0;  // of those, the ones whose eight rows did not lie in eight different banks of 16 bytes
+  int64_t bank_conflicts = 0;  // 8 x 8 matrices of ldmatrix whose rows did not lie in eight different banks of 16 bytes
 };
 
 // Runs `kernel(shared memory)` once a thread: blocks one after another, of a block each warp as far as it can go, warps in

@@ -75,9 +75,7 @@ Tensor lora_gemm(const Tensor& left, const Tensor& right, const Tensor& low_left
       out.mutable_data_ptr(), static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(depth),
       static_cast<int>(rank),
   };
-  int processors = 0;
-  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "counting processors");
-  const TileName tile = choose(rows, columns, processors);
+  const TileName tile = choose(rows, columns, processors_of(device));
   blocks_for(static_cast<int64_t>(tiles_of(rows, Small::kRows)) * tiles_of(columns, Small::kColumns), 1);  // it fits
   const auto launch = left.scalar_type() == ScalarType::Half
                           ? (by_feature ? &launch_sm80<__half, true> : &launch_sm80<__half, false>)

@@ -58,14 +58,14 @@ std::tuple<Tensor, Tensor> lora_outer(const Tensor& wide, const Tensor& narrow, 
 
   const int32_t device = wide.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  int processors = 0;
-  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "counting processors");
   const bool empty = rows == 0 || columns == 0 || width == 0;
-  const int split = empty ? 0 : parts(rows, columns, processors);  // no parts add up to zeros
+  const int slices = tiles_of(columns, kSlice);
+  // No parts add up to zeros.
+  const int split = empty ? 0 : lora_gemm::parts_of(rows, kRows, slices, processors_of(device));
   Tensor sums = torch::stable::new_empty(
       wide, {split, transposed ? width : columns, transposed ? columns : width}, ScalarType::Float);
   Tensor shrunk = torch::stable::new_empty(
-      wide, {right ? lora_gemm::tiles_of(columns, kSlice) : 0, rows, width}, ScalarType::Float);
+      wide, {right ? slices : 0, rows, width}, ScalarType::Float);
   if (empty) return {sums, shrunk};
 
   const Arguments args{
@@ -73,7 +73,8 @@ std::tuple<Tensor, Tensor> lora_outer(const Tensor& wide, const Tensor& narrow, 
       right ? right->const_data_ptr() : nullptr, right ? pitch_of(*right) : 0,
       keep ? static_cast<const uint8_t*>(keep->const_data_ptr()) : nullptr,
       static_cast<float*>(sums.mutable_data_ptr()), static_cast<float*>(shrunk.mutable_data_ptr()),
-      static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(width), split, part_of(rows, split), transposed,
+      static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(width), split,
+      lora_gemm::part_of(rows, split, kRows), transposed,
   };
   blocks_for(blocks_of(args), 1);  // they fit
   const auto launch = wide.scalar_type() == ScalarType::Half

@@ -1,9 +1,8 @@
 // The outer products' kernels for sm_80 and later, and their launch. No torch: the self-test launches them too.
 #pragma once
 
+#include "common/launch_shared.cuh"
 #include "lora_linear/outer_sm80.h"
-
-#include <cuda_runtime.h>
 
 namespace peft_kernels::lora_outer {
 
@@ -18,13 +17,8 @@ PEFT_KERNELS_GLOBAL(kThreads) outer_sm80(const Arguments args) {
 // On the current device. There is at least one row, one column, and a width from 1 to kWidth.
 template <typename T, int kWidth, bool kShrinks>
 cudaError_t launch_sm80(const Arguments& args, cudaStream_t stream) {
-  constexpr int kSharedBytes = Outer<T, kWidth, kShrinks>::kSharedBytes;
-  const auto kernel = &outer_sm80<T, kWidth, kShrinks>;
-  // Asked at every launch: the limit is each device's own, and the call costs less than to remember where it was made.
-  const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (status != cudaSuccess) return status;
-  kernel<<<static_cast<unsigned>(blocks_of(args)), kThreads, kSharedBytes, stream>>>(args);
-  return cudaGetLastError();
+  return launch_shared(&outer_sm80<T, kWidth, kShrinks>, blocks_of(args), kThreads,
+                       Outer<T, kWidth, kShrinks>::kSharedBytes, args, stream);
 }
 
 template <typename T, bool kShrinks>

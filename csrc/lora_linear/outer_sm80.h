@@ -20,17 +20,6 @@ constexpr int kRows = 64, kSlice = 128, kStages = 3;
 constexpr int kThreads = 128;
 constexpr int kWarpColumns = kSlice / 4;  // of sums; of shrunk a warp has 16 rows
 
-// The length of a part, a multiple of kRows.
-PEFT_KERNELS_HOST_DEVICE int part_of(int64_t rows, int parts) { return tiles_of(rows, parts * kRows) * kRows; }
-
-// In how many parts the rows are read: for up to two blocks an SM, at most 32, of four stages and more but for the last.
-PEFT_KERNELS_HOST_DEVICE int parts(int64_t rows, int64_t columns, int processors) {
-  const int64_t wanted = 2 * static_cast<int64_t>(processors) / tiles_of(columns, kSlice);
-  const int64_t most = rows / (4 * kRows) < 32 ? rows / (4 * kRows) : 32;
-  const int64_t taken = wanted < most ? wanted : most;
-  return taken > 1 ? tiles_of(rows, part_of(rows, static_cast<int>(taken))) : 1;
-}
-
 PEFT_KERNELS_HOST_DEVICE int64_t blocks_of(const Arguments& args) {
   return static_cast<int64_t>(args.parts) * tiles_of(args.columns, kSlice);
 }
@@ -92,21 +81,13 @@ struct Outer {
 
   // Zero what dropout dropped, eight neighbours of a row at a time.
   PEFT_KERNELS_DEVICE static void mask(const Arguments& args, char* tile, int row_0, int column_0) {
-    struct alignas(16) Chunk {
-      uint16_t values[kChunk];
-    };
     const int64_t bytes = (args.columns + 7) / 8;
     PEFT_KERNELS_UNROLL_BY_4
     for (int i = 0; i < kRows * Wide::kChunks / kThreads; ++i) {
       const int item = i * kThreads + thread_index(), row = item / Wide::kChunks, chunk = item % Wide::kChunks;
       const int64_t byte = column_0 / kChunk + chunk;
       if (row_0 + row >= args.rows || byte >= bytes) continue;
-      const unsigned kept = args.keep[(row_0 + row) * bytes + byte];
-      auto* values = reinterpret_cast<Chunk*>(tile + Wide::offset(row, chunk));
-      Chunk masked = *values;
-      PEFT_KERNELS_UNROLL
-      for (int k = 0; k < kChunk; ++k) masked.values[k] = kept >> k & 1 ? masked.values[k] : uint16_t{0};
-      *values = masked;
+      keep_in_chunk(tile + Wide::offset(row, chunk), args.keep[(row_0 + row) * bytes + byte]);
     }
   }
 

@@ -17,7 +17,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <optional>
 
@@ -68,12 +67,9 @@ Tensor lora_shrink(const Tensor& wide, const Tensor& narrow, const std::optional
 
   const int32_t device = wide.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  int processors = 0;
-  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "counting processors");
   const int64_t width = columns / streams;
-  const int tile = width <= 16 ? 16 : width <= 32 ? 32 : 64;
-  const int64_t blocks = static_cast<int64_t>(lora_gemm::tiles_of(rows, kRows)) * streams * lora_gemm::tiles_of(width, tile);
-  const int splits = parts(blocks, depth, processors);
+  const int64_t blocks = static_cast<int64_t>(tiles_of(rows, kRows)) * streams * tiles_of(width, columns_for(width));
+  const int splits = lora_gemm::parts_of(depth, kDepth, blocks, processors_of(device));
   Tensor partials = torch::stable::new_empty(wide, {depth > 0 ? splits : 0, rows, columns}, ScalarType::Float);
   if (partials.numel() == 0) return partials;
 
@@ -83,7 +79,7 @@ Tensor lora_shrink(const Tensor& wide, const Tensor& narrow, const std::optional
       seed ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr,
       mask ? static_cast<uint8_t*>(mask->mutable_data_ptr()) : nullptr, static_cast<int32_t>(threshold),
       static_cast<int>(rows), static_cast<int>(depth), static_cast<int>(width), static_cast<int>(streams), splits,
-      part_of(depth, splits),
+      lora_gemm::part_of(depth, splits, kDepth),
   };
   blocks_for(blocks * splits, 1);  // they fit
   const auto launch = wide.scalar_type() == ScalarType::Half

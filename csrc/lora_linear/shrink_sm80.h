@@ -21,18 +21,8 @@ using lora_gemm::tiles_of;
 constexpr int kRows = 64, kDepth = 64, kStages = 3;
 constexpr int kThreads = 128;  // a warp has 16 rows
 
-// The length of a part, a multiple of a stage.
-PEFT_KERNELS_HOST_DEVICE int part_of(int64_t depth, int splits) {
-  return tiles_of(depth, splits * kDepth) * kDepth;
-}
-
-// In how many parts the depth is read: for up to two blocks an SM, at most 32, of four stages and more but for the last.
-PEFT_KERNELS_HOST_DEVICE int parts(int64_t blocks, int64_t depth, int processors) {
-  const int64_t wanted = blocks > 0 ? 2 * static_cast<int64_t>(processors) / blocks : 1;
-  const int64_t most = depth / (4 * kDepth) < 32 ? depth / (4 * kDepth) : 32;
-  const int64_t taken = wanted < most ? wanted : most;
-  return taken > 1 ? tiles_of(depth, part_of(depth, static_cast<int>(taken))) : 1;
-}
+// The columns of a block, as many as the rank asks for: `wide` is read once for up to 64.
+PEFT_KERNELS_HOST_DEVICE int columns_for(int64_t width) { return width <= 16 ? 16 : width <= 32 ? 32 : 64; }
 
 // Blocks that a launch takes; columns of one row block and part come one after another, so that they meet in the L2 cache.
 template <int kColumns>
@@ -102,9 +92,6 @@ struct Shrink {
 
   // Zero what is dropped of a stage: eight neighbours of a row at a time, whose draws are one call of Philox.
   PEFT_KERNELS_DEVICE static void drop(const Arguments& args, char* tile, const Place& place, int depth_0) {
-    struct alignas(16) Chunk {
-      uint16_t values[kChunk];
-    };
     const uint64_t seed = static_cast<uint64_t>(*args.seed);
     const int64_t bytes = (args.depth + 7) / 8;
     PEFT_KERNELS_UNROLL
@@ -114,11 +101,7 @@ struct Shrink {
       const uint32_t group = static_cast<uint32_t>(depth_0 / kChunk + chunk);
       const uint8_t kept =
           dropout::kept_byte(seed, row, group, static_cast<uint32_t>(place.stream), args.threshold);
-      auto* values = reinterpret_cast<Chunk*>(tile + Wide::offset(item / Wide::kChunks, chunk));
-      Chunk masked = *values;
-      PEFT_KERNELS_UNROLL
-      for (int k = 0; k < kChunk; ++k) masked.values[k] = kept >> k & 1 ? masked.values[k] : uint16_t{0};
-      *values = masked;
+      keep_in_chunk(tile + Wide::offset(item / Wide::kChunks, chunk), kept);
       if (args.mask != nullptr && place.column == 0 && row < args.rows && group < bytes) {
         args.mask[(place.stream * static_cast<int64_t>(args.rows) + row) * bytes + group] = kept;
       }

@@ -1,4 +1,5 @@
-// The tiles of the GEMM, which of them a shape takes, and which tile a block computes. Plain arithmetic, for host and GPU.
+// The tiles of the GEMM, which of them a shape takes, which a block computes, and how blocks share a length. Plain
+// arithmetic, for host and GPU.
 #pragma once
 
 #include "common/host_device.h"
@@ -21,6 +22,19 @@ using Square = Tile<128, 128, 32, 64, 64, 4>;
 using Small = Tile<64, 64, 64, 32, 32, 4>;
 
 PEFT_KERNELS_HOST_DEVICE int tiles_of(int64_t size, int tile) { return static_cast<int>((size + tile - 1) / tile); }
+
+// Of a length that several blocks share: one's part, a multiple of `stage`.
+PEFT_KERNELS_HOST_DEVICE int part_of(int64_t length, int parts, int stage) {
+  return tiles_of(length, parts * stage) * stage;
+}
+
+// In how many parts: for up to two blocks an SM, at most 32, of four stages and more but for the last.
+PEFT_KERNELS_HOST_DEVICE int parts_of(int64_t length, int stage, int64_t blocks, int processors) {
+  const int64_t wanted = blocks > 0 ? 2 * static_cast<int64_t>(processors) / blocks : 1;
+  const int64_t most = length / (4 * stage) < 32 ? length / (4 * stage) : 32;
+  const int64_t taken = wanted < most ? wanted : most;
+  return taken > 1 ? tiles_of(length, part_of(length, static_cast<int>(taken), stage)) : 1;
+}
 
 struct Position {
   int row, column;  // in tiles

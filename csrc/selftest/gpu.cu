@@ -6,6 +6,7 @@
 #include "lora_linear/outer_sm80.cuh"
 #include "lora_linear/shrink_sm80.cuh"
 #include "selftest/problem.h"
+#include "selftest/report.h"
 
 #include <algorithm>
 #include <cstdio>
@@ -43,15 +44,6 @@ class OnDevice {
   size_t size_;
   T* data_ = nullptr;
 };
-
-int failed = 0, ran = 0;
-
-void report(const std::string& what, const std::string& complaint) {
-  ++ran;
-  if (complaint.empty()) return;
-  ++failed;
-  std::printf("%s: %s\n", what.c_str(), complaint.c_str());
-}
 
 template <typename T>
 void gemms(const char* dtype) {
@@ -174,6 +166,5 @@ int main() {
   outer<__half>("float16");
   gemms<__nv_bfloat16>("bfloat16");
   gemms<__half>("float16");
-  std::printf("%d of %d passed\n", ran - failed, ran);
-  return failed != 0;
+  return finish();
 }

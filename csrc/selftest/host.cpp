@@ -6,6 +6,7 @@
 #include "lora_linear/outer_sm80.h"
 #include "lora_linear/shrink_sm80.h"
 #include "selftest/problem.h"
+#include "selftest/report.h"
 
 #include <cstdio>
 #include <exception>
@@ -14,15 +15,6 @@ namespace peft_kernels::selftest {
 namespace {
 
 constexpr size_t kMargin = 64;  // behind what a kernel writes
-
-int failed = 0, ran = 0;
-
-void report(const std::string& what, const std::string& complaint) {
-  ++ran;
-  if (complaint.empty()) return;
-  ++failed;
-  std::printf("%s: %s\n", what.c_str(), complaint.c_str());
-}
 
 template <typename T>
 bool margin_is_whole(const std::vector<T>& values) {
@@ -164,8 +156,7 @@ int main() try {
   outer<__nv_bfloat16, 64>("bfloat16");
   gemms<__nv_bfloat16>("bfloat16");
   gemms<__half>("float16");
-  std::printf("%d of %d passed\n", ran - failed, ran);
-  return failed != 0;
+  return finish();
 } catch (const std::exception& error) {
   std::printf("%s\n", error.what());
   return 1;

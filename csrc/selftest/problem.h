@@ -217,7 +217,7 @@ class ShrinkProblem {
   const std::vector<T>& narrow_values() const { return narrow_.values; }
   size_t results() const { return static_cast<size_t>(splits) * rows * streams * width; }
   size_t mask_bytes() const { return static_cast<size_t>(streams) * rows * ((depth + 7) / 8); }
-  int part() const { return lora_shrink::part_of(depth, splits); }
+  int part() const { return lora_gemm::part_of(depth, splits, lora_shrink::kDepth); }
 
   lora_shrink::Arguments arguments(const T* wide, const T* narrow, float* partials, const int64_t* seed,
                                    uint8_t* mask) const {
@@ -376,7 +376,7 @@ class OuterProblem {
     if (std::abs(found - sum) <= (terms + 2) * 0x1p-24 * size) return "";  // not for NaN
     return ": expected " + std::to_string(sum) + ", got " + std::to_string(found);
   }
-  int part() const { return lora_outer::part_of(rows, parts); }
+  int part() const { return lora_gemm::part_of(rows, parts, lora_outer::kRows); }
   int pitch() const { return (columns + 7) / 8; }
 
   std::mt19937 random_;

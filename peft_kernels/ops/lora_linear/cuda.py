@@ -36,7 +36,7 @@ def forward(
             x, projections, scalings, seed, dropout_p, shared_dropout, save_s, save_mask, high_precision
         )
     rows, num = flatten(x), len(scalings)
-    (M, K), R = rows.shape, max(_padded_rank(lora_A) for lora_A in projections[2::5])
+    (M, K), R = rows.shape, _padded(max(lora_A.shape[0] for lora_A in projections[2::5]))
     streams = 1 if shared_dropout or seed is None else num
     masks = None
     if save_mask and seed is not None:
@@ -214,10 +214,6 @@ def _rows(matrix: torch.Tensor, height: int) -> torch.Tensor:
 
 def _padded(rank: int) -> int:
     return -(-rank // 8) * 8
-
-
-def _padded_rank(lora_A: torch.Tensor) -> int:
-    return _padded(lora_A.shape[0])
 
 
 def _native():

@@ -47,16 +47,20 @@ py::list kernels(const std::string& library) {
   return found;
 }
 
-py::tuple gemm_tile(int64_t rows, int64_t columns, int processors) {
+py::tuple gemm_tile(int64_t rows, int64_t columns, int processors, bool boxes) {
   using namespace peft_kernels::lora_gemm;
   if (rows < 1 || columns < 1 || processors < 1) throw std::invalid_argument("expected sizes of at least 1");
-  switch (choose(rows, columns, processors)) {
+  switch (choose(rows, columns, processors, boxes)) {
     case TileName::kWide:
-      return py::make_tuple(Wide::kRows, Wide::kColumns);
+      return py::make_tuple(Wide::kRows, Wide::kColumns, "sm_80");
     case TileName::kSquare:
-      return py::make_tuple(Square::kRows, Square::kColumns);
+      return py::make_tuple(Square::kRows, Square::kColumns, "sm_80");
+    case TileName::kBoxWide:
+      return py::make_tuple(BoxWide::kRows, BoxWide::kColumns, "sm_90a");
+    case TileName::kBoxSquare:
+      return py::make_tuple(BoxSquare::kRows, BoxSquare::kColumns, "sm_90a");
     default:
-      return py::make_tuple(Small::kRows, Small::kColumns);
+      return py::make_tuple(Small::kRows, Small::kColumns, "sm_80");
   }
 }
 
@@ -68,6 +72,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("kernels", &kernels, py::arg("library"),
         "Of every kernel of the loaded library, as this GPU runs it: registers and local bytes (spills) a thread, static "
         "and dynamic shared bytes a block, the most threads a block may have.");
-  m.def("gemm_tile", &gemm_tile, py::arg("rows"), py::arg("columns"), py::arg("processors"),
-        "The tile [rows, columns] of out that lora_gemm takes for out [rows, columns] on a GPU of so many SMs.");
+  m.def("gemm_tile", &gemm_tile, py::arg("rows"), py::arg("columns"), py::arg("processors"), py::arg("boxes"),
+        "The tile of out that lora_gemm takes for out [rows, columns] on a GPU of so many SMs: rows, columns, and the "
+        "architecture whose instructions multiply it. `boxes`: whether the tiles for sm_90a can be taken.");
 }

@@ -73,7 +73,7 @@ def explained(*sizes_and_dtype: str, arch: int | None = None) -> str:
     lines = [f"lora_linear with {heading}, {name}", *_row("on a CPU", _choice("lora_linear", "cpu", dtype)[1])]
     if arch is not None:
         choices = [("on a GPU", f"sm_{arch}, by the rules"), *explain(sizes, dtype, arch)]
-        choices += explain_native(sizes, dtype, _PROCESSORS.get(arch, 132))
+        choices += explain_native(sizes, dtype, arch, _PROCESSORS.get(arch, 132))
     else:
         gpu, missing = session.current_gpu()
         if gpu is None:
@@ -85,7 +85,7 @@ def explained(*sizes_and_dtype: str, arch: int | None = None) -> str:
                 table = tuning.load("lora_linear", gpu, configs.CHOICES)
                 choices += explain(sizes, dtype, gpu.architecture, backend, table)
             processors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-            choices += explain_native(sizes, dtype, processors)
+            choices += explain_native(sizes, dtype, gpu.architecture, processors)
     return "\n".join([*lines, *(line for label, text in choices for line in _row(label, text))])
 
 

@@ -47,10 +47,11 @@ def kernels() -> list[dict[str, str | int]]:
     return module.kernels(str(LIBRARY))
 
 
-def gemm_tile(rows: int, columns: int, processors: int) -> tuple[int, int] | None:
-    """The tile of out [rows, columns] that `lora_gemm` takes on so many SMs; None without the build's facts."""
+def gemm_tile(rows: int, columns: int, processors: int, boxes: bool) -> tuple[int, int, str] | None:
+    """The tile of out [rows, columns] that `lora_gemm` takes on so many SMs, and the architecture whose instructions
+    multiply it; `boxes`: whether the tiles for sm_90a can be taken. None without the build's facts."""
     module = _facts()
-    return module.gemm_tile(rows, columns, processors) if module else None
+    return module.gemm_tile(rows, columns, processors, boxes) if module else None
 
 
 @functools.cache

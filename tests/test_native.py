@@ -93,6 +93,7 @@ BUDGETS = {
     "draw_mask": (1, 64),
     "shrink_sm80": (12, 168),  # two dtypes, 16, 32 or 64 columns, two layouts; 3 blocks of 128 threads an SM
     "outer_sm80": (12, 255),  # two dtypes, ranks up to 16, 32 or 64, with dH or without; 2 blocks of 128 threads an SM
+    "gemm_sm90": (8, 168),  # two dtypes, two tiles, two layouts; 384 threads an SM. Empty but on sm_90a
     "gemm_sm80": (12, 255),  # two dtypes, three tiles, two layouts; 256 threads an SM, in one block or two
 }
 
@@ -122,9 +123,16 @@ def test_instructions(architecture):
             wanted = {"HMMA.16816.F32", "LDSM.16.M", "LDGSTS.E.BYPASS.128"}
             wanted |= {"STG.E.128"} if "gemm" in name else set()
             assert not {instruction for instruction in wanted if instruction not in sass}, name
+        elif "sm90" in name and architecture == "sm_90a":
+            wanted = {"HGMMA.64x", "UTMALDG.2D", "UTMASTG.2D", "USETMAXREG"}
+            wanted |= {"UTMALDG.2D.MULTICAST"} if "Li256E" in name else set()
+            assert not {instruction for instruction in wanted if instruction not in sass}, name
+            # A stage's four products follow one another: the compiler saw no reason to wait in between.
+            steps = "".join(word[0] for word in re.findall(r"HGMMA|WARPGROUP[.]DEPBAR", sass))
+            assert "HHHH" in steps, name
         elif "draw_mask" in name:
             assert "STG.E.128" in sass
-        elif "Li4E" in name:  # split_reduce, vectorised
+        elif "split_reduce" in name and "Li4E" in name:  # vectorised
             assert "LDG.E.128" in sass
     assert len(code) == sum(count for count, _ in BUDGETS.values())
 

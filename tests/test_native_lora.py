@@ -64,24 +64,34 @@ def tile():
 class TestTile:
     @pytest.mark.parametrize("processors", [108, 132])  # A100, H200
     def test_large_for_large_and_small_for_small(self, tile, processors):
-        assert tile(8192, 4096, processors) in {(128, 256), (128, 128)}
-        assert tile(8192, 14336, processors) in {(128, 256), (128, 128)}
-        assert tile(64, 1024, processors) == (64, 64)
-        assert tile(1, 1, processors) == (64, 64)
+        assert tile(8192, 4096, processors, False)[:2] in {(128, 256), (128, 128)}
+        assert tile(8192, 14336, processors, False)[:2] in {(128, 256), (128, 128)}
+        for boxes in (False, True):
+            assert tile(64, 1024, processors, boxes) == (64, 64, "sm_80")
+            assert tile(1, 1, processors, boxes) == (64, 64, "sm_80")
 
-    def test_no_tile_leaves_most_processors_idle_where_a_smaller_one_would_not(self, tile):
+    def test_by_wgmma_where_it_can_and_there_is_enough_to_do(self, tile):
+        for rows, columns in itertools.product((2048, 8192, 16384), (1024, 4096, 14336)):
+            assert tile(rows, columns, 132, True)[2] == "sm_90a", (rows, columns)
+            assert tile(rows, columns, 132, False)[2] == "sm_80"
+        assert tile(8192, 4096, 132, True) == (128, 256, "sm_90a")
+
+    @pytest.mark.parametrize(("processors", "boxes"), [(108, False), (132, True)])
+    def test_no_tile_leaves_most_processors_idle_where_a_smaller_one_would_not(self, tile, processors, boxes):
         for rows, columns in itertools.product((256, 512, 1024, 2048), (576, 1024, 1536, 4096)):
-            height, width = tile(rows, columns, 108)
+            height, width, architecture = tile(rows, columns, processors, boxes)
             blocks = -(-rows // height) * -(-columns // width)
             small = -(-rows // 64) * -(-columns // 64)
-            assert blocks * 2 >= min(108, small), (rows, columns)
+            # A tile for sm_90a takes half the time of its size.
+            share = 4 if architecture == "sm_90a" else 2
+            assert blocks * share >= min(processors, small), (rows, columns)
 
     def test_depends_on_nothing_else(self, tile):
-        assert len({tile(512, 1536, 108) for _ in range(5)}) == 1
+        assert len({tile(512, 1536, 108, False) for _ in range(5)}) == 1
 
     def test_refuses_nothing_to_do(self, tile):
         with pytest.raises(ValueError, match="expected sizes of at least 1"):
-            tile(0, 8, 108)
+            tile(0, 8, 108, False)
 
 
 # --- On a GPU -----------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ class TestExplained:
         tile = configs.shrink_tile(4096, 4096, 16, 2, False, False)
         assert f"S, pass over x block_m {tile.block_m}, block_c {tile.block_c}" in words
         assert "dH and dB, pass over dy" in words
-        assert "backend cuda, y tile 128 × 256 on 132 SMs" in words or not _native.build_facts()
+        assert "backend cuda, y tile 128 × 256 of sm_90a on 132 SMs" in words or not _native.build_facts()
         assert "dH and dB two products" in " ".join(explained("8", "8", "8", "64", "float16", arch=80).split())
 
     def test_of_the_gpu_here_with_its_table_and_what_was_asked_for(self, monkeypatch):

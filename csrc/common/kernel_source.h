@@ -20,8 +20,10 @@ namespace peft_kernels {
 #ifdef __CUDACC__
 PEFT_KERNELS_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 PEFT_KERNELS_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
+PEFT_KERNELS_DEVICE int block_count() { return static_cast<int>(gridDim.x); }
 PEFT_KERNELS_DEVICE void sync_block() { __syncthreads(); }
 #else
+using emulator::block_count;
 using emulator::block_index;
 using emulator::sync_block;
 using emulator::thread_index;

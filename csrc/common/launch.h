@@ -33,6 +33,14 @@ inline int processors_of(int32_t device_index) {
   return processors;
 }
 
+// Compute capability times 10.
+inline int capability_of(int32_t device_index) {
+  int major = 0, minor = 0;
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index), "asking for the capability");
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_index), "asking for the capability");
+  return 10 * major + minor;
+}
+
 // Blocks that cover `items` with `per_block` each: int64 in, checked against the grid's limit.
 inline unsigned int blocks_for(int64_t items, int64_t per_block) {
   const int64_t blocks = (items + per_block - 1) / per_block;

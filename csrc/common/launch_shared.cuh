@@ -7,15 +7,24 @@
 
 namespace peft_kernels {
 
-// On the current device. `blocks` fit a grid.
+// On the current device. `blocks` fit a grid, and are a multiple of `cluster`, the blocks that run together.
 template <typename Arguments>
 cudaError_t launch_shared(void (*kernel)(Arguments), int64_t blocks, int threads, int shared_bytes,
-                          const Arguments& args, cudaStream_t stream) {
+                          const Arguments& args, cudaStream_t stream, int cluster = 1) {
   // Asked at every launch: the limit is each device's own, and the call costs less than to remember where it was made.
   const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (status != cudaSuccess) return status;
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(args);
-  return cudaGetLastError();
+  cudaLaunchAttribute together{};
+  together.id = cudaLaunchAttributeClusterDimension;
+  together.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = static_cast<unsigned>(blocks);
+  launch.blockDim = static_cast<unsigned>(threads);
+  launch.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  launch.stream = stream;
+  launch.attrs = &together;
+  launch.numAttrs = cluster > 1;
+  return cudaLaunchKernelEx(&launch, kernel, args);
 }
 
 }  // namespace peft_kernels

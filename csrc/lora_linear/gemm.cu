@@ -3,7 +3,8 @@
 //   lora_gemm(left [M, K], right, low_left [M, R], low_right, keep?, bias? [N], by_feature) -> out [M, N]
 //   by_feature: right is [N, K] and low_right [N, R]; otherwise [K, N] and [R, N]
 //
-// bfloat16 or float16 on sm_80 and later; rows of unit stride that start on 16 bytes. No workspace.
+// bfloat16 or float16 on sm_80 and later; rows of unit stride that start on 16 bytes. No workspace. The tiles for sm_90a also
+// take an N of a multiple of 8, as the copy engine stores `out` too, and K of at least 1.
 
 #include "common/checks.h"
 #include "common/kernel_table.h"
@@ -36,6 +37,21 @@ const KernelEntry kEntries[] = {ENTRIES(__nv_bfloat16), ENTRIES(__half)};
 #undef ENTRY
 
 constexpr const char* kOp = "lora_gemm";
+
+// Whether this library and the GPU have the kernels for sm_90a: they are no other architecture's, not even a later one's.
+bool has_boxes(int32_t device) {
+#ifdef PEFT_KERNELS_SM90A
+  return capability_of(device) == 90;
+#else
+  return false;
+#endif
+}
+
+template <typename T, bool kByFeature>
+cudaError_t launch(const Arguments& args, TileName tile, int processors, cudaStream_t stream) {
+  const bool boxes = tile == TileName::kBoxWide || tile == TileName::kBoxSquare;
+  return boxes ? launch_sm90<T, kByFeature>(args, tile, processors, stream) : launch_sm80<T, kByFeature>(args, tile, stream);
+}
 
 Tensor lora_gemm(const Tensor& left, const Tensor& right, const Tensor& low_left, const Tensor& low_right,
                  const std::optional<Tensor>& keep, const std::optional<Tensor>& bias, bool by_feature) {
@@ -75,12 +91,14 @@ Tensor lora_gemm(const Tensor& left, const Tensor& right, const Tensor& low_left
       out.mutable_data_ptr(), static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(depth),
       static_cast<int>(rank),
   };
-  const TileName tile = choose(rows, columns, processors_of(device));
+  const int processors = processors_of(device);
+  const bool boxes = columns % 8 == 0 && depth > 0 && has_boxes(device);
+  const TileName tile = choose(rows, columns, processors, boxes);
   blocks_for(static_cast<int64_t>(tiles_of(rows, Small::kRows)) * tiles_of(columns, Small::kColumns), 1);  // it fits
-  const auto launch = left.scalar_type() == ScalarType::Half
-                          ? (by_feature ? &launch_sm80<__half, true> : &launch_sm80<__half, false>)
-                          : (by_feature ? &launch_sm80<__nv_bfloat16, true> : &launch_sm80<__nv_bfloat16, false>);
-  check_cuda(launch(args, tile, current_stream(device)), "launching lora_gemm");
+  const auto call = left.scalar_type() == ScalarType::Half
+                        ? (by_feature ? &launch<__half, true> : &launch<__half, false>)
+                        : (by_feature ? &launch<__nv_bfloat16, true> : &launch<__nv_bfloat16, false>);
+  check_cuda(call(args, tile, processors, current_stream(device)), "launching lora_gemm");
   return out;
 }
 

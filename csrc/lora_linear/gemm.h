@@ -8,6 +8,10 @@
 // The low-rank product comes first: `keep` masks it in registers before the large one is accumulated onto it.
 #pragma once
 
+#include "lora_linear/tiles.h"
+
+#include <cuda_runtime_api.h>
+
 #include <cstdint>
 
 namespace peft_kernels::lora_gemm {
@@ -27,5 +31,10 @@ struct Arguments {
   void* out;               // [rows, columns], contiguous, starting on 16 bytes
   int rows, columns, depth, rank;
 };
+
+// By the kernels for sm_90a, on the current device of `processors` SMs: compute capability 9.0 and a library built for it. rows,
+// columns and depth are at least 1, columns a multiple of 8 (gemm_sm90.cuh).
+template <typename T, bool kByFeature>
+cudaError_t launch_sm90(const Arguments& args, TileName tile, int processors, cudaStream_t stream);
 
 }  // namespace peft_kernels::lora_gemm

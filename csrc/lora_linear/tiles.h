@@ -21,6 +21,16 @@ using Wide = Tile<128, 256, 32, 64, 64, 3>;
 using Square = Tile<128, 128, 32, 64, 64, 4>;
 using Small = Tile<64, 64, 64, 32, 32, 4>;
 
+// kRows x kColumns of out by warpgroups of 64 rows, 64 elements of the reduction a stage; kCluster tiles, one above
+// another, share the loads of their columns. In 225 of the 227 KiB of shared memory that a block of sm_90 may have.
+template <int kRows_, int kColumns_, int kStages_, int kCluster_>
+struct BoxTile {
+  static constexpr int kRows = kRows_, kColumns = kColumns_, kStages = kStages_, kCluster = kCluster_;
+};
+
+using BoxWide = BoxTile<128, 256, 4, 2>;
+using BoxSquare = BoxTile<128, 128, 6, 1>;
+
 PEFT_KERNELS_HOST_DEVICE int tiles_of(int64_t size, int tile) { return static_cast<int>((size + tile - 1) / tile); }
 
 // Of a length that several blocks share: one's part, a multiple of `stage`.
@@ -50,31 +60,49 @@ PEFT_KERNELS_HOST_DEVICE Position position(int block, int rows, int columns, int
   return {first + inside % height, inside / height};
 }
 
-enum class TileName { kWide, kSquare, kSmall };
+enum class TileName { kWide, kSquare, kSmall, kBoxWide, kBoxSquare };
 
-// The tile of the least estimated time on a GPU of `processors` SMs: waves of blocks, times what a block's step costs. A
-// step of 16 in depth costs the tensor cores rows·columns·16 / 1024 cycles (sm_80), and shared memory the bytes that all
-// warps read / 128; both are added, as if nothing overlapped. No measurement is behind it yet.
-PEFT_KERNELS_HOST_DEVICE TileName choose(int64_t rows, int64_t columns, int processors) {
-  struct Candidate {
-    TileName name;
-    int rows, columns, warp_rows, warp_columns, blocks;  // blocks an SM, by shared memory
-  };
+struct Candidate {
+  TileName name;
+  int rows, columns;
+  int cluster;  // tiles that run together
+  int blocks;   // an SM, by shared memory
+  int step;     // cycles for 16 of depth
+};
+
+// A step of 16 in depth costs the tensor cores rows·columns·16 / 1024 cycles (sm_80), and shared memory the bytes that all
+// warps read / 128; both are added, as if nothing overlapped.
+template <typename Tile>
+constexpr Candidate warps_candidate(TileName name, int blocks) {
+  constexpr int kWarps = Tile::kThreads / 32;
+  return {name, Tile::kRows, Tile::kColumns, 1, blocks,
+          Tile::kRows * Tile::kColumns * 16 / 1024 + kWarps * (Tile::kWarpRows + Tile::kWarpColumns) * 32 / 128};
+}
+
+// wgmma (sm_90a) multiplies twice as much a cycle, and reads shared memory meanwhile.
+template <typename Tile>
+constexpr Candidate boxes_candidate(TileName name) {
+  return {name, Tile::kRows, Tile::kColumns, Tile::kCluster, 1, Tile::kRows * Tile::kColumns * 16 / 2048};
+}
+
+// The tile of the least estimated time on a GPU of `processors` SMs: waves of blocks, times what a block's step costs. No
+// measurement is behind it yet. `boxes`: whether the tiles for sm_90a can be taken.
+inline TileName choose(int64_t rows, int64_t columns, int processors, bool boxes) {
   constexpr Candidate kCandidates[] = {
-      {TileName::kWide, Wide::kRows, Wide::kColumns, Wide::kWarpRows, Wide::kWarpColumns, 1},
-      {TileName::kSquare, Square::kRows, Square::kColumns, Square::kWarpRows, Square::kWarpColumns, 2},
-      {TileName::kSmall, Small::kRows, Small::kColumns, Small::kWarpRows, Small::kWarpColumns, 2},
+      warps_candidate<Wide>(TileName::kWide, 1),       warps_candidate<Square>(TileName::kSquare, 2),
+      warps_candidate<Small>(TileName::kSmall, 2),     boxes_candidate<BoxWide>(TileName::kBoxWide),
+      boxes_candidate<BoxSquare>(TileName::kBoxSquare),
   };
   TileName best = TileName::kSmall;
   int64_t least = INT64_MAX;
   for (const Candidate& tile : kCandidates) {
-    const int64_t blocks = static_cast<int64_t>(tiles_of(rows, tile.rows)) * tiles_of(columns, tile.columns);
-    const int warps = tile.rows / tile.warp_rows * (tile.columns / tile.warp_columns);
-    const int64_t step = tile.rows * tile.columns * 16 / 1024 + warps * (tile.warp_rows + tile.warp_columns) * 32 / 128;
+    if (!boxes && (tile.name == TileName::kBoxWide || tile.name == TileName::kBoxSquare)) continue;
+    const int64_t down = static_cast<int64_t>(tiles_of(rows, tile.rows * tile.cluster)) * tile.cluster;
+    const int64_t blocks = down * tiles_of(columns, tile.columns);
     const int64_t at_once = static_cast<int64_t>(processors) * tile.blocks;
     const int64_t full = blocks / at_once, rest = blocks % at_once;
     // Blocks that share an SM share its tensor cores; in the last wave an SM may have fewer.
-    const int64_t time = (full * tile.blocks + (rest + processors - 1) / processors) * step;
+    const int64_t time = (full * tile.blocks + (rest + processors - 1) / processors) * tile.step;
     if (time < least) least = time, best = tile.name;
   }
   return best;

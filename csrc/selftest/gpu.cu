@@ -3,6 +3,7 @@
 
 #include "dropout/draw_mask_kernel.h"
 #include "lora_linear/gemm_sm80.cuh"
+#include "lora_linear/gemm_sm90.cuh"
 #include "lora_linear/outer_sm80.cuh"
 #include "lora_linear/shrink_sm80.cuh"
 #include "selftest/problem.h"
@@ -45,37 +46,62 @@ class OnDevice {
   T* data_ = nullptr;
 };
 
+// Three launches, to the same bits. `launch` takes the arguments.
+template <typename T, typename Launch>
+void gemm(const Problem<T>& problem, const std::string& name, const Launch& launch) {
+  const Shape& shape = problem.shape;
+  const OnDevice<T> left(problem.left.values), right(problem.right.values), low_left(problem.low_left.values),
+      low_right(problem.low_right.values), bias(problem.bias.values);
+  const OnDevice<uint8_t> keep(problem.keep);
+  std::vector<T> first;
+  std::string complaint;
+  for (int repeat = 0; repeat < 3 && complaint.empty(); ++repeat) {
+    const OnDevice<T> out(poisoned<T>(static_cast<size_t>(shape.rows) * shape.columns));
+    lora_gemm::Arguments args = problem.arguments(out.get());
+    args.left = left.get(), args.right = right.get(), args.low_left = low_left.get();
+    args.low_right = low_right.get();
+    args.keep = args.keep ? keep.get() : nullptr, args.bias = args.bias ? bias.get() : nullptr;
+    check(launch(args), ("launching " + name).c_str());
+    check(cudaDeviceSynchronize(), name.c_str());
+    const std::vector<T> found = out.host();
+    if (repeat == 0) {
+      complaint = problem.complaint(found);
+      first = found;
+    } else if (std::memcmp(first.data(), found.data(), found.size() * sizeof(T)) != 0) {
+      complaint = "other bits when repeated";
+    }
+  }
+  report(name + ", " + shape.text(), complaint);
+}
+
 template <typename T>
-void gemms(const char* dtype) {
+void gemms(const std::string& dtype) {
   using lora_gemm::TileName;
   for (const Shape& shape : shapes(true)) {
     const Problem<T> problem(shape);
-    const OnDevice<T> left(problem.left.values), right(problem.right.values), low_left(problem.low_left.values),
-        low_right(problem.low_right.values), bias(problem.bias.values);
-    const OnDevice<uint8_t> keep(problem.keep);
-    for (const auto& [tile, name] : {std::pair{TileName::kWide, "Wide"}, {TileName::kSquare, "Square"},
-                                     {TileName::kSmall, "Small"}}) {
-      std::vector<T> first;
-      std::string complaint;
-      for (int repeat = 0; repeat < 3 && complaint.empty(); ++repeat) {
-        const OnDevice<T> out(poisoned<T>(static_cast<size_t>(shape.rows) * shape.columns));
-        lora_gemm::Arguments args = problem.arguments(out.get());
-        args.left = left.get(), args.right = right.get(), args.low_left = low_left.get();
-        args.low_right = low_right.get();
-        args.keep = args.keep ? keep.get() : nullptr, args.bias = args.bias ? bias.get() : nullptr;
-        check(shape.by_feature ? lora_gemm::launch_sm80<T, true>(args, tile, nullptr)
-                               : lora_gemm::launch_sm80<T, false>(args, tile, nullptr),
-              "launching gemm_sm80");
-        check(cudaDeviceSynchronize(), "gemm_sm80");
-        const std::vector<T> found = out.host();
-        if (repeat == 0) {
-          complaint = problem.complaint(found);
-          first = found;
-        } else if (std::memcmp(first.data(), found.data(), found.size() * sizeof(T)) != 0) {
-          complaint = "other bits when repeated";
-        }
+    for (const auto& [tile, name] : {std::pair{TileName::kWide, ", Wide>"}, {TileName::kSquare, ", Square>"},
+                                     {TileName::kSmall, ", Small>"}}) {
+      gemm(problem, "gemm_sm80<" + dtype + name, [&, tile = tile](const lora_gemm::Arguments& args) {
+        return shape.by_feature ? lora_gemm::launch_sm80<T, true>(args, tile, nullptr)
+                                : lora_gemm::launch_sm80<T, false>(args, tile, nullptr);
+      });
+    }
+  }
+}
+
+// On two SMs too, so that a block has several tiles.
+template <typename T>
+void box_gemms(const std::string& dtype, int all_processors) {
+  using lora_gemm::TileName;
+  for (const Shape& shape : box_shapes(true)) {
+    const Problem<T> problem(shape);
+    for (const auto& [tile, name] : {std::pair{TileName::kBoxWide, ", BoxWide>"}, {TileName::kBoxSquare, ", BoxSquare>"}}) {
+      for (const int processors : {all_processors, 2}) {
+        gemm(problem, "gemm_sm90<" + dtype + name, [&, tile = tile](const lora_gemm::Arguments& args) {
+          return shape.by_feature ? lora_gemm::launch_sm90<T, true>(args, tile, processors, nullptr)
+                                  : lora_gemm::launch_sm90<T, false>(args, tile, processors, nullptr);
+        });
       }
-      report(std::string("gemm_sm80<") + dtype + ", " + name + ">, " + shape.text(), complaint);
     }
   }
 }
@@ -166,5 +192,11 @@ int main() {
   outer<__half>("float16");
   gemms<__nv_bfloat16>("bfloat16");
   gemms<__half>("float16");
+  cudaDeviceProp properties{};
+  check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
+  if (properties.major == 9 && properties.minor == 0) {
+    box_gemms<__nv_bfloat16>("bfloat16", properties.multiProcessorCount);
+    box_gemms<__half>("float16", properties.multiProcessorCount);
+  }
   return finish();
 }

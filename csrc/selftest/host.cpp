@@ -3,6 +3,7 @@
 
 #include "dropout/draw_mask_kernel.h"
 #include "lora_linear/gemm_sm80.h"
+#include "lora_linear/gemm_sm90.h"
 #include "lora_linear/outer_sm80.h"
 #include "lora_linear/shrink_sm80.h"
 #include "selftest/problem.h"
@@ -44,6 +45,55 @@ void gemm(const Problem<T>& problem, const char* name) {
   for (const unsigned order : {0u, 1u}) {
     report(std::string("gemm_sm80<") + name + ">, " + problem.shape.text(),
            problem.shape.by_feature ? gemm<T, Tile, true>(problem, order) : gemm<T, Tile, false>(problem, order));
+  }
+}
+
+template <typename T, typename Tile, bool kByFeature>
+std::string box_gemm(const Problem<T>& problem, unsigned order) {
+  using Gemm = lora_gemm::BoxGemm<T, Tile, kByFeature>;
+  const Shape& shape = problem.shape;
+  std::vector<T> out = poisoned<T>(static_cast<size_t>(shape.rows) * shape.columns + kMargin);
+  const lora_gemm::Arguments args = problem.arguments(out.data());
+  const auto map = [](const void* start, int64_t pitch, int height, int width, int box_height) {
+    return TensorMap{static_cast<char*>(const_cast<void*>(start)), pitch, height, width, box_height};
+  };
+  const auto right = [&](const void* start, int64_t pitch, int depth) {
+    return kByFeature ? map(start, pitch, args.columns, depth, Gemm::kShare)
+                      : map(start, pitch, depth, args.columns, Gemm::kDepth);
+  };
+  const lora_gemm::BoxArguments boxes{map(args.left, args.left_pitch, args.rows, args.depth, Tile::kRows),
+                                      right(args.right, args.right_pitch, args.depth),
+                                      map(args.low_left, args.low_left_pitch, args.rows, args.rank, Tile::kRows),
+                                      right(args.low_right, args.low_right_pitch, args.rank),
+                                      map(args.out, args.columns, args.rows, args.columns, Gemm::kGroupRows),
+                                      args.keep,
+                                      args.bias,
+                                      args.rows,
+                                      args.columns,
+                                      args.depth,
+                                      args.rank};
+  // Fewer clusters than tiles, so that each has several.
+  const int clusters = static_cast<int>((Gemm::clusters_of(args.rows, args.columns) + 2) / 3);
+  emulator::launch(clusters * Tile::kCluster, Gemm::kThreads, Gemm::kSharedBytes, order,
+                   [&](char* shared) { Gemm::run(boxes, shared); }, Tile::kCluster);
+  if (!margin_is_whole(out)) return "written behind the end of out";
+  return problem.complaint(out);
+}
+
+template <typename T, typename Tile>
+void box_gemm(const Problem<T>& problem, const char* name) {
+  for (const unsigned order : {0u, 1u, 2u}) {
+    report(std::string("gemm_sm90<") + name + ">, " + problem.shape.text(),
+           problem.shape.by_feature ? box_gemm<T, Tile, true>(problem, order) : box_gemm<T, Tile, false>(problem, order));
+  }
+}
+
+template <typename T>
+void box_gemms(const std::string& dtype) {
+  for (const Shape& shape : box_shapes(false)) {
+    const Problem<T> problem(shape);
+    box_gemm<T, lora_gemm::BoxWide>(problem, (dtype + ", BoxWide").c_str());
+    box_gemm<T, lora_gemm::BoxSquare>(problem, (dtype + ", BoxSquare").c_str());
   }
 }
 
@@ -154,6 +204,8 @@ int main() try {
   outer<__nv_bfloat16, 16>("bfloat16");
   outer<__half, 32>("float16");
   outer<__nv_bfloat16, 64>("bfloat16");
+  box_gemms<__nv_bfloat16>("bfloat16");
+  box_gemms<__half>("float16");
   gemms<__nv_bfloat16>("bfloat16");
   gemms<__half>("float16");
   return finish();

@@ -67,6 +67,22 @@ inline std::vector<Shape> shapes(bool large) {
   return found;
 }
 
+// What the tiles for sm_90a take: rows of out that start on 16 bytes, and a depth. Of less than a box, several clusters of
+// tiles each way, tiles beyond the last row, more stages than the ring has.
+inline std::vector<Shape> box_shapes(bool large) {
+  std::vector<Shape> found;
+  for (const bool by_feature : {true, false}) {
+    for (const bool masked : {false, true}) {
+      found.push_back({1, 8, 1, 1, by_feature, masked, true});
+      found.push_back({70, 264, 200, 6, by_feature, masked, true});
+      found.push_back({300, 520, 72, 100, by_feature, masked, false});
+      found.push_back({140, 320, 600, 0, by_feature, masked, false});
+      if (large) found.push_back({1030, 1000, 1024, 16, by_feature, masked, true});
+    }
+  }
+  return found;
+}
+
 // [height, width], every row on 16 bytes; what no one may read is NaN.
 template <typename T>
 struct Matrix {

@@ -57,15 +57,15 @@ def explain(
     yield "dA, pass over x", _text(configs.x_pass_tile(M, K, R, size, False, table))
 
 
-def explain_native(sizes: Sizes, dtype: torch.dtype, processors: int) -> Iterator[tuple[str, str]]:
+def explain_native(sizes: Sizes, dtype: torch.dtype, arch: int, processors: int) -> Iterator[tuple[str, str]]:
     """The same of the backend "cuda", on a GPU of so many SMs."""
     M, K, N, _ = sizes
     if dtype.itemsize != 2:
         yield "backend cuda", "the reference: its kernels multiply 16-bit operands"
         return
     for product, columns in (("y", N), ("dx", K)):
-        tile = _native.gemm_tile(M, columns, processors)
-        text = f"tile {tile[0]} × {tile[1]} on {processors} SMs" if tile else "not known to this Python"
+        tile = _native.gemm_tile(M, columns, processors, arch == 90 and columns % 8 == 0)
+        text = f"tile {tile[0]} × {tile[1]} of {tile[2]} on {processors} SMs" if tile else "not known to this Python"
         yield f"backend cuda, {product}", text
 
 

@@ -1,0 +1,52 @@
+// The GEMM's kernels for sm_90a, and their launch. No torch: the self-test launches them too.
+#pragma once
+
+#include "common/launch_shared.cuh"
+#include "common/tensor_map.cuh"
+#include "lora_linear/gemm.h"
+#include "lora_linear/gemm_sm90.h"
+
+#include <algorithm>
+
+namespace peft_kernels::lora_gemm {
+
+// The code is sm_90a's only; elsewhere no one launches it.
+template <typename T, typename Tile, bool kByFeature>
+__global__ void __launch_bounds__(BoxGemm<T, Tile, kByFeature>::kThreads, 1)
+    gemm_sm90(const __grid_constant__ BoxArguments args) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(1024) char boxes[];
+  BoxGemm<T, Tile, kByFeature>::run(args, boxes);
+#endif
+}
+
+template <typename T, typename Tile, bool kByFeature>
+cudaError_t launch_sm90(const Arguments& args, int processors, cudaStream_t stream) {
+  using Gemm = BoxGemm<T, Tile, kByFeature>;
+  BoxArguments boxes{{}, {}, {}, {}, {}, args.keep, args.bias, args.rows, args.columns, args.depth, args.rank};
+  const auto right = [&](TensorMap* map, const void* start, int64_t pitch, int depth) {
+    return kByFeature ? encode(map, start, pitch, args.columns, depth, Gemm::kShare)
+                      : encode(map, start, pitch, depth, args.columns, Gemm::kDepth);
+  };
+  cudaError_t status = encode(&boxes.left, args.left, args.left_pitch, args.rows, args.depth, Tile::kRows);
+  if (status == cudaSuccess) status = right(&boxes.right, args.right, args.right_pitch, args.depth);
+  if (status == cudaSuccess && args.rank > 0) {
+    status = encode(&boxes.low_left, args.low_left, args.low_left_pitch, args.rows, args.rank, Tile::kRows);
+    if (status == cudaSuccess) status = right(&boxes.low_right, args.low_right, args.low_right_pitch, args.rank);
+  }
+  if (status == cudaSuccess) {
+    status = encode(&boxes.out, args.out, args.columns, args.rows, args.columns, Gemm::kGroupRows);
+  }
+  if (status != cudaSuccess) return status;
+  const int64_t clusters = std::min<int64_t>(Gemm::clusters_of(args.rows, args.columns), processors / Tile::kCluster);
+  return launch_shared(&gemm_sm90<T, Tile, kByFeature>, clusters * Tile::kCluster, Gemm::kThreads, Gemm::kSharedBytes,
+                       boxes, stream, Tile::kCluster);
+}
+
+template <typename T, bool kByFeature>
+cudaError_t launch_sm90(const Arguments& args, TileName tile, int processors, cudaStream_t stream) {
+  return tile == TileName::kBoxWide ? launch_sm90<T, BoxWide, kByFeature>(args, processors, stream)
+                                    : launch_sm90<T, BoxSquare, kByFeature>(args, processors, stream);
+}
+
+}  // namespace peft_kernels::lora_gemm

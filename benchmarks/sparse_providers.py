@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import peft_kernels as pk
-from peft_kernels import backends
+from peft_kernels import _native, backends
 from peft_kernels.testing import assert_within_eager
 from peft_kernels.testing.sparse_delta import SparseCase, eager, truth
 
@@ -223,7 +223,8 @@ def makers(device: str, shira: bool) -> list[Callable[[SparseCase], Lane]]:
     found: list[Callable[[SparseCase], Lane]] = [Lane, DenseMasked, CloneScatter]
     found += [Shira, AcceleratedShira] if shira else []
     of_cpu = backends.choose("sparse_delta_linear", torch.empty(0))
-    for backend in ("triton", "reference") if device == "cuda" else (of_cpu,):
+    on_gpu = ("triton", "cuda", "reference") if _native.load() else ("triton", "reference")
+    for backend in on_gpu if device == "cuda" else (of_cpu,):
         found += [lambda case, kind=kind, backend=backend: kind(case, backend) for kind in (Ours, Apart)]
     return found
 

@@ -1,7 +1,7 @@
 // The module _C: facts about the native build. No op needs it.
 
 #include "common/kernel_table.h"
-#include "lora_linear/tiles.h"
+#include "common/tiles.h"
 
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
@@ -48,7 +48,7 @@ py::list kernels(const std::string& library) {
 }
 
 py::tuple gemm_tile(int64_t rows, int64_t columns, int processors, bool boxes) {
-  using namespace peft_kernels::lora_gemm;
+  using namespace peft_kernels;
   if (rows < 1 || columns < 1 || processors < 1) throw std::invalid_argument("expected sizes of at least 1");
   switch (choose(rows, columns, processors, boxes)) {
     case TileName::kWide:

@@ -28,7 +28,7 @@ OPS = {
     "lora_linear": ("reference", "triton", "cuda"),
     "lora_linear_shared_input": ("reference", "triton", "cuda"),
     "masked_linear": ("reference", "triton"),
-    "sparse_delta_linear": ("reference", "cpu", "triton"),
+    "sparse_delta_linear": ("reference", "cpu", "triton", "cuda"),
 }
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of all but the reference

@@ -82,3 +82,8 @@ def timed(launches: Sequence[Launch], dtype: torch.dtype, ceilings: Ceilings) ->
         found.append((launch, limit, least + ceilings.get("gap_us", 0.0)))
         left_in_l2 = launch.written
     return found
+
+
+def native_parts(blocks: int, length: int, processors: int) -> int:
+    """How many parts the native kernels read a length in: up to two blocks an SM, four stages of 64 at least."""
+    return max(1, min(2 * processors // blocks, length // 256, 32))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from peft_kernels.ops.lora_linear import configs
 
 from ..providers import BARE, EAGER, PEFT
-from .launches import F32, INDEX, Ceilings, Launch, Passes, cast, elementwise, gemm, in_one
+from .launches import F32, INDEX, Ceilings, Launch, Passes, cast, elementwise, gemm, in_one, native_parts
 
 
 class Layer(NamedTuple):
@@ -266,7 +266,7 @@ def cuda(layers: list[Layer], ceilings: Ceilings) -> Passes | None:
     C, bits = n * l.R, l.M * math.ceil(l.K / 8) if l.p else 0
     width = C // masks
     blocks = math.ceil(l.M / 64) * masks * math.ceil(width / (16 if width <= 16 else 32 if width <= 32 else 64))
-    S = F32 * _native_parts(blocks, l.K, processors) * l.M * C
+    S = F32 * native_parts(blocks, l.K, processors) * l.M * C
     draws = masks * l.mask // 2 if l.p else 0  # 16 bits an element
     forward = [elementwise("seed", 0, INDEX)] if l.p else []
     forward += [elementwise("cat of the As", n * l.A, n * l.A)] if n > 1 else []
@@ -279,8 +279,8 @@ def cuda(layers: list[Layer], ceilings: Ceilings) -> Passes | None:
     backward = []
     for j, one in enumerate(layers):
         slices = math.ceil(one.N / 128)
-        dH, dB = F32 * slices * one.M * one.R, F32 * _native_parts(slices, one.M, processors) * one.N * one.R
-        dA = F32 * _native_parts(math.ceil(one.K / 128), one.M, processors) * one.R * one.K
+        dH, dB = F32 * slices * one.M * one.R, F32 * native_parts(slices, one.M, processors) * one.N * one.R
+        dA = F32 * native_parts(math.ceil(one.K / 128), one.M, processors) * one.R * one.K
         backward += [
             Launch("dy pass", 4 * one.M * one.N * one.R, one.y + one.B + one.S, dH + dB),
             elementwise("reduce dB", dB, one.B), elementwise("reduce dH", dH, one.S),
@@ -289,11 +289,6 @@ def cuda(layers: list[Layer], ceilings: Ceilings) -> Passes | None:
             Launch("x pass", 2 * one.M * one.K * one.R, one.x + one.S + bits, dA), elementwise("reduce dA", dA, one.A),
         ]  # fmt: skip
     return Passes(forward, backward)
-
-
-def _native_parts(blocks: int, length: int, processors: int) -> int:
-    """How many parts csrc/lora_linear reads a length in: up to two blocks an SM, four stages of 64 at least."""
-    return max(1, min(2 * processors // blocks, length // 256, 32))
 
 
 def accelerated(layers: list[Layer], ceilings: Ceilings, adapter: int = 0) -> Passes | None:

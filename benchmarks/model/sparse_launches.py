@@ -10,7 +10,7 @@ from typing import NamedTuple
 from peft_kernels.ops.sparse_delta import configs
 
 from ..sparse_providers import ACCELERATED, BARE, DENSE, SCATTER, SHIRA
-from .launches import F32, INDEX, SECTOR, Ceilings, Launch, Passes, cast, elementwise, gemm
+from .launches import F32, INDEX, SECTOR, Ceilings, Launch, Passes, cast, elementwise, gemm, native_parts
 
 
 class Layer(NamedTuple):
@@ -189,6 +189,43 @@ def _dvalues(l: Layer, ceilings: Ceilings) -> list[Launch]:
     return [thin, elementwise("reduce", splits * l.values, l.values)] if splits > 1 else [thin]
 
 
+# --- Ours, by the native kernels, as `cuda.py` calls them ----------------------------------------------------
+
+
+def native(l: Layer, ceilings: Ceilings) -> Passes | None:
+    """Δ in the weight. Of rows, columns and blocks, and in float32, it is our reference."""
+    if l.kind not in ("entries", "n_of_m") or l.size == F32:
+        return None
+    write = [*_native_patch(l), elementwise("put W₀ + Δ", l.positions + l.size * l.nnz, l.touched())]
+    return Passes([l.base()], [l.dx(), *_native_dvalues(l, ceilings)], [*adamw(l.values), *write])
+
+
+def native_apart(l: Layer, ceilings: Ceilings) -> Passes | None:
+    """Δ beside the weight, in a copy of all of it; AdamW by torch."""
+    if l.kind not in ("entries", "n_of_m") or l.size == F32:
+        return None
+    patched = [
+        elementwise("W at the positions", l.positions + l.touched(), l.size * l.nnz), *_native_patch(l),
+        elementwise("clone W", l.W, l.W), elementwise("put W + Δ", l.positions + l.size * l.nnz, l.touched()),
+    ]  # fmt: skip
+    backward = [*patched, l.dx(), *_native_dvalues(l, ceilings)]
+    return Passes([*patched, l.base()], backward, adamw(l.values))
+
+
+def _native_patch(l: Layer) -> list[Launch]:
+    W = l.size * l.nnz
+    add = elementwise("W + Δ", W + l.values, l.values)
+    return [elementwise("positions", l.layout, l.positions), add, *cast("W + Δ", l.values, W)]
+
+
+def _native_dvalues(l: Layer, ceilings: Ceilings) -> list[Launch]:
+    begins = INDEX // 2 * l.N * (math.ceil(l.K / 64) + 1) if l.kind == "entries" else 0
+    parts = native_parts(2 * math.ceil(l.N / 256) * math.ceil(l.K / 256), l.M, int(ceilings.get("sms", 132)) // 2)
+    tiles = Launch("tiles of dW", l.dW().flops, l.x + l.y + l.layout + begins, parts * l.values)
+    found = [elementwise("where chunks begin", l.layout, begins)] if begins else []
+    return [*found, tiles, *([elementwise("reduce", parts * l.values, l.values)] if parts > 1 else [])]
+
+
 #: None where it cannot be said what a provider launches, as of our reference: that is many small calls of torch.
 PROVIDERS: dict[str, Callable[[Layer, Ceilings], Passes | None]] = {
     BARE: bare,
@@ -198,4 +235,6 @@ PROVIDERS: dict[str, Callable[[Layer, Ceilings], Passes | None]] = {
     ACCELERATED: accelerated_shira,
     "ours, triton": ours,
     "ours, Δ apart, triton": apart,
+    "ours, cuda": native,
+    "ours, Δ apart, cuda": native_apart,
 }

@@ -33,12 +33,17 @@ inline int processors_of(int32_t device_index) {
   return processors;
 }
 
-// Compute capability times 10.
-inline int capability_of(int32_t device_index) {
+// Whether this library and the GPU have the kernels for sm_90a: they are no other architecture's, not even a later one's.
+inline bool has_boxes(int32_t device_index) {
+#ifdef PEFT_KERNELS_SM90A
   int major = 0, minor = 0;
   check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_index), "asking for the capability");
   check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device_index), "asking for the capability");
-  return 10 * major + minor;
+  return major == 9 && minor == 0;
+#else
+  (void)device_index;
+  return false;
+#endif
 }
 
 // Blocks that cover `items` with `per_block` each: int64 in, checked against the grid's limit.

@@ -90,7 +90,8 @@ void run(Cluster& cluster) {
 Report launch(int blocks, int threads, size_t shared_bytes, unsigned order, const std::function<void(char*)>& kernel,
               int cluster) {
   Report report;
-  for (int first = 0; first < blocks; first += cluster) {
+  for (int i = 0; i < blocks / cluster; ++i) {  // in either direction, as what several write must be the same
+    const int first = (order % 2 ? blocks / cluster - 1 - i : i) * cluster;
     Cluster together(kernel, first, cluster, blocks, threads, shared_bytes, order);
     run(together);
     report.bank_conflicts += together.report.bank_conflicts;

@@ -38,15 +38,6 @@ const KernelEntry kEntries[] = {ENTRIES(__nv_bfloat16), ENTRIES(__half)};
 
 constexpr const char* kOp = "lora_gemm";
 
-// Whether this library and the GPU have the kernels for sm_90a: they are no other architecture's, not even a later one's.
-bool has_boxes(int32_t device) {
-#ifdef PEFT_KERNELS_SM90A
-  return capability_of(device) == 90;
-#else
-  return false;
-#endif
-}
-
 template <typename T, bool kByFeature>
 cudaError_t launch(const Arguments& args, TileName tile, int processors, cudaStream_t stream) {
   const bool boxes = tile == TileName::kBoxWide || tile == TileName::kBoxSquare;

@@ -8,7 +8,7 @@
 // The low-rank product comes first: `keep` masks it in registers before the large one is accumulated onto it.
 #pragma once
 
-#include "lora_linear/tiles.h"
+#include "common/tiles.h"
 
 #include <cuda_runtime_api.h>
 

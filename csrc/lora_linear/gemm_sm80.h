@@ -1,16 +1,9 @@
-// Device code of the GEMM for sm_80 and later: cp.async in several stages, ldmatrix, mma. One tile of `out` a block.
-//
-// Bound by the tensor cores at large sizes. Of shared memory a stage holds kRows + kColumns rows of kDepth elements; a
-// warp reads from it (kWarpRows + kWarpColumns)·kDepth elements a stage.
+// Device code of the GEMM for sm_80 and later. One tile of `out` a block. Bound by the tensor cores at large sizes.
 #pragma once
 
-#include "common/copy_async.h"
 #include "common/kernel_source.h"
-#include "common/load_matrices.h"
-#include "common/mma.h"
-#include "common/shared_tile.h"
+#include "common/product_sm80.h"
 #include "lora_linear/gemm.h"
-#include "lora_linear/tiles.h"
 
 #include <cstdint>
 
@@ -18,113 +11,54 @@ namespace peft_kernels::lora_gemm {
 
 // kByFeature: right and low_right are [columns, …], depth by depth in a row; otherwise […, columns].
 template <typename T, typename Tile, bool kByFeature>
-struct Gemm {
+struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
+  using Product = WarpProduct<T, Tile, true, kByFeature>;
+  using Sums = typename Product::Sums;
+  using Product::column_of, Product::row_of, Product::warp_column, Product::lane;
+  using Product::kFragmentColumns, Product::kFragmentRows, Product::kSteps;
   static constexpr int kThreads = Tile::kThreads;
-  static constexpr int kSteps = Tile::kDepth / kFragment;
-  static constexpr int kFragmentRows = Tile::kWarpRows / 16;
-  static constexpr int kFragmentColumns = Tile::kWarpColumns / 8;
-  using Left = SharedTile<Tile::kRows, Tile::kDepth>;
-  using Right = SharedTile<kByFeature ? Tile::kColumns : Tile::kDepth, kByFeature ? Tile::kDepth : Tile::kColumns>;
-  static constexpr int kStageBytes = Left::kBytes + Right::kBytes;
   static constexpr int kKeepPitch = Tile::kColumns / 8;  // bytes of a row of the mask
   static constexpr int kOutPitch = Tile::kColumns + kChunk;  // so that neighbouring rows lie in different banks
   static constexpr int kOutBytes = Tile::kRows * kOutPitch * 2;
-  static constexpr int kStagesBytes =
-      Tile::kStages * kStageBytes > kOutBytes ? Tile::kStages * kStageBytes : kOutBytes;
-  static constexpr int kSharedBytes = kStagesBytes + Tile::kRows * kKeepPitch;  // the mask lies behind the stages
-
-  using Accumulators = float[kFragmentRows][kFragmentColumns][4];
+  static constexpr int kKeep = Product::kStagesBytes > kOutBytes ? Product::kStagesBytes : kOutBytes;  // where it lies
+  static constexpr int kSharedBytes = kKeep + Tile::kRows * kKeepPitch;
 
   PEFT_KERNELS_DEVICE static void run(const Arguments& args, char* shared) {
     const Position tile = position(block_index(), args.rows, args.columns, Tile::kRows, Tile::kColumns);
     const int row_0 = tile.row * Tile::kRows, column_0 = tile.column * Tile::kColumns;
     const int low_stages = tiles_of(args.rank, Tile::kDepth);
     const int stages = low_stages + tiles_of(args.depth, Tile::kDepth);
-    Accumulators sums = {};
+    Sums sums = {};
 
-    if (args.keep != nullptr) fetch_mask(args, shared + kStagesBytes, row_0, column_0);
-    PEFT_KERNELS_UNROLL
-    for (int stage = 0; stage < Tile::kStages - 1; ++stage) {
-      fetch(args, shared, stage, stages, low_stages, row_0, column_0);
-    }
-    for (int stage = 0; stage < stages; ++stage) {
-      copy_async_wait<Tile::kStages - 2>();
-      sync_block();  // this stage has arrived, and the one before it is read: its place is free
-      fetch(args, shared, stage + Tile::kStages - 1, stages, low_stages, row_0, column_0);
-      const char* place = shared + stage % Tile::kStages * kStageBytes;
+    if (args.keep != nullptr) fetch_mask(args, shared + kKeep, row_0, column_0);
+    const auto fetch = [&](int stage, char* place) {  // operands are chosen by the stage and copied by the same code
+      const bool low = stage < low_stages;
+      const Operands operands{low ? args.low_left : args.left,
+                              low ? args.low_left_pitch : args.left_pitch,
+                              low ? args.low_right : args.right,
+                              low ? args.low_right_pitch : args.right_pitch,
+                              args.rows,
+                              args.columns,
+                              low ? args.rank : args.depth};
+      Product::fetch(place, operands, row_0, column_0, (low ? stage : stage - low_stages) * Tile::kDepth);
+    };
+    const auto use = [&](int stage, const char* place) {
       if (stage >= low_stages) {
         PEFT_KERNELS_UNROLL
-        for (int step = 0; step < kSteps; ++step) multiply(place, step, sums);
+        for (int step = 0; step < kSteps; ++step) Product::multiply(place, step, sums);
       } else {  // few steps where the rank is small
         const int left_over = tiles_of(args.rank - stage * Tile::kDepth, kFragment);
-        for (int step = 0; step < (left_over < kSteps ? left_over : kSteps); ++step) multiply(place, step, sums);
-        if (stage == low_stages - 1 && args.keep != nullptr) mask(shared + kStagesBytes, sums);
+        for (int step = 0; step < (left_over < kSteps ? left_over : kSteps); ++step) {
+          Product::multiply(place, step, sums);
+        }
+        if (stage == low_stages - 1 && args.keep != nullptr) mask(shared + kKeep, sums);
       }
-    }
-    copy_async_wait<0>();
-    sync_block();
+    };
+    Product::each_stage(shared, stages, fetch, use);
     store(args, shared, row_0, column_0, sums);
   }
 
  private:
-  PEFT_KERNELS_DEVICE static int warp_row() {
-    return thread_index() / 32 / (Tile::kColumns / Tile::kWarpColumns) * Tile::kWarpRows;
-  }
-  PEFT_KERNELS_DEVICE static int warp_column() {
-    return thread_index() / 32 % (Tile::kColumns / Tile::kWarpColumns) * Tile::kWarpColumns;
-  }
-  PEFT_KERNELS_DEVICE static int lane() { return thread_index() % 32; }
-
-  // Starts the copies of a stage; past the last one an empty group, so that waiting counts alike. Operands are chosen by
-  // the stage and copied by the same code.
-  PEFT_KERNELS_DEVICE static void fetch(const Arguments& args, char* shared, int stage, int stages, int low_stages,
-                                        int row_0, int column_0) {
-    if (stage < stages) {
-      char* place = shared + stage % Tile::kStages * kStageBytes;
-      const bool low = stage < low_stages;
-      const void* left = low ? args.low_left : args.left;
-      const void* right = low ? args.low_right : args.right;
-      const int64_t left_pitch = low ? args.low_left_pitch : args.left_pitch;
-      const int64_t right_pitch = low ? args.low_right_pitch : args.right_pitch;
-      const int depth = low ? args.rank : args.depth, depth_0 = (low ? stage : stage - low_stages) * Tile::kDepth;
-      Left::template copy<kThreads>(place, left, left_pitch, row_0, args.rows, depth_0, depth);
-      place += Left::kBytes;
-      if constexpr (kByFeature) {
-        Right::template copy<kThreads>(place, right, right_pitch, column_0, args.columns, depth_0, depth);
-      } else {
-        Right::template copy<kThreads>(place, right, right_pitch, depth_0, depth, column_0, args.columns);
-      }
-    }
-    copy_async_commit();
-  }
-
-  // sums += 16 of a stage's depth, from element 16·step on.
-  PEFT_KERNELS_DEVICE static void multiply(const char* place, int step, Accumulators& sums) {
-    uint32_t a[kFragmentRows][4], b[kFragmentColumns / 2][4];
-    PEFT_KERNELS_UNROLL
-    for (int i = 0; i < kFragmentRows; ++i) {
-      load_matrices<false>(a[i], place + Left::offset(warp_row() + 16 * i + lane() % 16, 2 * step + lane() / 16));
-    }
-    PEFT_KERNELS_UNROLL
-    for (int j = 0; j < kFragmentColumns / 2; ++j) {  // two fragments of 8 columns at a time
-      const int column = warp_column() + 16 * j;
-      if constexpr (kByFeature) {
-        const int row = column + lane() % 8 + lane() / 16 * 8;
-        load_matrices<false>(b[j], place + Left::kBytes + Right::offset(row, 2 * step + lane() / 8 % 2));
-      } else {
-        const int row = 16 * step + lane() % 16;
-        load_matrices<true>(b[j], place + Left::kBytes + Right::offset(row, column / kChunk + lane() / 16));
-      }
-    }
-    PEFT_KERNELS_UNROLL
-    for (int i = 0; i < kFragmentRows; ++i) {
-      PEFT_KERNELS_UNROLL
-      for (int j = 0; j < kFragmentColumns; ++j) {
-        mma_m16n8k16<T>(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
-      }
-    }
-  }
-
   // The tile's bits, with the copies of the first stage where rows start on 8 bytes.
   PEFT_KERNELS_DEVICE static void fetch_mask(const Arguments& args, char* bits, int row_0, int column_0) {
     const int64_t pitch = (args.columns + 7) / 8;
@@ -146,12 +80,12 @@ struct Gemm {
 
   // Zero where there is no bit. By words of shared memory: as bytes of global memory they took more registers than there
   // are, all loaded at once.
-  PEFT_KERNELS_DEVICE static void mask(const char* bits, Accumulators& sums) {
+  PEFT_KERNELS_DEVICE static void mask(const char* bits, Sums& sums) {
     PEFT_KERNELS_UNROLL
     for (int i = 0; i < kFragmentRows; ++i) {
       PEFT_KERNELS_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const int row = warp_row() + 16 * i + 8 * half + lane() / 4;
+        const int row = row_of(i, half);
         const auto* words = reinterpret_cast<const uint32_t*>(bits + row * kKeepPitch + warp_column() / 8);
         PEFT_KERNELS_UNROLL
         for (int j = 0; j < kFragmentColumns; ++j) {
@@ -165,11 +99,11 @@ struct Gemm {
 
   // By way of shared memory, so that a warp writes whole lines.
   PEFT_KERNELS_DEVICE static void store(const Arguments& args, char* shared, int row_0, int column_0,
-                                        const Accumulators& sums) {
+                                        const Sums& sums) {
     T* tile = reinterpret_cast<T*>(shared);
     PEFT_KERNELS_UNROLL
     for (int j = 0; j < kFragmentColumns; ++j) {
-      const int column = warp_column() + 8 * j + 2 * (lane() % 4);
+      const int column = column_of(j);
       float bias[2] = {};
       PEFT_KERNELS_UNROLL
       for (int k = 0; k < 2; ++k) {
@@ -181,7 +115,7 @@ struct Gemm {
       for (int i = 0; i < kFragmentRows; ++i) {
         PEFT_KERNELS_UNROLL
         for (int half = 0; half < 2; ++half) {
-          const int row = warp_row() + 16 * i + 8 * half + lane() / 4;
+          const int row = row_of(i, half);
           struct alignas(4) Pair {
             T values[2];
           };

@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor> lora_outer(const Tensor& wide, const Tensor& narrow, 
   const bool empty = rows == 0 || columns == 0 || width == 0;
   const int slices = tiles_of(columns, kSlice);
   // No parts add up to zeros.
-  const int split = empty ? 0 : lora_gemm::parts_of(rows, kRows, slices, processors_of(device));
+  const int split = empty ? 0 : parts_of(rows, kRows, slices, processors_of(device));
   Tensor sums = torch::stable::new_empty(
       wide, {split, transposed ? width : columns, transposed ? columns : width}, ScalarType::Float);
   Tensor shrunk = torch::stable::new_empty(
@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor> lora_outer(const Tensor& wide, const Tensor& narrow, 
       keep ? static_cast<const uint8_t*>(keep->const_data_ptr()) : nullptr,
       static_cast<float*>(sums.mutable_data_ptr()), static_cast<float*>(shrunk.mutable_data_ptr()),
       static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(width), split,
-      lora_gemm::part_of(rows, split, kRows), transposed,
+      part_of(rows, split, kRows), transposed,
   };
   blocks_for(blocks_of(args), 1);  // they fit
   const auto launch = wide.scalar_type() == ScalarType::Half

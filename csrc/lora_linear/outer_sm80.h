@@ -8,13 +8,11 @@
 #include "common/mma.h"
 #include "common/shared_tile.h"
 #include "lora_linear/outer.h"
-#include "lora_linear/tiles.h"
+#include "common/tiles.h"
 
 #include <cstdint>
 
 namespace peft_kernels::lora_outer {
-
-using lora_gemm::tiles_of;
 
 constexpr int kRows = 64, kSlice = 128, kStages = 3;
 constexpr int kThreads = 128;

@@ -69,7 +69,7 @@ Tensor lora_shrink(const Tensor& wide, const Tensor& narrow, const std::optional
   const torch::stable::accelerator::DeviceGuard guard(device);
   const int64_t width = columns / streams;
   const int64_t blocks = static_cast<int64_t>(tiles_of(rows, kRows)) * streams * tiles_of(width, columns_for(width));
-  const int splits = lora_gemm::parts_of(depth, kDepth, blocks, processors_of(device));
+  const int splits = parts_of(depth, kDepth, blocks, processors_of(device));
   Tensor partials = torch::stable::new_empty(wide, {depth > 0 ? splits : 0, rows, columns}, ScalarType::Float);
   if (partials.numel() == 0) return partials;
 
@@ -79,7 +79,7 @@ Tensor lora_shrink(const Tensor& wide, const Tensor& narrow, const std::optional
       seed ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr,
       mask ? static_cast<uint8_t*>(mask->mutable_data_ptr()) : nullptr, static_cast<int32_t>(threshold),
       static_cast<int>(rows), static_cast<int>(depth), static_cast<int>(width), static_cast<int>(streams), splits,
-      lora_gemm::part_of(depth, splits, kDepth),
+      part_of(depth, splits, kDepth),
   };
   blocks_for(blocks * splits, 1);  // they fit
   const auto launch = wide.scalar_type() == ScalarType::Half

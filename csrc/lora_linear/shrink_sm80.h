@@ -10,13 +10,11 @@
 #include "common/shared_tile.h"
 #include "dropout/philox.h"
 #include "lora_linear/shrink.h"
-#include "lora_linear/tiles.h"
+#include "common/tiles.h"
 
 #include <cstdint>
 
 namespace peft_kernels::lora_shrink {
-
-using lora_gemm::tiles_of;
 
 constexpr int kRows = 64, kDepth = 64, kStages = 3;
 constexpr int kThreads = 128;  // a warp has 16 rows

@@ -8,6 +8,7 @@
 #include "lora_linear/shrink_sm80.cuh"
 #include "selftest/problem.h"
 #include "selftest/report.h"
+#include "sparse_delta/gathered.cuh"
 
 #include <algorithm>
 #include <cstdio>
@@ -76,7 +77,6 @@ void gemm(const Problem<T>& problem, const std::string& name, const Launch& laun
 
 template <typename T>
 void gemms(const std::string& dtype) {
-  using lora_gemm::TileName;
   for (const Shape& shape : shapes(true)) {
     const Problem<T> problem(shape);
     for (const auto& [tile, name] : {std::pair{TileName::kWide, ", Wide>"}, {TileName::kSquare, ", Square>"},
@@ -92,7 +92,6 @@ void gemms(const std::string& dtype) {
 // On two SMs too, so that a block has several tiles.
 template <typename T>
 void box_gemms(const std::string& dtype, int all_processors) {
-  using lora_gemm::TileName;
   for (const Shape& shape : box_shapes(true)) {
     const Problem<T> problem(shape);
     for (const auto& [tile, name] : {std::pair{TileName::kBoxWide, ", BoxWide>"}, {TileName::kBoxSquare, ", BoxSquare>"}}) {
@@ -137,6 +136,35 @@ void outer(const std::string& dtype) {
             "launching outer_sm80");
       check(cudaDeviceSynchronize(), "outer_sm80");
       report("outer_sm80<" + dtype + ">, " + problem.text(), problem.complaint(sums.host(), shrunk.host()));
+    }
+  }
+}
+
+template <typename T>
+void gathered(const std::string& dtype, int processors, bool boxes) {
+  using namespace sparse_gathered;
+  for (const GatheredProblem<T>& problem : gathereds<T>()) {
+    const OnDevice<T> dy(problem.dy()), x(problem.x());
+    const OnDevice<uint8_t> starts(problem.starts()), held(problem.held());
+    const auto run = [&](const std::string& name, const auto& launch) {
+      const OnDevice<int32_t> begins(poisoned<int32_t>(problem.begins()));
+      const OnDevice<float> partials(poisoned<float>(problem.partials()));
+      const Arguments args =
+          problem.arguments(dy.get(), x.get(), starts.get(), held.get(), begins.get(), partials.get());
+      if (args.entries.starts != nullptr) {
+        check(launch_begins(args.entries, begins.get(), nullptr), "launching begins_kernel");
+      }
+      check(launch(args), ("launching " + name).c_str());
+      check(cudaDeviceSynchronize(), name.c_str());
+      report(name + ", " + problem.text(), problem.complaint(partials.host()));
+    };
+    run("gathered_sm80<" + dtype + ">", [](const Arguments& args) { return launch_sm80<T>(args, nullptr); });
+    if (!boxes) continue;
+    for (const int some : {processors, 2}) {
+      run("gathered_sm90<" + dtype + ", BoxWide>",
+          [&](const Arguments& args) { return launch_sm90<T, BoxWide>(args, some, nullptr); });
+      run("gathered_sm90<" + dtype + ", BoxSquare>",
+          [&](const Arguments& args) { return launch_sm90<T, BoxSquare>(args, some, nullptr); });
     }
   }
 }
@@ -194,9 +222,13 @@ int main() {
   gemms<__half>("float16");
   cudaDeviceProp properties{};
   check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
-  if (properties.major == 9 && properties.minor == 0) {
-    box_gemms<__nv_bfloat16>("bfloat16", properties.multiProcessorCount);
-    box_gemms<__half>("float16", properties.multiProcessorCount);
+  const bool boxes = properties.major == 9 && properties.minor == 0;
+  const int processors = properties.multiProcessorCount;
+  if (boxes) {
+    box_gemms<__nv_bfloat16>("bfloat16", processors);
+    box_gemms<__half>("float16", processors);
   }
+  gathered<__nv_bfloat16>("bfloat16", processors, boxes);
+  gathered<__half>("float16", processors, boxes);
   return finish();
 }

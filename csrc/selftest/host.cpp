@@ -8,6 +8,8 @@
 #include "lora_linear/shrink_sm80.h"
 #include "selftest/problem.h"
 #include "selftest/report.h"
+#include "sparse_delta/gathered_sm80.h"
+#include "sparse_delta/gathered_sm90.h"
 
 #include <cstdio>
 #include <exception>
@@ -26,13 +28,17 @@ bool margin_is_whole(const std::vector<T>& values) {
   return true;
 }
 
+TensorMap map_of(const void* start, int64_t pitch, int height, int width, int box_height) {
+  return {static_cast<char*>(const_cast<void*>(start)), pitch, height, width, box_height};
+}
+
 template <typename T, typename Tile, bool kByFeature>
 std::string gemm(const Problem<T>& problem, unsigned order) {
   using Gemm = lora_gemm::Gemm<T, Tile, kByFeature>;
   const Shape& shape = problem.shape;
   std::vector<T> out = poisoned<T>(static_cast<size_t>(shape.rows) * shape.columns + kMargin);
   const lora_gemm::Arguments args = problem.arguments(out.data());
-  const int blocks = lora_gemm::tiles_of(shape.rows, Tile::kRows) * lora_gemm::tiles_of(shape.columns, Tile::kColumns);
+  const int blocks = tiles_of(shape.rows, Tile::kRows) * tiles_of(shape.columns, Tile::kColumns);
   const emulator::Report report = emulator::launch(blocks, Gemm::kThreads, Gemm::kSharedBytes, order,
                                                    [&](char* shared) { Gemm::run(args, shared); });
   if (report.bank_conflicts) return std::to_string(report.bank_conflicts) + " bank conflicts";
@@ -51,21 +57,19 @@ void gemm(const Problem<T>& problem, const char* name) {
 template <typename T, typename Tile, bool kByFeature>
 std::string box_gemm(const Problem<T>& problem, unsigned order) {
   using Gemm = lora_gemm::BoxGemm<T, Tile, kByFeature>;
+  using Product = typename Gemm::Product;
   const Shape& shape = problem.shape;
   std::vector<T> out = poisoned<T>(static_cast<size_t>(shape.rows) * shape.columns + kMargin);
   const lora_gemm::Arguments args = problem.arguments(out.data());
-  const auto map = [](const void* start, int64_t pitch, int height, int width, int box_height) {
-    return TensorMap{static_cast<char*>(const_cast<void*>(start)), pitch, height, width, box_height};
-  };
   const auto right = [&](const void* start, int64_t pitch, int depth) {
-    return kByFeature ? map(start, pitch, args.columns, depth, Gemm::kShare)
-                      : map(start, pitch, depth, args.columns, Gemm::kDepth);
+    return kByFeature ? map_of(start, pitch, args.columns, depth, Product::kRightBox)
+                      : map_of(start, pitch, depth, args.columns, Product::kRightBox);
   };
-  const lora_gemm::BoxArguments boxes{map(args.left, args.left_pitch, args.rows, args.depth, Tile::kRows),
+  const lora_gemm::BoxArguments boxes{map_of(args.left, args.left_pitch, args.rows, args.depth, Product::kLeftBox),
                                       right(args.right, args.right_pitch, args.depth),
-                                      map(args.low_left, args.low_left_pitch, args.rows, args.rank, Tile::kRows),
+                                      map_of(args.low_left, args.low_left_pitch, args.rows, args.rank, Product::kLeftBox),
                                       right(args.low_right, args.low_right_pitch, args.rank),
-                                      map(args.out, args.columns, args.rows, args.columns, Gemm::kGroupRows),
+                                      map_of(args.out, args.columns, args.rows, args.columns, Product::kGroupRows),
                                       args.keep,
                                       args.bias,
                                       args.rows,
@@ -73,7 +77,7 @@ std::string box_gemm(const Problem<T>& problem, unsigned order) {
                                       args.depth,
                                       args.rank};
   // Fewer clusters than tiles, so that each has several.
-  const int clusters = static_cast<int>((Gemm::clusters_of(args.rows, args.columns) + 2) / 3);
+  const int clusters = static_cast<int>((Product::clusters_of(args.rows, args.columns) + 2) / 3);
   emulator::launch(clusters * Tile::kCluster, Gemm::kThreads, Gemm::kSharedBytes, order,
                    [&](char* shared) { Gemm::run(boxes, shared); }, Tile::kCluster);
   if (!margin_is_whole(out)) return "written behind the end of out";
@@ -92,8 +96,8 @@ template <typename T>
 void box_gemms(const std::string& dtype) {
   for (const Shape& shape : box_shapes(false)) {
     const Problem<T> problem(shape);
-    box_gemm<T, lora_gemm::BoxWide>(problem, (dtype + ", BoxWide").c_str());
-    box_gemm<T, lora_gemm::BoxSquare>(problem, (dtype + ", BoxSquare").c_str());
+    box_gemm<T, BoxWide>(problem, (dtype + ", BoxWide").c_str());
+    box_gemm<T, BoxSquare>(problem, (dtype + ", BoxSquare").c_str());
   }
 }
 
@@ -101,9 +105,9 @@ template <typename T>
 void gemms(const std::string& dtype) {
   for (const Shape& shape : shapes(false)) {
     const Problem<T> problem(shape);
-    gemm<T, lora_gemm::Wide>(problem, (dtype + ", Wide").c_str());
-    gemm<T, lora_gemm::Square>(problem, (dtype + ", Square").c_str());
-    gemm<T, lora_gemm::Small>(problem, (dtype + ", Small").c_str());
+    gemm<T, Wide>(problem, (dtype + ", Wide").c_str());
+    gemm<T, Square>(problem, (dtype + ", Square").c_str());
+    gemm<T, Small>(problem, (dtype + ", Small").c_str());
   }
 }
 
@@ -159,6 +163,55 @@ void outer(const std::string& dtype) {
   }
 }
 
+// Where chunks begin, by blocks of 64 threads.
+template <typename T>
+std::string gathered(const GatheredProblem<T>& problem, unsigned order, TileName tile) {
+  using namespace sparse_gathered;
+  std::vector<int32_t> begins = poisoned<int32_t>(problem.begins() + kMargin);
+  std::vector<float> partials = poisoned<float>(problem.partials() + kMargin);
+  const Arguments args = problem.arguments(problem.dy().data(), problem.x().data(), problem.starts().data(),
+                                           problem.held().data(), begins.data(), partials.data());
+  if (args.entries.starts != nullptr) {
+    emulator::launch(static_cast<int>(problem.begins() / 64 + 1), 64, 0, order, [&](char*) {
+      find_begin(args.entries, begins.data(), static_cast<int64_t>(block_index()) * 64 + thread_index());
+    });
+    if (!margin_is_whole(begins)) return "written behind the end of begins";
+  }
+  const auto by_boxes = [&](auto kernel) {
+    using Kernel = decltype(kernel);
+    using Product = typename Kernel::Product;
+    const BoxArguments boxes{map_of(args.dy, args.dy_pitch, problem.tokens, problem.rows, Product::kLeftBox),
+                             map_of(args.x, args.x_pitch, problem.tokens, problem.width, Product::kRightBox), args};
+    const int clusters = static_cast<int>((Product::clusters_of(problem.rows, problem.width) * problem.parts + 2) / 3);
+    emulator::launch(clusters * Product::kCluster, Kernel::kThreads, Kernel::kSharedBytes, order,
+                     [&](char* shared) { Kernel::run(boxes, shared); }, Product::kCluster);
+  };
+  if (tile == TileName::kBoxWide) {
+    by_boxes(BoxGathered<T, BoxWide>());
+  } else if (tile == TileName::kBoxSquare) {
+    by_boxes(BoxGathered<T, BoxSquare>());
+  } else {
+    using Kernel = Gathered<T>;
+    const emulator::Report report =
+        emulator::launch(static_cast<int>(Kernel::blocks_of(args)), Kernel::kThreads, Kernel::kSharedBytes, order,
+                         [&](char* shared) { Kernel::run(args, shared); });
+    if (report.bank_conflicts) return std::to_string(report.bank_conflicts) + " bank conflicts";
+  }
+  return margin_is_whole(partials) ? problem.complaint(partials) : "written behind the end";
+}
+
+template <typename T>
+void gathered(const std::string& dtype) {
+  for (const GatheredProblem<T>& problem : gathereds<T>()) {
+    for (const unsigned order : {0u, 1u}) {
+      report("gathered_sm80<" + dtype + ">, " + problem.text(), gathered(problem, order, TileName::kSquare));
+      report("gathered_sm90<" + dtype + ", BoxWide>, " + problem.text(), gathered(problem, order, TileName::kBoxWide));
+      report("gathered_sm90<" + dtype + ", BoxSquare>, " + problem.text(),
+             gathered(problem, order, TileName::kBoxSquare));
+    }
+  }
+}
+
 void masks() {
   for (const MaskProblem& problem : mask_problems()) {
     const int64_t seed = MaskProblem::kSeed;
@@ -204,6 +257,8 @@ int main() try {
   outer<__nv_bfloat16, 16>("bfloat16");
   outer<__half, 32>("float16");
   outer<__nv_bfloat16, 64>("bfloat16");
+  gathered<__nv_bfloat16>("bfloat16");
+  gathered<__half>("float16");
   box_gemms<__nv_bfloat16>("bfloat16");
   box_gemms<__half>("float16");
   gemms<__nv_bfloat16>("bfloat16");

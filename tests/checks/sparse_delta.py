@@ -9,7 +9,7 @@ import math
 import torch
 
 import peft_kernels as pk
-from peft_kernels.ops.sparse_delta import cpu, reference, write_delta
+from peft_kernels.ops.sparse_delta import cpu, cuda, reference, write_delta
 from peft_kernels.testing import assert_within_eager, poisoned_allocations, saved_tensors
 from peft_kernels.testing.sparse_delta import LEAVES, eager, make_case, make_layout, ours, ours_in_weight, run, truth
 from tests.checks.common import record_calls, strided, subsets
@@ -103,10 +103,11 @@ def check_strides(backend: str, device: str = "cpu", dtype: torch.dtype = torch.
             torch.testing.assert_close(one, other)
 
 
-def check_empty(backend: str, device: str = "cpu") -> None:
+def check_empty(backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
     """M = 0 and nnz = 0: empty outputs, zero gradients, the bare product."""
+    of = {"device": device, "dtype": dtype}
     for layout in LAYOUTS.values():
-        case = make_case(**({"batch": (0,), "in_features": 48, "out_features": 32} | layout), device=device)
+        case = make_case(**({"batch": (0,), "in_features": 48, "out_features": 32} | layout), **of)
         with pk.use_backend(backend):
             results = run(case)
         assert results["y"].shape == (0, 32) and results["grad of x"].shape == (0, 48)
@@ -117,7 +118,7 @@ def check_empty(backend: str, device: str = "cpu") -> None:
         pk.SparseLayout.from_indices((32, 48), nothing), pk.SparseLayout.rows((32, 48), nothing),
         pk.SparseLayout.columns((32, 48), nothing), pk.SparseLayout.blocks((32, 48), (4, 8), nothing),
     ):  # fmt: skip
-        case = make_case(batch=(5,), in_features=48, out_features=32, device=device)
+        case = make_case(batch=(5,), in_features=48, out_features=32, **of)
         case.layout, case.values = layout.to(device), case.values[:0]
         with pk.use_backend(backend):
             results = run(case)
@@ -128,7 +129,7 @@ def check_empty(backend: str, device: str = "cpu") -> None:
 
 def check_runs(backend: str, device: str, monkeypatch) -> None:
     """The backend asked for is the one that runs, backward included, also outside of the block."""
-    modules = [cpu if backend == "cpu" else reference]
+    modules = [{"cpu": cpu, "cuda": cuda}.get(backend, reference)]
     if backend == "triton":
         from peft_kernels.ops.sparse_delta import triton_backward, triton_forward
 

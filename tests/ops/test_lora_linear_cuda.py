@@ -1,14 +1,14 @@
-"""How `cuda.py` puts the native kernels together, without a GPU: plain PyTorch stands in for the kernels, takes what
-they take, and refuses what they refuse. `csrc/selftest` proves the kernels themselves."""
+"""How `cuda.py` puts the native kernels together, without a GPU (`tests/checks/native.py`)."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_kernels import _native, backends
+from peft_kernels import _native
 from peft_kernels.ops.common import dropout
 from tests.checks import lora_linear as checks
+from tests.checks.native import HALVES, parts, split_reduce, standing_in, taken
 
 pytestmark = pytest.mark.skipif(not _native.LIBRARY.exists(), reason="needs the native library")
 DTYPES = {
@@ -18,22 +18,6 @@ DTYPES = {
     "float32-adapters-high": {"dtype": torch.float16, "adapter_dtype": torch.float32, "adapter_precision": "high"},
     "float32": {"dtype": torch.float32},
 }
-HALVES = (torch.bfloat16, torch.float16)
-
-
-def taken(matrix, height, width, dtype):
-    """As `check_operand` of csrc/common/operands.h."""
-    assert matrix.shape == (height, width) and matrix.dtype == dtype and dtype in HALVES
-    if matrix.numel():
-        assert matrix.data_ptr() % 16 == 0 and (width == 1 or matrix.stride(1) == 1)
-        assert height == 1 or (matrix.stride(0) % 8 == 0 and matrix.stride(0) >= width)
-    return matrix.float()
-
-
-def parts(left, right, count):
-    """left·right in `count` partial sums over the depth, float32."""
-    pieces = zip(left.tensor_split(count, dim=1), right.tensor_split(count, dim=0))
-    return torch.stack([one @ other for one, other in pieces])
 
 
 def lora_gemm(left, right, low_left, low_right, keep, bias, by_feature):
@@ -81,27 +65,10 @@ def lora_outer(wide, narrow, right, keep, transposed):
     return sums.mT.contiguous() if transposed else sums, shrunk
 
 
-def split_reduce(partials, row_scale, scale, out_dtype):
-    _, M, R = partials.shape
-    assert partials.dtype == torch.float32
-    assert not partials.numel() or ((R == 1 or partials.stride(2) == 1) and (M == 1 or partials.stride(1) == R))
-    total = partials.sum(0) * scale
-    if row_scale is not None:
-        assert row_scale.shape == (M,) and row_scale.is_contiguous() and row_scale.dtype == torch.float32
-        total = total * row_scale[:, None]
-    return total.to(out_dtype)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
-    assert _native.load(), _native.why_not()
-    library = torch.library.Library("peft_kernels_native", "IMPL")
-    for kernel in (lora_gemm, lora_shrink, lora_outer, split_reduce):
-        library.impl(kernel.__name__, kernel, "CPU")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "_why_not", lambda *_: "")  # on CPU tensors
+    with standing_in(lora_gemm, lora_shrink, lora_outer, split_reduce):
         yield
-    library._destroy()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

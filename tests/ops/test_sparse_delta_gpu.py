@@ -1,4 +1,4 @@
-"""The linear layer with a sparse delta on a CUDA GPU: both backends, in the dtypes that people train in; what is
+"""The linear layer with a sparse delta on a CUDA GPU: every backend, in the dtypes that people train in; what is
 allocated, what a CUDA graph holds, and the step of the optimizer."""
 
 import pytest
@@ -10,7 +10,7 @@ from tests.checks import sparse_delta as checks
 from tests.checks.common import captured
 
 pytestmark = pytest.mark.gpu
-BACKENDS = ["triton", "reference"]
+BACKENDS = ["triton", "cuda", "reference"]
 DTYPES = {
     "bfloat16": {"dtype": torch.bfloat16},
     "float16": {"dtype": torch.float16},
@@ -39,12 +39,12 @@ def test_subsets(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strides(backend):
-    checks.check_strides(backend, "cuda")
+    checks.check_strides(backend, "cuda", torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty(backend):
-    checks.check_empty(backend, "cuda")
+    checks.check_empty(backend, "cuda", torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -9,9 +9,9 @@ GEMM, and float32 (operands, or adapters at "high" precision) to the reference: 
 from __future__ import annotations
 
 import torch
-from torch.nn.functional import pad
 
 from ..common import dropout
+from ..common.native import aligned, native, padded, reduced, takes, with_columns, with_rows
 from ..common.tensors import flatten, unflatten
 from . import reference
 
@@ -36,20 +36,20 @@ def forward(
             x, projections, scalings, seed, dropout_p, shared_dropout, save_s, save_mask, high_precision
         )
     rows, num = flatten(x), len(scalings)
-    (M, K), R = rows.shape, _padded(max(lora_A.shape[0] for lora_A in projections[2::5]))
+    (M, K), R = rows.shape, padded(max(lora_A.shape[0] for lora_A in projections[2::5]))
     streams = 1 if shared_dropout or seed is None else num
     masks = None
     if save_mask and seed is not None:
         masks = rows.new_empty(streams, M, dropout.mask_bytes(K), dtype=torch.uint8)
-    stacked = _joined([_rows(lora_A.to(x.dtype), R) for lora_A in projections[2::5]], dim=0)
+    stacked = _joined([with_rows(lora_A.to(x.dtype), R) for lora_A in projections[2::5]], dim=0)
     threshold = 0 if seed is None else dropout.threshold(dropout_p)
-    wide = _aligned(rows)
-    partials = _native().lora_shrink(wide, _aligned(stacked), seed, threshold, streams, masks, True)
+    wide = aligned(rows)
+    partials = native().lora_shrink(wide, aligned(stacked), seed, threshold, streams, masks, True)
     ys, kept_s = [], []
     for j, scaling in enumerate(scalings):
         weight, bias, lora_A, lora_B, row_scaling = projections[5 * j : 5 * j + 5]
         part = partials if num == 1 else partials[:, :, j * R : (j + 1) * R].contiguous()
-        s = _reduced(part, row_scaling, scaling * dropout.rescale(dropout_p), x.dtype)  # [M, R]
+        s = reduced(part, row_scaling, scaling * dropout.rescale(dropout_p), x.dtype)  # [M, R]
         rank = lora_A.shape[0]
         ys.append(unflatten(_expand(wide, weight, s[:, :rank], lora_B.to(x.dtype), bias), x))
         if save_s[j]:
@@ -82,12 +82,12 @@ def backward(
         return reference.backward(
             grad_ys, x, s, masks, projections, scalings, ranks, dropout_p, needs_x, needs, adapter_dtype, high_precision
         )
-    rows = None if x is None else _aligned(flatten(x))
+    rows = None if x is None else aligned(flatten(x))
     grad_x, grads, column = None, [], 0
     for j, grad_y in enumerate(grad_ys):
         weight, lora_A, lora_B, row_scaling = projections[4 * j : 4 * j + 4]
         needs_weight, needs_bias, needs_A, needs_B = needs[4 * j : 4 * j + 4]
-        dy, rank = _aligned(flatten(grad_y)), ranks[j]
+        dy, rank = aligned(flatten(grad_y)), ranks[j]
         keep = None if masks is None else masks[min(j, len(masks) - 1)]
         kept_s = None
         if needs_B:
@@ -115,10 +115,10 @@ def _expand(
 ) -> torch.Tensor:
     """x·Wᵀ + S·Bᵀ + bias [M, N]."""
     bias = None if bias is None else bias.contiguous()
-    if _takes(weight):
-        return _native().lora_gemm(x, weight, s, _aligned(lora_B), None, bias, True)
-    if _takes(weight.t()):
-        return _native().lora_gemm(x, weight.t(), s, _aligned(lora_B.t()), None, bias, False)
+    if takes(weight):
+        return native().lora_gemm(x, weight, s, aligned(lora_B), None, bias, True)
+    if takes(weight.t()):
+        return native().lora_gemm(x, weight.t(), s, aligned(lora_B.t()), None, bias, False)
     return reference.add_base(s, lora_B, x, weight, bias)
 
 
@@ -126,10 +126,10 @@ def _grad_x(
     dy: torch.Tensor, weight: torch.Tensor, dh: torch.Tensor, lora_A: torch.Tensor, keep: torch.Tensor | None
 ) -> torch.Tensor:
     """dy·W + D(dH·A) [M, K]."""
-    if _takes(weight):
-        return _native().lora_gemm(dy, weight, dh, _aligned(lora_A), keep, None, False)
-    if _takes(weight.t()):
-        return _native().lora_gemm(dy, weight.t(), dh, _aligned(lora_A.t()), keep, None, True)
+    if takes(weight):
+        return native().lora_gemm(dy, weight, dh, aligned(lora_A), keep, None, False)
+    if takes(weight.t()):
+        return native().lora_gemm(dy, weight.t(), dh, aligned(lora_A.t()), keep, None, True)
     low_rank = dh.mm(lora_A)
     if keep is not None:
         low_rank.mul_(dropout.unpack_mask(keep, lora_A.shape[1], dh.dtype))
@@ -148,15 +148,15 @@ def _pass_over_dy(
     if lora_B is None:
         return None, None if s is None else _outer(dy, s, None, False, adapter_dtype)
     rank = lora_B.shape[1]
-    R = _padded(rank)
-    right = _columns(lora_B, R)
+    R = padded(rank)
+    right = with_columns(lora_B, R)
     if s is None or R > LARGEST_RANK_OF_PASS:
-        shrunk = _native().lora_shrink(dy, right, None, 0, 1, None, False)
+        shrunk = native().lora_shrink(dy, right, None, 0, 1, None, False)
         grad_B = None if s is None else _outer(dy, s, None, False, adapter_dtype)
     else:
-        sums, shrunk = _native().lora_outer(dy, _columns(s, R), right, None, False)
-        grad_B = _reduced(sums, None, 1.0, adapter_dtype)[:, :rank].contiguous()
-    return _reduced(shrunk, row_scaling, scale, dy.dtype)[:, :rank], grad_B
+        sums, shrunk = native().lora_outer(dy, with_columns(s, R), right, None, False)
+        grad_B = reduced(sums, None, 1.0, adapter_dtype)[:, :rank].contiguous()
+    return reduced(shrunk, row_scaling, scale, dy.dtype)[:, :rank], grad_B
 
 
 def _outer(
@@ -166,55 +166,11 @@ def _outer(
     found = []
     for ranks in narrow.split(LARGEST_RANK_OF_PASS, dim=1):
         rank = ranks.shape[1]
-        sums, _ = _native().lora_outer(wide, _columns(ranks, _padded(rank)), None, keep, transposed)
-        total = _reduced(sums, None, 1.0, dtype)
+        sums, _ = native().lora_outer(wide, with_columns(ranks, padded(rank)), None, keep, transposed)
+        total = reduced(sums, None, 1.0, dtype)
         found.append(total[:rank] if transposed else total[:, :rank])
     return _joined(found, dim=0 if transposed else 1).contiguous()
 
 
-def _reduced(
-    partials: torch.Tensor, row_scaling: torch.Tensor | None, scale: float, dtype: torch.dtype
-) -> torch.Tensor:
-    """scale · row_scaling · Σ_p partials[p], rounded once."""
-    if row_scaling is not None:
-        row_scaling = row_scaling.reshape(-1).expand(partials.shape[1]).float().contiguous()
-    return _native().split_reduce(partials, row_scaling, scale, dtype)
-
-
-# --- What the kernels' copies of 16 bytes take ----------------------------------------------------------------
-
-
-def _takes(matrix: torch.Tensor) -> bool:
-    """Whether rows have adjacent elements and start on 16 bytes."""
-    (height, width), (pitch, step) = matrix.shape, matrix.stride()
-    aligned = matrix.data_ptr() % 16 == 0 and (width == 1 or step == 1)
-    return aligned and (height == 1 or (pitch % 8 == 0 and pitch >= width))
-
-
-def _aligned(matrix: torch.Tensor) -> torch.Tensor:
-    """The matrix, in a copy where the kernels could not take it."""
-    return matrix if _takes(matrix) else _columns(matrix, _padded(matrix.shape[1]))[:, : matrix.shape[1]]
-
-
-def _columns(matrix: torch.Tensor, width: int) -> torch.Tensor:
-    """[height, width], filled up with zeros."""
-    if matrix.shape[1] == width and _takes(matrix):
-        return matrix
-    return pad(matrix, (0, width - matrix.shape[1])).contiguous(memory_format=torch.contiguous_format)
-
-
 def _joined(matrices: list[torch.Tensor], dim: int) -> torch.Tensor:
     return matrices[0] if len(matrices) == 1 else torch.cat(matrices, dim)
-
-
-def _rows(matrix: torch.Tensor, height: int) -> torch.Tensor:
-    """[height, width], filled up with zeros."""
-    return matrix if matrix.shape[0] == height else pad(matrix, (0, 0, 0, height - matrix.shape[0]))
-
-
-def _padded(rank: int) -> int:
-    return -(-rank // 8) * 8
-
-
-def _native():
-    return torch.ops.peft_kernels_native

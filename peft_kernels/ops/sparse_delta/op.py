@@ -16,7 +16,7 @@ from ... import backends
 from ..common.library import LIBRARY, on_device_of, register
 from ..common.messages import describe
 from ..common.tensors import autocast, flatten, unflatten
-from . import cpu, reference
+from . import cpu, cuda, reference
 from .layout import SparseLayout
 
 
@@ -231,12 +231,16 @@ def _flat(layout: SparseLayout) -> tuple[list[torch.Tensor], str, tuple[int, ...
     return list(layout.tensors.values()), layout.kind, layout.tile
 
 
+#: The backends of the native library.
+_NATIVE = {"cpu": cpu, "cuda": cuda}
+
+
 def _forward(x, weight, values, bias, layout, kind, tile, backend):
     layout = SparseLayout.of_tensors(kind, tuple(weight.shape), layout, tuple(tile))
     if backend.startswith("triton"):
         from . import triton_forward as module  # needs Triton, which the package does not
     else:
-        module = cpu if backend == "cpu" else reference
+        module = _NATIVE.get(backend, reference)
     with on_device_of(x):
         return unflatten(module.forward(flatten(x), weight, values, bias, layout), x)
 
@@ -246,7 +250,7 @@ def _backward_of(dy, x, weight, values, layout, kind, tile, shape, needs, values
     if backend.startswith("triton"):
         from . import triton_backward as module
     else:
-        module = cpu if backend == "cpu" else reference
+        module = _NATIVE.get(backend, reference)
     with on_device_of(dy):
         return module.backward(dy, x, weight, values, layout, needs, values_dtype)
 

@@ -44,7 +44,7 @@ def patched_bands(
     delta = _shaped(values, layout)
     for band, chosen, place in layout.split(dim, step):
         patched, flat = copy_of_band(weight, dim, band)
-        flat.put_(place, _patched(flat.take(place), delta[chosen].flatten()))
+        flat.put_(place, add_delta(flat.take(place), delta[chosen].flatten()))
         yield band, patched
 
 
@@ -62,7 +62,7 @@ def forward(
         return torch.nn.functional.linear(gather_columns(x, layout), delta, bias).addmm_(x, weight.t())
     if layout.kind == "rows":
         index = layout.tensors["index"]
-        patched = _patched(weight[index], _shaped(values, layout))
+        patched = add_delta(weight[index], _shaped(values, layout))
         return torch.nn.functional.linear(x, weight, bias).index_copy_(
             1, index, torch.nn.functional.linear(x, patched, None if bias is None else bias[index])
         )
@@ -88,7 +88,7 @@ def grad_x(
         return dx.addmm_(dy, weight)
     if layout.kind == "columns":
         index = layout.tensors["index"]
-        patched = _patched(weight[:, index], _shaped(values, layout))
+        patched = add_delta(weight[:, index], _shaped(values, layout))
         return dy.mm(weight).index_copy_(1, index, dy.mm(patched))
     if dy.element_size() == 2:  # by columns, since a sum in parts would round each of them to 16 bits
         dx = dy.new_empty(dy.shape[0], weight.shape[1])
@@ -162,7 +162,7 @@ def _shaped(values: torch.Tensor, layout: SparseLayout, dtype: torch.dtype | Non
     return values.to(dtype or values.dtype).view(layout.values_shape)
 
 
-def _patched(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+def add_delta(weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """W + Δ, added in the wider dtype and rounded once to the weight's."""
     return (weight + delta).to(weight.dtype)
 

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-namespace peft_kernels::lora_gemm {
+namespace peft_kernels {
 
 // kRows x kColumns of out by warps of kWarpRows x kWarpColumns, kDepth elements of the reduction a stage.
 template <int kRows_, int kColumns_, int kDepth_, int kWarpRows_, int kWarpColumns_, int kStages_>
@@ -108,4 +108,4 @@ inline TileName choose(int64_t rows, int64_t columns, int processors, bool boxes
   return best;
 }
 
-}  // namespace peft_kernels::lora_gemm
+}  // namespace peft_kernels

@@ -1,0 +1,185 @@
+// A tile of a product of two matrices by a block, for sm_90a: the first warpgroup loads boxes through a ring of stages, 64 of
+// depth each, while each other one multiplies 64 rows of the tile by wgmma, the sums in registers. Blocks of a cluster own
+// tiles one above another; each loads its share of the columns' operand for all, so that the L2 cache is read for them once.
+#pragma once
+
+#include "common/cluster.h"
+#include "common/kernel_source.h"
+#include "common/mbarrier.h"
+#include "common/tensor_copy.h"
+#include "common/tiles.h"
+#include "common/warpgroup.h"
+#include "common/wgmma.h"
+
+#include <cstdint>
+
+namespace peft_kernels {
+
+// By feature an operand is [rows, depth] or [columns, depth], in boxes of 64 of depth by kLeftBox or kRightBox features; by
+// depth it is [depth, rows] or [depth, columns], in boxes of 64 features by 64 of depth.
+template <typename T, typename Tile, bool kLeftByFeature, bool kRightByFeature>
+struct BoxProduct {
+  static constexpr int kDepth = 64, kGroupRows = 64, kCluster = Tile::kCluster;
+  static constexpr int kGroups = Tile::kRows / kGroupRows;  // warpgroups that multiply
+  static constexpr int kThreads = (1 + kGroups) * kWarpgroup;
+  static constexpr int kShare = Tile::kColumns / kCluster;  // columns that a block loads for its cluster
+  static constexpr int kLeftBox = kLeftByFeature ? Tile::kRows : kDepth, kRightBox = kRightByFeature ? kShare : kDepth;
+  static constexpr int kLeftBytes = Tile::kRows * kBoxRowBytes, kRightBytes = Tile::kColumns * kBoxRowBytes;
+  static constexpr int kStageBytes = kLeftBytes + kRightBytes;
+  static constexpr int kStagesBytes = Tile::kStages * kStageBytes;
+  static constexpr int kBarrierBytes = 2 * Tile::kStages * static_cast<int>(sizeof(Mbarrier));
+  static constexpr int kSums = Tile::kColumns / 2;  // of a thread, in the places that wgmma.h names
+  static_assert(kShare % kBoxColumns == 0);
+
+  // kStagesBytes of stages; of each whether it has been loaded, and whether it has been read.
+  struct Ring {
+    char* stages;
+    Mbarrier *loaded, *read;
+    PEFT_KERNELS_DEVICE Ring(char* stages, char* barriers)
+        : stages(stages), loaded(reinterpret_cast<Mbarrier*>(barriers)), read(loaded + Tile::kStages) {}
+  };
+
+  // A place in the ring, and the parity of its present round.
+  struct Slot {
+    int index = 0, parity = 0;
+    PEFT_KERNELS_DEVICE void advance() {
+      if (++index == Tile::kStages) index = 0, parity ^= 1;
+    }
+  };
+
+  static int64_t clusters_of(int rows, int columns) {
+    return static_cast<int64_t>(tiles_of(rows, kCluster * Tile::kRows)) * tiles_of(columns, Tile::kColumns);
+  }
+
+  // Both sides of the block: load() by one thread, multiply() by the other warpgroups.
+  template <typename Load, typename Multiply>
+  PEFT_KERNELS_DEVICE static void specialise(const Ring& ring, const Load& load, const Multiply& multiply) {
+    if (thread_index() == 0) {
+      for (int slot = 0; slot < Tile::kStages; ++slot) {
+        mbarrier_init(ring.loaded + slot, 1);
+        mbarrier_init(ring.read + slot, kCluster * kGroups * 4);  // every warp that reads it, of every block
+      }
+      mbarrier_publish();
+    }
+    sync_cluster();
+    if (thread_index() < kWarpgroup) {
+      give_registers<40>();
+      if (thread_index() == 0) load();
+    } else {
+      take_registers<232>();
+      multiply();
+    }
+    sync_cluster();  // others may still load into this block, and arrive on its barriers
+  }
+
+  // A cluster's share of all tiles, `parts` times each, one after another: of(row_0, column_0, part), of this block's.
+  template <typename Of>
+  PEFT_KERNELS_DEVICE static void each_tile(int rows, int columns, int parts, const Of& of) {
+    constexpr int kRows = kCluster * Tile::kRows;
+    const int tiles = tiles_of(rows, kRows) * tiles_of(columns, Tile::kColumns);
+    for (int work = block_index() / kCluster; work < tiles * parts; work += block_count() / kCluster) {
+      const Position at = position(work % tiles, rows, columns, kRows, Tile::kColumns);
+      of(at.row * kRows + cluster_rank() * Tile::kRows, at.column * Tile::kColumns, work / tiles);
+    }
+  }
+
+  // --- One thread ---------------------------------------------------------------------------------------------
+
+  // Loads a stage when it has been read: the tile at (row_0, column_0), from depth_0 on.
+  PEFT_KERNELS_DEVICE static void load(const Ring& ring, Slot& slot, const TensorMap& left, const TensorMap& right,
+                                       int row_0, int column_0, int depth_0) {
+    constexpr bool kMulticast = kCluster > 1;
+    constexpr uint16_t kAll = (1 << kCluster) - 1;
+    char* place = ring.stages + slot.index * kStageBytes;
+    Mbarrier* loaded = ring.loaded + slot.index;
+    mbarrier_wait(ring.read + slot.index, slot.parity ^ 1);
+    mbarrier_arrive_expecting(loaded, kStageBytes);
+    if constexpr (kLeftByFeature) {
+      load_box<false>(place, left, row_0, depth_0, loaded, 0);
+    } else {
+      PEFT_KERNELS_UNROLL
+      for (int row = 0; row < Tile::kRows; row += kBoxColumns) {
+        load_box<false>(place + row * kBoxRowBytes, left, depth_0, row_0 + row, loaded, 0);
+      }
+    }
+    const int share = cluster_rank() * kShare;
+    place += kLeftBytes + share * kBoxRowBytes;
+    column_0 += share;
+    if constexpr (kRightByFeature) {
+      load_box<kMulticast>(place, right, column_0, depth_0, loaded, kAll);
+    } else {
+      PEFT_KERNELS_UNROLL
+      for (int column = 0; column < kShare; column += kBoxColumns) {
+        load_box<kMulticast>(place + column * kBoxRowBytes, right, depth_0, column_0 + column, loaded, kAll);
+      }
+    }
+    slot.advance();
+  }
+
+  // --- A warpgroup --------------------------------------------------------------------------------------------
+
+  PEFT_KERNELS_DEVICE static int group() { return thread_index() / kWarpgroup - 1; }
+  PEFT_KERNELS_DEVICE static int lane() { return thread_index() % 32; }
+  PEFT_KERNELS_DEVICE static bool is_first() { return thread_index() % kWarpgroup == 0; }
+  PEFT_KERNELS_DEVICE static void sync_group() { sync_named(1 + group(), kWarpgroup); }
+  // In the group's 64 rows, of this thread's sums; its others are eight rows below.
+  PEFT_KERNELS_DEVICE static int row_of_group() { return thread_index() % kWarpgroup / 32 * 16 + lane() / 4; }
+
+  // The first `depth` of the next stage, in steps of 16 that wait for each other. sums = the product, or + if `onto`.
+  PEFT_KERNELS_DEVICE static void multiply_part(const Ring& ring, Slot& slot, int depth, float (&sums)[kSums],
+                                                bool onto) {
+    mbarrier_wait(ring.loaded + slot.index, slot.parity);
+    int step = 0;
+    do {
+      wgmma_fence();
+      multiply(ring.stages + slot.index * kStageBytes, step, sums, onto || step > 0);
+      wgmma_commit();
+      wgmma_wait<0>();
+    } while (++step < kDepth / 16 && 16 * step < depth);
+    release(ring.read + slot.index);
+    slot.advance();
+  }
+
+  // The next stages, at least 1. One's products are under way while the next one's begin; its place is free when they are
+  // done. sums = the product, or + if `onto`.
+  PEFT_KERNELS_DEVICE static void multiply_stages(const Ring& ring, Slot& slot, int stages, float (&sums)[kSums],
+                                                  bool onto) {
+    mbarrier_wait(ring.loaded + slot.index, slot.parity);
+    multiply_stage(ring.stages + slot.index * kStageBytes, sums, onto);
+    Mbarrier* previous = ring.read + slot.index;
+    slot.advance();
+    for (int stage = 1; stage < stages; ++stage, slot.advance()) {
+      mbarrier_wait(ring.loaded + slot.index, slot.parity);
+      multiply_stage(ring.stages + slot.index * kStageBytes, sums, true);
+      wgmma_wait<1>();
+      release(previous);
+      previous = ring.read + slot.index;
+    }
+    wgmma_wait<0>();
+    release(previous);
+  }
+
+ private:
+  PEFT_KERNELS_DEVICE static void multiply_stage(const char* place, float (&sums)[kSums], bool onto) {
+    wgmma_fence();
+    PEFT_KERNELS_UNROLL
+    for (int step = 0; step < kDepth / 16; ++step) multiply(place, step, sums, onto || step > 0);
+    wgmma_commit();
+  }
+
+  // sums += 16 of a stage's depth, from element 16·step on.
+  PEFT_KERNELS_DEVICE static void multiply(const char* place, int step, float (&sums)[kSums], bool onto) {
+    constexpr int kBoxBytes = kDepth * kBoxRowBytes;  // 64 features, either way
+    const uint64_t left = operand_at<kLeftByFeature>(place + group() * kBoxBytes, kBoxBytes);
+    const uint64_t right = operand_at<kRightByFeature>(place + kLeftBytes, kBoxBytes);
+    wgmma<T, kLeftByFeature, kRightByFeature>(sums, left + step * kOperandStep<kLeftByFeature>,
+                                              right + step * kOperandStep<kRightByFeature>, onto);
+  }
+
+  // This warp has read a stage that every block of the cluster loads into.
+  PEFT_KERNELS_DEVICE static void release(Mbarrier* read) {
+    if (lane() < kCluster) mbarrier_arrive_at(read, lane());
+  }
+};
+
+}  // namespace peft_kernels

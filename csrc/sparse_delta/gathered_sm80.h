@@ -1,0 +1,68 @@
+// Device code of the gradient of entries for sm_80 and later. A tile of dW a block; bound by the tensor cores.
+#pragma once
+
+#include "common/kernel_source.h"
+#include "common/product_sm80.h"
+#include "sparse_delta/gathered.h"
+
+namespace peft_kernels::sparse_gathered {
+
+template <typename T>
+struct Gathered : private WarpProduct<T, Square, false, false> {
+  using Product = WarpProduct<T, Square, false, false>;
+  using Tile = Square;
+  static constexpr int kThreads = Tile::kThreads;
+  static constexpr int kSumsBytes = Tile::kRows * Tile::kColumns * 4;  // in place of the stages
+  static constexpr int kSharedBytes = Product::kStagesBytes > kSumsBytes ? Product::kStagesBytes : kSumsBytes;
+
+  static int64_t blocks_of(const Arguments& args) {
+    return static_cast<int64_t>(tiles_of(args.entries.rows, Tile::kRows)) *
+           tiles_of(args.entries.width, Tile::kColumns) * args.parts;
+  }
+
+  PEFT_KERNELS_DEVICE static void run(const Arguments& args, char* shared) {
+    const Entries& entries = args.entries;
+    const int tiles = tiles_of(entries.rows, Tile::kRows) * tiles_of(entries.width, Tile::kColumns);
+    const int part = block_index() / tiles, token_0 = part * args.part;
+    const int end = args.tokens - token_0 < args.part ? args.tokens : token_0 + args.part;
+    const Position tile = position(block_index() % tiles, entries.rows, entries.width, Tile::kRows, Tile::kColumns);
+    const int row_0 = tile.row * Tile::kRows, column_0 = tile.column * Tile::kColumns;
+    const Operands operands{args.dy, args.dy_pitch, args.x, args.x_pitch, entries.rows, entries.width, end};
+
+    typename Product::Sums sums = {};
+    const auto fetch = [&](int stage, char* place) {
+      Product::fetch(place, operands, row_0, column_0, token_0 + stage * Tile::kDepth);
+    };
+    const auto use = [&](int, const char* place) {
+      PEFT_KERNELS_UNROLL
+      for (int step = 0; step < Product::kSteps; ++step) Product::multiply(place, step, sums);
+    };
+    Product::each_stage(shared, tiles_of(end - token_0, Tile::kDepth), fetch, use);
+
+    float* tile_sums = reinterpret_cast<float*>(shared);
+    PEFT_KERNELS_UNROLL
+    for (int i = 0; i < Product::kFragmentRows; ++i) {
+      PEFT_KERNELS_UNROLL
+      for (int j = 0; j < Product::kFragmentColumns; ++j) {
+        PEFT_KERNELS_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          struct alignas(8) Pair {
+            float values[2];
+          };
+          const int place = place_of(Product::row_of(i, half), Product::column_of(j), Tile::kColumns);
+          *reinterpret_cast<Pair*>(tile_sums + place) = {{sums[i][j][2 * half], sums[i][j][2 * half + 1]}};
+        }
+      }
+    }
+    sync_block();
+    for (int local = thread_index() / kLanes; local < Tile::kRows && row_0 + local < entries.rows;
+         local += kThreads / kLanes) {
+      for (int column = 0; column < Tile::kColumns && column_0 + column < entries.width; column += kChunkColumns) {
+        gather(args, row_0 + local, (column_0 + column) / kChunkColumns, thread_index() % kLanes, tile_sums, local,
+               column, Tile::kColumns, part);
+      }
+    }
+  }
+};
+
+}  // namespace peft_kernels::sparse_gathered

@@ -1,0 +1,48 @@
+"""What the native library's CUDA kernels take: 16-bit matrices whose rows have adjacent elements and start on 16
+bytes."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import pad
+
+
+def native():
+    """The library's ops."""
+    return torch.ops.peft_kernels_native
+
+
+def takes(matrix: torch.Tensor) -> bool:
+    """Whether rows have adjacent elements and start on 16 bytes."""
+    (height, width), (pitch, step) = matrix.shape, matrix.stride()
+    aligned_start = matrix.data_ptr() % 16 == 0 and (width == 1 or step == 1)
+    return aligned_start and (height == 1 or (pitch % 8 == 0 and pitch >= width))
+
+
+def aligned(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix, in a copy where the kernels could not take it."""
+    return matrix if takes(matrix) else with_columns(matrix, padded(matrix.shape[1]))[:, : matrix.shape[1]]
+
+
+def with_columns(matrix: torch.Tensor, width: int) -> torch.Tensor:
+    """[height, width], filled up with zeros."""
+    if matrix.shape[1] == width and takes(matrix):
+        return matrix
+    return pad(matrix, (0, width - matrix.shape[1])).contiguous(memory_format=torch.contiguous_format)
+
+
+def with_rows(matrix: torch.Tensor, height: int) -> torch.Tensor:
+    """[height, width], filled up with zeros."""
+    return matrix if matrix.shape[0] == height else pad(matrix, (0, 0, 0, height - matrix.shape[0]))
+
+
+def padded(size: int) -> int:
+    """Up to a multiple of 8, the elements in 16 bytes."""
+    return -(-size // 8) * 8
+
+
+def reduced(partials: torch.Tensor, row_scaling: torch.Tensor | None, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """scale · row_scaling · Σ_p partials[p], rounded once."""
+    if row_scaling is not None:
+        row_scaling = row_scaling.reshape(-1).expand(partials.shape[1]).float().contiguous()
+    return native().split_reduce(partials, row_scaling, scale, dtype)

@@ -1,0 +1,45 @@
+"""The gradient of entries and of n of m by the native library's CUDA kernels (csrc/README.md): tiles of dW on the
+tensor cores, of which only the values leave the block.
+
+They multiply 16-bit operands; float32, and all other kinds, are the reference's. So are forward and dx, with Δ in a
+copy of all of W at once: on a GPU a band at a time is a launch at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+
+from ..common.native import aligned, native, reduced
+from . import reference
+from .layout import SparseLayout
+
+
+def grad_values(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: torch.dtype) -> torch.Tensor:
+    """As `reference.grad_values`, in float32 until it is rounded to `dtype`."""
+    if layout.kind not in ("entries", "n_of_m") or dy.dtype not in (torch.bfloat16, torch.float16):
+        return reference.grad_values(dy, x, layout, dtype)
+    n, m = layout.tile or (1, 1)  # of entries neither is read
+    *row_starts, columns = layout.tensors.values()
+    partials = native().sparse_gathered(
+        aligned(dy), aligned(x), row_starts[0] if row_starts else None, columns.contiguous(), n, m
+    )
+    if len(partials) == 1 and dtype == torch.float32:
+        return partials[0]
+    return reduced(partials.unsqueeze(1), None, 1.0, dtype)[0]
+
+
+def patched_bands(
+    weight: torch.Tensor, values: torch.Tensor, layout: SparseLayout, dim: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """As `reference.patched_bands`: one band."""
+    changed = reference.add_delta(layout.take(weight), values)
+    yield slice(0, layout.shape[dim]), layout.put_(weight.clone(), changed)
+
+
+#: As `reference.forward`, `reference.grad_x` and `reference.backward`.
+forward = functools.partial(reference.forward, patched_bands=patched_bands)
+grad_x = functools.partial(reference.grad_x, patched_bands=patched_bands)
+backward = functools.partial(reference.backward, grad_x=grad_x, grad_values=grad_values)

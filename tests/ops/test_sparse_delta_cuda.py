@@ -1,0 +1,86 @@
+"""How `cuda.py` puts the native kernels together, without a GPU (`tests/checks/native.py`)."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_kernels import _native
+from tests.checks import sparse_delta as checks
+from tests.checks.native import HALVES, parts, split_reduce, standing_in, taken
+
+pytestmark = pytest.mark.skipif(not _native.LIBRARY.exists(), reason="needs the native library")
+DTYPES = {
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float16": {"dtype": torch.float16},
+    "float32-values": {"dtype": torch.bfloat16, "values_dtype": torch.float32},
+    "float32": {"dtype": torch.float32},
+}
+
+
+def sparse_gathered(dy, x, row_starts, columns, n, m):
+    (M, N), K = dy.shape, x.shape[1]
+    dy, x = taken(dy, M, N, dy.dtype), taken(x, M, K, dy.dtype)
+    if row_starts is not None:
+        assert row_starts.shape == (N + 1,) and row_starts.is_contiguous()
+        assert row_starts.dtype in (torch.int32, torch.int64)
+        assert columns.dim() == 1 and columns.is_contiguous() and columns.dtype in (torch.int16, torch.int32)
+        rows = torch.repeat_interleave(torch.arange(N), row_starts.diff())
+    else:
+        assert columns.dtype == torch.int8 and columns.is_contiguous() and columns.numel() == N * (K // m) * n
+        rows = torch.arange(N).repeat_interleave(K // m * n)
+        columns = (torch.arange(K // m)[:, None] * m + columns.view(N, K // m, n)).flatten()
+    if M == 0 or columns.numel() == 0:
+        return dy.new_empty(0, columns.numel())
+    return parts(dy.mT, x, 2 if M > 8 else 1)[:, rows, columns.long()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
+    with standing_in(sparse_gathered, split_reduce):
+        yield
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", checks.LAYOUTS)
+@pytest.mark.parametrize("shape", checks.SHAPES)
+def test_within_eager(dtype, layout, shape):
+    checks.check_within_eager("cuda", **checks.SHAPES[shape], **checks.LAYOUTS[layout], **DTYPES[dtype])
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(["entries", "n_of_m"]),
+    batch=st.lists(st.integers(1, 12), max_size=3).map(tuple),
+    in_features=st.integers(1, 25).map(lambda n: 4 * n),
+    out_features=st.integers(1, 50),
+    density=st.floats(0.01, 1.0),
+    dtype=st.sampled_from(HALVES),
+)
+def test_drawn_shapes(kind, batch, in_features, out_features, density, dtype):
+    checks.check_within_eager(
+        "cuda", kind=kind, batch=batch, in_features=in_features, out_features=out_features, density=density,
+        tile=(2, 4), dtype=dtype,
+    )  # fmt: skip
+
+
+def test_subsets():
+    checks.check_subsets("cuda", dtype=torch.bfloat16)
+
+
+def test_strides():
+    checks.check_strides("cuda", dtype=torch.float16)
+
+
+def test_empty():
+    checks.check_empty("cuda", dtype=torch.bfloat16)
+
+
+def test_runs(monkeypatch):
+    checks.check_runs("cuda", "cpu", monkeypatch)
+
+
+@pytest.mark.parametrize("kind", checks.KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_writing(kind, dtype):
+    checks.check_writing("cuda", kind, "cpu", dtype)

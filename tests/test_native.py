@@ -89,7 +89,7 @@ def cuobjdump(*arguments):
 
 #: Part of a kernel's name -> how many there are, and the registers that a thread may take.
 BUDGETS = {
-    "split_reduce": (6, 64),  # three output dtypes, vectorised or not; 4 blocks of 256 threads an SM
+    "reduction": (6, 64),  # three output dtypes, vectorised or not; 4 blocks of 256 threads an SM
     "draw_mask": (1, 64),
     "shrink_sm80": (12, 168),  # two dtypes, 16, 32 or 64 columns, two layouts; 3 blocks of 128 threads an SM
     "outer_sm80": (12, 255),  # two dtypes, ranks up to 16, 32 or 64, with dH or without; 2 blocks of 128 threads an SM
@@ -135,7 +135,7 @@ def test_instructions(architecture):
             assert "HHHH" in steps, name
         elif "draw_mask" in name:
             assert "STG.E.128" in sass
-        elif "split_reduce" in name and "Li4E" in name:  # vectorised
+        elif "reduction" in name and "Li4E" in name:  # vectorised
             assert "LDG.E.128" in sass
     assert len(code) == sum(count for count, _ in BUDGETS.values())
 

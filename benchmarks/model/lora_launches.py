@@ -258,7 +258,8 @@ def _dy_pass(l: Layer, wide: int, processors: int) -> list[Launch]:
 
 
 def cuda(layers: list[Layer], ceilings: Ceilings) -> Passes | None:
-    """By the native kernels, as `cuda.py` calls them: 16-bit operands."""
+    """By the native kernels, as `cuda.py` calls them: 16-bit operands. The GEMM's partial sums of few tokens, and the
+    launch that adds them, are left out."""
     l, n, processors = layers[0], len(layers), int(ceilings.get("sms", 132))
     if l.size == F32:
         return None

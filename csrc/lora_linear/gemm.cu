@@ -3,13 +3,15 @@
 //   lora_gemm(left [M, K], right, low_left [M, R], low_right, keep?, bias? [N], by_feature) -> out [M, N]
 //   by_feature: right is [N, K] and low_right [N, R]; otherwise [K, N] and [R, N]
 //
-// bfloat16 or float16 on sm_80 and later; rows of unit stride that start on 16 bytes. No workspace. The tiles for sm_90a also
+// bfloat16 or float16 on sm_80 and later; rows of unit stride that start on 16 bytes. Where out has few tiles the depth is split,
+// and the workspace is float32 [P, M, N], P up to 32; otherwise none. The tiles for sm_90a also
 // take an N of a multiple of 8, as the copy engine stores `out` too, and K of at least 1.
 
 #include "common/checks.h"
 #include "common/kernel_table.h"
 #include "common/launch.h"
 #include "common/operands.h"
+#include "common/split_reduce.h"
 #include "lora_linear/gemm_sm80.cuh"
 
 #include <torch/csrc/stable/accelerator.h>
@@ -72,25 +74,29 @@ Tensor lora_gemm(const Tensor& left, const Tensor& right, const Tensor& low_left
 
   const int32_t device = left.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  Tensor out = torch::stable::new_empty(left, {rows, columns});
-  if (out.numel() == 0) return out;
+  if (rows == 0 || columns == 0) return torch::stable::new_empty(left, {rows, columns});
 
+  const int processors = processors_of(device);
+  const bool boxes = columns % 8 == 0 && depth > 0 && has_boxes(device);
+  const TileName tile = choose(rows, columns, processors, boxes);
+  const int64_t small_tiles = static_cast<int64_t>(tiles_of(rows, Small::kRows)) * tiles_of(columns, Small::kColumns);
+  const int parts = tile == TileName::kSmall ? parts_of(depth, Small::kDepth, small_tiles, processors) : 1;
+  blocks_for(small_tiles * parts, 1);  // they fit
+  Tensor out = parts > 1 ? torch::stable::new_empty(left, {parts, rows, columns}, ScalarType::Float)
+                         : torch::stable::new_empty(left, {rows, columns});
   const Arguments args{
       left.const_data_ptr(), pitch_of(left), right.const_data_ptr(), pitch_of(right),
       low_left.const_data_ptr(), pitch_of(low_left), low_right.const_data_ptr(), pitch_of(low_right),
       keep ? static_cast<const uint8_t*>(keep->const_data_ptr()) : nullptr, bias ? bias->const_data_ptr() : nullptr,
-      out.mutable_data_ptr(), static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(depth),
-      static_cast<int>(rank),
+      parts > 1 ? nullptr : out.mutable_data_ptr(), static_cast<int>(rows), static_cast<int>(columns),
+      static_cast<int>(depth), static_cast<int>(rank),
+      parts > 1 ? static_cast<float*>(out.mutable_data_ptr()) : nullptr, parts, part_of(depth, parts, Small::kDepth),
   };
-  const int processors = processors_of(device);
-  const bool boxes = columns % 8 == 0 && depth > 0 && has_boxes(device);
-  const TileName tile = choose(rows, columns, processors, boxes);
-  blocks_for(static_cast<int64_t>(tiles_of(rows, Small::kRows)) * tiles_of(columns, Small::kColumns), 1);  // it fits
   const auto call = left.scalar_type() == ScalarType::Half
                         ? (by_feature ? &launch<__half, true> : &launch<__half, false>)
                         : (by_feature ? &launch<__nv_bfloat16, true> : &launch<__nv_bfloat16, false>);
   check_cuda(call(args, tile, processors, current_stream(device)), "launching lora_gemm");
-  return out;
+  return parts > 1 ? split_reduce(out, std::nullopt, 1.0, left.scalar_type()) : out;
 }
 
 }  // namespace

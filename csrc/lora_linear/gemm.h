@@ -30,6 +30,10 @@ struct Arguments {
   const void* bias;        // [columns], or null
   void* out;               // [rows, columns], contiguous, starting on 16 bytes
   int rows, columns, depth, rank;
+  // Where there are few tiles, the small ones: out is the sum of partials float32 [parts, rows, columns], each over `part`
+  // of the depth but for the last; the low-rank product and the bias are in the first. Otherwise null and 1.
+  float* partials;
+  int parts, part;
 };
 
 // By the kernels for sm_90a, on the current device of `processors` SMs: compute capability 9.0 and a library built for it. rows,

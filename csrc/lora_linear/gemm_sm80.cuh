@@ -15,7 +15,8 @@ PEFT_KERNELS_GLOBAL(Tile::kThreads) gemm_sm80(const Arguments args) {
 // On the current device. rows and columns are at least 1.
 template <typename T, typename Tile, bool kByFeature>
 cudaError_t launch_sm80(const Arguments& args, cudaStream_t stream) {
-  const int64_t blocks = static_cast<int64_t>(tiles_of(args.rows, Tile::kRows)) * tiles_of(args.columns, Tile::kColumns);
+  const int64_t tiles = static_cast<int64_t>(tiles_of(args.rows, Tile::kRows)) * tiles_of(args.columns, Tile::kColumns);
+  const int64_t blocks = Gemm<T, Tile, kByFeature>::kSplits ? tiles * args.parts : tiles;
   return launch_shared(&gemm_sm80<T, Tile, kByFeature>, blocks, Tile::kThreads, Gemm<T, Tile, kByFeature>::kSharedBytes,
                        args, stream);
 }

@@ -6,6 +6,7 @@
 #include "lora_linear/gemm.h"
 
 #include <cstdint>
+#include <type_traits>
 
 namespace peft_kernels::lora_gemm {
 
@@ -17,6 +18,7 @@ struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
   using Product::column_of, Product::row_of, Product::warp_column, Product::lane;
   using Product::kFragmentColumns, Product::kFragmentRows, Product::kSteps;
   static constexpr int kThreads = Tile::kThreads;
+  static constexpr bool kSplits = std::is_same_v<Tile, Small>;  // the others are taken where they fill the GPU
   static constexpr int kKeepPitch = Tile::kColumns / 8;  // bytes of a row of the mask
   static constexpr int kOutPitch = Tile::kColumns + kChunk;  // so that neighbouring rows lie in different banks
   static constexpr int kOutBytes = Tile::kRows * kOutPitch * 2;
@@ -24,13 +26,16 @@ struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
   static constexpr int kSharedBytes = kKeep + Tile::kRows * kKeepPitch;
 
   PEFT_KERNELS_DEVICE static void run(const Arguments& args, char* shared) {
-    const Position tile = position(block_index(), args.rows, args.columns, Tile::kRows, Tile::kColumns);
+    const int tiles = tiles_of(args.rows, Tile::kRows) * tiles_of(args.columns, Tile::kColumns);
+    const int part = kSplits ? block_index() / tiles : 0, depth_0 = kSplits ? part * args.part : 0;
+    const int depth = kSplits && args.depth - depth_0 > args.part ? depth_0 + args.part : args.depth;  // this part's end
+    const Position tile = position(block_index() - part * tiles, args.rows, args.columns, Tile::kRows, Tile::kColumns);
     const int row_0 = tile.row * Tile::kRows, column_0 = tile.column * Tile::kColumns;
-    const int low_stages = tiles_of(args.rank, Tile::kDepth);
-    const int stages = low_stages + tiles_of(args.depth, Tile::kDepth);
+    const int low_stages = part == 0 ? tiles_of(args.rank, Tile::kDepth) : 0;
+    const int stages = low_stages + tiles_of(depth - depth_0, Tile::kDepth);
     Sums sums = {};
 
-    if (args.keep != nullptr) fetch_mask(args, shared + kKeep, row_0, column_0);
+    if (low_stages > 0 && args.keep != nullptr) fetch_mask(args, shared + kKeep, row_0, column_0);
     const auto fetch = [&](int stage, char* place) {  // operands are chosen by the stage and copied by the same code
       const bool low = stage < low_stages;
       const Operands operands{low ? args.low_left : args.left,
@@ -39,8 +44,9 @@ struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
                               low ? args.low_right_pitch : args.right_pitch,
                               args.rows,
                               args.columns,
-                              low ? args.rank : args.depth};
-      Product::fetch(place, operands, row_0, column_0, (low ? stage : stage - low_stages) * Tile::kDepth);
+                              low ? args.rank : depth};
+      const int first = low ? stage * Tile::kDepth : depth_0 + (stage - low_stages) * Tile::kDepth;
+      Product::fetch(place, operands, row_0, column_0, first);
     };
     const auto use = [&](int stage, const char* place) {
       if (stage >= low_stages) {
@@ -55,7 +61,11 @@ struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
       }
     };
     Product::each_stage(shared, stages, fetch, use);
-    store(args, shared, row_0, column_0, sums);
+    if (kSplits && args.parts > 1) {
+      store_part(args, part, row_0, column_0, sums);
+    } else {
+      store(args, shared, row_0, column_0, sums);
+    }
   }
 
  private:
@@ -97,6 +107,37 @@ struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
     }
   }
 
+  PEFT_KERNELS_DEVICE static void load_bias(const Arguments& args, int column, float (&bias)[2]) {
+    PEFT_KERNELS_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      const bool there = args.bias != nullptr && column + k < args.columns;
+      bias[k] = there ? static_cast<float>(static_cast<const T*>(args.bias)[column + k]) : 0.0f;
+    }
+  }
+
+  // As float32, from the registers.
+  PEFT_KERNELS_DEVICE static void store_part(const Arguments& args, int part, int row_0, int column_0, const Sums& sums) {
+    PEFT_KERNELS_UNROLL
+    for (int j = 0; j < kFragmentColumns; ++j) {
+      const int column = column_0 + column_of(j);
+      float bias[2] = {};
+      if (part == 0) load_bias(args, column, bias);
+      PEFT_KERNELS_UNROLL
+      for (int i = 0; i < kFragmentRows; ++i) {
+        PEFT_KERNELS_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const int row = row_0 + row_of(i, half);
+          if (row >= args.rows) continue;
+          float* to = args.partials + (static_cast<int64_t>(part) * args.rows + row) * args.columns + column;
+          PEFT_KERNELS_UNROLL
+          for (int k = 0; k < 2; ++k) {
+            if (column + k < args.columns) to[k] = sums[i][j][2 * half + k] + bias[k];
+          }
+        }
+      }
+    }
+  }
+
   // By way of shared memory, so that a warp writes whole lines.
   PEFT_KERNELS_DEVICE static void store(const Arguments& args, char* shared, int row_0, int column_0,
                                         const Sums& sums) {
@@ -104,13 +145,8 @@ struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
     PEFT_KERNELS_UNROLL
     for (int j = 0; j < kFragmentColumns; ++j) {
       const int column = column_of(j);
-      float bias[2] = {};
-      PEFT_KERNELS_UNROLL
-      for (int k = 0; k < 2; ++k) {
-        if (args.bias != nullptr && column_0 + column + k < args.columns) {
-          bias[k] = static_cast<float>(static_cast<const T*>(args.bias)[column_0 + column + k]);
-        }
-      }
+      float bias[2];
+      load_bias(args, column_0 + column, bias);
       PEFT_KERNELS_UNROLL
       for (int i = 0; i < kFragmentRows; ++i) {
         PEFT_KERNELS_UNROLL

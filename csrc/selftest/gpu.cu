@@ -47,24 +47,26 @@ class OnDevice {
   T* data_ = nullptr;
 };
 
-// Three launches, to the same bits. `launch` takes the arguments.
+// Three launches, to the same bits; in `parts`, added up by the host. `launch` takes the arguments.
 template <typename T, typename Launch>
-void gemm(const Problem<T>& problem, const std::string& name, const Launch& launch) {
+void gemm(const Problem<T>& problem, const std::string& name, const Launch& launch, int parts = 1) {
   const Shape& shape = problem.shape;
   const OnDevice<T> left(problem.left.values), right(problem.right.values), low_left(problem.low_left.values),
       low_right(problem.low_right.values), bias(problem.bias.values);
   const OnDevice<uint8_t> keep(problem.keep);
+  const size_t size = static_cast<size_t>(shape.rows) * shape.columns;
   std::vector<T> first;
   std::string complaint;
   for (int repeat = 0; repeat < 3 && complaint.empty(); ++repeat) {
-    const OnDevice<T> out(poisoned<T>(static_cast<size_t>(shape.rows) * shape.columns));
-    lora_gemm::Arguments args = problem.arguments(out.get());
+    const OnDevice<T> out(poisoned<T>(size));
+    const OnDevice<float> partials(poisoned<float>(parts > 1 ? parts * size : 0));
+    lora_gemm::Arguments args = problem.arguments(out.get(), partials.get(), parts);
     args.left = left.get(), args.right = right.get(), args.low_left = low_left.get();
     args.low_right = low_right.get();
     args.keep = args.keep ? keep.get() : nullptr, args.bias = args.bias ? bias.get() : nullptr;
     check(launch(args), ("launching " + name).c_str());
     check(cudaDeviceSynchronize(), name.c_str());
-    const std::vector<T> found = out.host();
+    const std::vector<T> found = parts > 1 ? problem.reduced(partials.host(), parts) : out.host();
     if (repeat == 0) {
       complaint = problem.complaint(found);
       first = found;
@@ -86,6 +88,12 @@ void gemms(const std::string& dtype) {
                                 : lora_gemm::launch_sm80<T, false>(args, tile, nullptr);
       });
     }
+    if (problem.parts() < 2) continue;
+    const auto split = [&](const lora_gemm::Arguments& args) {
+      return shape.by_feature ? lora_gemm::launch_sm80<T, true>(args, TileName::kSmall, nullptr)
+                              : lora_gemm::launch_sm80<T, false>(args, TileName::kSmall, nullptr);
+    };
+    gemm(problem, "gemm_sm80<" + dtype + ", Small>, split", split, problem.parts());
   }
 }
 
@@ -187,10 +195,10 @@ void reduce(const char* name) {
   for (const Reduction<Out>& problem : reductions<Out>()) {
     const OnDevice<float> values(problem.values), row_scale(problem.row_scale);
     const OnDevice<Out> out(poisoned<Out>(problem.numel()));
-    const split_reduce::Arguments args = problem.arguments(values.get(), row_scale.get(), out.get());
+    const reduction::Arguments args = problem.arguments(values.get(), row_scale.get(), out.get());
     const int64_t threads = args.numel / kWidth + args.numel % kWidth;
-    const int blocks = static_cast<int>((threads + split_reduce::kThreads - 1) / split_reduce::kThreads);
-    split_reduce::kernel<Out, kWidth><<<blocks, split_reduce::kThreads>>>(args);
+    const int blocks = static_cast<int>((threads + reduction::kThreads - 1) / reduction::kThreads);
+    reduction::kernel<Out, kWidth><<<blocks, reduction::kThreads>>>(args);
     check(cudaGetLastError(), "launching split_reduce");
     check(cudaDeviceSynchronize(), "split_reduce");
     report(std::string("split_reduce<") + name + ">", problem.complaint(out.host()));

@@ -46,6 +46,20 @@ std::string gemm(const Problem<T>& problem, unsigned order) {
   return problem.complaint(out);
 }
 
+// In two or three parts, where the depth has as many stages.
+template <typename T, bool kByFeature>
+std::string split_gemm(const Problem<T>& problem, unsigned order) {
+  using Gemm = lora_gemm::Gemm<T, Small, kByFeature>;
+  const Shape& shape = problem.shape;
+  const int parts = problem.parts();
+  if (parts < 2) return "";
+  std::vector<float> partials = poisoned<float>(static_cast<size_t>(parts) * shape.rows * shape.columns + kMargin);
+  const lora_gemm::Arguments args = problem.arguments(nullptr, partials.data(), parts);
+  const int blocks = tiles_of(shape.rows, Small::kRows) * tiles_of(shape.columns, Small::kColumns) * parts;
+  emulator::launch(blocks, Gemm::kThreads, Gemm::kSharedBytes, order, [&](char* shared) { Gemm::run(args, shared); });
+  return margin_is_whole(partials) ? problem.complaint(problem.reduced(partials, parts)) : "written behind the end";
+}
+
 template <typename T, typename Tile>
 void gemm(const Problem<T>& problem, const char* name) {
   for (const unsigned order : {0u, 1u}) {
@@ -108,6 +122,8 @@ void gemms(const std::string& dtype) {
     gemm<T, Wide>(problem, (dtype + ", Wide").c_str());
     gemm<T, Square>(problem, (dtype + ", Square").c_str());
     gemm<T, Small>(problem, (dtype + ", Small").c_str());
+    report("gemm_sm80<" + dtype + ", Small>, split, " + shape.text(),
+           shape.by_feature ? split_gemm<T, true>(problem, 1) : split_gemm<T, false>(problem, 1));
   }
 }
 
@@ -232,8 +248,8 @@ void reduce(const char* name) {
     std::vector<Out> out = poisoned<Out>(problem.numel() + kMargin);
     const auto args = problem.arguments(problem.values.data(), problem.row_scale.data(), out.data());
     const int64_t threads = args.numel / kWidth + args.numel % kWidth;
-    const int blocks = static_cast<int>((threads + split_reduce::kThreads - 1) / split_reduce::kThreads);
-    emulator::launch(blocks, split_reduce::kThreads, 0, 1, [&](char*) { split_reduce::kernel<Out, kWidth>(args); });
+    const int blocks = static_cast<int>((threads + reduction::kThreads - 1) / reduction::kThreads);
+    emulator::launch(blocks, reduction::kThreads, 0, 1, [&](char*) { reduction::kernel<Out, kWidth>(args); });
     report(std::string("split_reduce<") + name + ">",
            margin_is_whole(out) ? problem.complaint(out) : "written behind the end of out");
   }

@@ -5,7 +5,7 @@
 #include "lora_linear/gemm.h"
 #include "lora_linear/outer_sm80.h"
 #include "lora_linear/shrink_sm80.h"
-#include "lora_linear/split_reduce_kernel.h"
+#include "common/split_reduce_kernel.h"
 #include "sparse_delta/gathered.h"
 
 #include <algorithm>
@@ -123,8 +123,8 @@ class Problem {
     expect();
   }
 
-  // The operands where they are, on the host; `out` is the caller's.
-  lora_gemm::Arguments arguments(T* out) const {
+  // The operands where they are, on the host; `out` and `partials` are the caller's.
+  lora_gemm::Arguments arguments(T* out, float* partials = nullptr, int parts = 1) const {
     return {left.values.data(),
             left.pitch,
             right.values.data(),
@@ -139,7 +139,27 @@ class Problem {
             shape.rows,
             shape.columns,
             shape.depth,
-            shape.rank};
+            shape.rank,
+            partials,
+            parts,
+            part_of(shape.depth, parts, Small::kDepth)};
+  }
+
+  int parts() const {
+    const int most = tiles_of(shape.depth, Small::kDepth);
+    return most < 3 ? most : tiles_of(most, tiles_of(most, 3));
+  }
+
+  // The sum of partials, for `complaint`.
+  std::vector<T> reduced(const std::vector<float>& partials, int parts) const {
+    const size_t size = static_cast<size_t>(shape.rows) * shape.columns;
+    std::vector<T> out(size);
+    for (size_t i = 0; i < size; ++i) {
+      float sum = 0.0f;
+      for (int part = 0; part < parts; ++part) sum += partials[part * size + i];
+      out[i] = T(sum);
+    }
+    return out;
   }
 
   // "" where `out` is right.
@@ -535,7 +555,7 @@ struct Reduction {
 
   int64_t numel() const { return static_cast<int64_t>(rows) * rank; }
   int64_t stride() const { return (numel() + 3) / 4 * 4; }  // every partial on 16 bytes
-  split_reduce::Arguments arguments(const float* on_values, const float* on_scale, Out* out) const {
+  reduction::Arguments arguments(const float* on_values, const float* on_scale, Out* out) const {
     return {on_values, stride(), partials, scaled ? on_scale : nullptr, 0.5f, numel(), rank, out};
   }
   // In float32 and in ascending order: the same bits.

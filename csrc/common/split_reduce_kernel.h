@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-namespace peft_kernels::split_reduce {
+namespace peft_kernels::reduction {
 
 constexpr int kThreads = 256;
 constexpr int kVector = 4;  // float32 values in one 16-byte load
@@ -38,7 +38,7 @@ PEFT_KERNELS_DEVICE void reduce_pack(const Arguments& args, int64_t first) {
   PEFT_KERNELS_UNROLL_BY_4  // loads of several partials in flight; the additions stay in order
   for (int64_t p = 0; p < args.num_partials; ++p, source += args.stride_p) {
     const auto pack = *reinterpret_cast<const Pack<float, kWidth>*>(source);
-  PEFT_KERNELS_UNROLL
+    PEFT_KERNELS_UNROLL
     for (int i = 0; i < kWidth; ++i) sum[i] += pack.values[i];
   }
 
@@ -73,4 +73,4 @@ PEFT_KERNELS_GLOBAL(kThreads) kernel(const Arguments args) {
   }
 }
 
-}  // namespace peft_kernels::split_reduce
+}  // namespace peft_kernels::reduction

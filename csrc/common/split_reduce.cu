@@ -4,11 +4,12 @@
 // kernel own a slice each and write float32 partials, this adds them in ascending p. No atomics, so the result
 // has the same bits every time.
 
-#include "lora_linear/split_reduce_kernel.h"
+#include "common/split_reduce.h"
 
 #include "common/checks.h"
 #include "common/kernel_table.h"
 #include "common/launch.h"
+#include "common/split_reduce_kernel.h"
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -17,9 +18,10 @@
 #include <cstdint>
 #include <optional>
 
-namespace peft_kernels::split_reduce {
+namespace peft_kernels {
 namespace {
 
+using namespace reduction;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -43,6 +45,8 @@ void launch(const Arguments& args, bool vectorised, cudaStream_t stream) {
   }
   check_cuda(cudaGetLastError(), "launching split_reduce");
 }
+
+}  // namespace
 
 Tensor split_reduce(const Tensor& partials, const std::optional<Tensor>& row_scale, double scale,
                     ScalarType out_dtype) {
@@ -93,8 +97,6 @@ Tensor split_reduce(const Tensor& partials, const std::optional<Tensor>& row_sca
   return out;
 }
 
-}  // namespace
-
 STABLE_TORCH_LIBRARY_IMPL(peft_kernels_native, CUDA, m) { m.impl("split_reduce", TORCH_BOX(&split_reduce)); }
 
-}  // namespace peft_kernels::split_reduce
+}  // namespace peft_kernels

@@ -81,7 +81,7 @@ def explained(*sizes_and_dtype: str, arch: int | None = None) -> str:
         else:
             backend, text = _choice("lora_linear", "cuda", dtype)
             choices = [("on a GPU", f"{gpu.name}: {text}")]
-            if backend.startswith("triton"):
+            if backend == "auto" or backend.startswith("triton"):
                 table = tuning.load("lora_linear", gpu, configs.CHOICES)
                 choices += explain(sizes, dtype, gpu.architecture, backend, table)
             processors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count

@@ -31,6 +31,8 @@ OPS = {
     "sparse_delta_linear": ("reference", "cpu", "triton", "cuda"),
 }
 
+#: On a GPU `auto` leaves these to their room, which takes Triton or CUDA by sizes, as they were measured there.
+_BY_SIZES = ("lora_linear", "lora_linear_shared_input")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of all but the reference
 _NATIVE = _native.load()  # now: where a graph is traced it could not be
 _TRITON = importlib.util.find_spec("triton") is not None  # found, not imported
@@ -83,7 +85,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def choose(op: str, tensor: torch.Tensor) -> str:
-    """The backend that `op` takes for `tensor`, the input that decides (its device and compute dtype).
+    """The backend that `op` takes for `tensor`, the input that decides (its device and compute dtype). "auto": the room
+    takes one by sizes.
 
     Plain Python on constants, so that torch.compile traces it and guards what it reads.
 
@@ -105,13 +108,16 @@ def explain(op: str, device_type: str, dtype: torch.dtype) -> Choice:
         return Choice(backend, _why_not("cpu" if native else "triton", device_type, dtype))
     if backend == "cpu":
         return Choice(backend, "CPU tensors and the native library")
-    return Choice(backend, f"{device_type} tensors and Triton {importlib.metadata.version('triton')}")
+    reason = f"{device_type} tensors and Triton {importlib.metadata.version('triton')}"
+    if backend == "auto":
+        return Choice(backend, f"{reason}, or the native library by sizes, as measured")
+    return Choice(backend, reason)
 
 
 def _resolve(op: str, requested: str, device_type: str, dtype: torch.dtype) -> str:
     if requested == "auto":
         if _TRITON and device_type == "cuda" and dtype in _DTYPES:
-            return "triton"
+            return "auto" if op in _BY_SIZES and _NATIVE and torch.version.hip is None else "triton"
         native = _NATIVE and device_type == "cpu" and dtype in _DTYPES and "cpu" in OPS[op]
         return "cpu" if native else "reference"
     family = requested.partition(":")[0]

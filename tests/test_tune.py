@@ -100,6 +100,10 @@ def test_crossovers_come_from_the_table():
     assert path("triton", {("fused_from", 2): size + 1}) == "blas"
     assert path("triton:blas", {("fused_from", 2): 0}) == "blas"
     assert path("triton", {("fused_from", 2): math.inf}) == "blas"
+    assert lora.gpu_backend(4096, 4096, 4096, torch.bfloat16, 90) == "triton"
+    assert lora.gpu_backend(4096, 4096, 4096, torch.bfloat16, 90, {("cuda_from", 2): size}) == "cuda"
+    assert lora.gpu_backend(4095, 4096, 4096, torch.bfloat16, 90, {("cuda_from", 2): size}) == "triton"
+    assert lora.gpu_backend(4096, 4096, 4096, torch.bfloat16, 90, {("cuda_from", 2): math.inf}) == "triton"
     assert sparse.sampled_up_to(2) == sparse.SAMPLED_UP_TO
     assert sparse.sampled_up_to(2, {("sampled_up_to", 2): 0.01}) == 0.01
 

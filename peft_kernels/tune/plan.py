@@ -96,6 +96,10 @@ CROSSOVERS = {
     "fused_from": Crossover(
         ("blas", "fused"), [(M, N, N) for M in (8192, 2048, 512) for N in (8192, 4096, 2048, 1024)], smallest_from
     ),
+    # M, N, K, with a smaller M than that of "fused_from": the depth is split there
+    "cuda_from": Crossover(
+        ("triton", "cuda"), [(M, N, N) for M in (8192, 2048, 512, 64) for N in (8192, 4096, 2048, 1024)], smallest_from
+    ),
     # density
     "sampled_up_to": Crossover(
         ("tiles", "sampled"), [(density,) for density in (0.02, 0.01, 0.005, 0.002, 0.001, 0.0005)], largest_up_to

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import _native
 from ..ops.common import dropout
 from ..ops.common.triton_host import architecture
 from ..ops.lora_linear import configs as lora_configs
+from ..ops.lora_linear import cuda, triton_backward, triton_forward
 from ..ops.lora_linear.reference import add_base
 from ..ops.lora_linear.triton_backward import grad_lora_A, grad_low_rank, grad_x_of
 from ..ops.lora_linear.triton_forward import shrink
@@ -161,6 +163,31 @@ def _fused_from(inputs: Inputs, at, table, element_size) -> Problem:
     return Problem(launch, expression, (x, dy, s, dh, weight, lora_A, lora_B))
 
 
+def _cuda_from(inputs: Inputs, at, table, element_size) -> Problem:
+    """Output and every gradient of a layer without dropout, by each backend; Triton's tiles are those of the tables in
+    force."""
+    (M, N, K), R = at, _RANK
+    x, dy, weight = inputs.normal(M, K), inputs.normal(M, N), inputs.normal(N, K, scale=K**-0.5)
+    lora_A, lora_B = inputs.normal(R, K, scale=K**-0.5), inputs.normal(N, R, scale=R**-0.5)
+
+    def launch(backend):
+        if backend == "cuda" and not _native.load():
+            raise RuntimeError(_native.why_not())
+        forward, backward = {"triton": (triton_forward, triton_backward), "cuda": (cuda, cuda)}[backend]
+        projection = [weight, None, lora_A, lora_B, None]
+        y, s = forward.forward(x, projection, [1.0], None, 0.0, False, [True], False, False, backend)
+        needs = [False, False, True, True]
+        return y, *backward.backward(
+            [dy], x, s, None, [weight, lora_A, lora_B, None], [1.0], [R], 0.0, True, needs, x.dtype, False, backend
+        )
+
+    def expression(x, dy, weight, lora_A, lora_B):
+        s, dh = x @ lora_A.t(), dy @ lora_B
+        return x @ weight.t() + s @ lora_B.t(), dy @ weight + dh @ lora_A, dh.t() @ x, dy.t() @ s
+
+    return Problem(launch, expression, (x, dy, weight, lora_A, lora_B))
+
+
 def _masked_gemm(inputs: Inputs, M, N, **_) -> Problem:
     """Forward and dx with the same output [M, N]."""
     K = inputs.depth
@@ -243,6 +270,7 @@ _PROBLEMS: dict[tuple[str, str], Callable[..., Problem]] = {
     ("lora_linear", "x_pass_tile"): _x_pass,
     ("lora_linear", "gemm_tile"): _gemm,
     ("lora_linear", "fused_from"): _fused_from,
+    ("lora_linear", "cuda_from"): _cuda_from,
     ("masked_linear", "gemm_tile"): _masked_gemm,
     ("masked_linear", "grad_tile"): _masked_grad,
     ("sparse_delta", "grad_tile"): _gathered,

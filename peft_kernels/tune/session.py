@@ -53,9 +53,14 @@ def run(
             tuning.replace(path, "".join(f"{line}\n" for line in lines))  # without a line that was cut off
             files[op] = stack.enter_context(open(path, "a"))
             stack.callback(_write_table, folder, gpu, op, planned, rows)
+        compared: set[str] = set()
         for job in progress([job for job in planned if job not in rows]):
             if out_of_time():
                 break
+            if job.at and job.op not in compared:  # whole layers are, by the tiles of the tables in force
+                compared.add(job.op)
+                _write_table(folder, gpu, job.op, planned, rows)
+                ROOMS[job.op].tuned.cache_clear()
             # Tiles are measured by themselves; two ways are compared with the tiles that were found.
             table = best((other for other in planned if other.op == job.op), rows) if job.at else {}
             rows[job] = measure(job, table)

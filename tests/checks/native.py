@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from peft_kernels import _native, backends
+from peft_kernels.ops.common import dropout
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -38,6 +39,71 @@ def parts(left, right, count):
     """left·right in `count` partial sums over the depth, float32."""
     pieces = zip(left.tensor_split(count, dim=1), right.tensor_split(count, dim=0))
     return torch.stack([one @ other for one, other in pieces])
+
+
+# --- The kernels ---------------------------------------------------------------------------------------------------
+
+
+def lora_gemm(left, right, low_left, low_right, keep, bias, by_feature):
+    (M, K), R, dtype = left.shape, low_left.shape[1], left.dtype
+    N = right.shape[0 if by_feature else 1]
+    right = taken(right, *((N, K) if by_feature else (K, N)), dtype)
+    low_right = taken(low_right, *((N, R) if by_feature else (R, N)), dtype)
+    out = taken(low_left, M, R, dtype) @ (low_right.mT if by_feature else low_right)
+    if keep is not None:
+        assert keep.shape == (M, dropout.mask_bytes(N)) and keep.is_contiguous()
+        out = out * dropout.unpack_mask(keep, N, torch.float32)
+    out = out + taken(left, M, K, dtype) @ (right.mT if by_feature else right)
+    if bias is not None:
+        assert bias.shape == (N,) and bias.is_contiguous() and bias.dtype == dtype
+        out = out + bias
+    return out.to(dtype)
+
+
+def lora_shrink(wide, narrow, seed, threshold, streams, mask, by_feature):
+    (M, K), dtype = wide.shape, wide.dtype
+    C = narrow.shape[0 if by_feature else 1]
+    narrow = taken(narrow, *((C, K) if by_feature else (K, C)), dtype)
+    narrow = narrow.mT if by_feature else narrow
+    wide = taken(wide, M, K, dtype)
+    if seed is None:
+        assert mask is None
+        return parts(wide, narrow, 2)
+    assert by_feature and C % streams == 0
+    drawn = dropout.draw_mask_by_torch(seed, M, K, (threshold + 32768) / 65536, streams)
+    if mask is not None:
+        mask.copy_(drawn)
+    kept = [wide * dropout.unpack_mask(bits, K, torch.float32) for bits in drawn]
+    return torch.cat([parts(one, a, 2) for one, a in zip(kept, narrow.tensor_split(streams, dim=1))], dim=2)
+
+
+def lora_outer(wide, narrow, right, keep, transposed):
+    (M, F), R, dtype = wide.shape, narrow.shape[1], wide.dtype
+    assert R <= 64
+    wide, narrow = taken(wide, M, F, dtype), taken(narrow, M, R, dtype)
+    shrunk = wide.new_empty(0, M, R) if right is None else parts(wide, taken(right, F, R, dtype), 3)
+    if keep is not None:
+        assert right is None and keep.shape == (M, dropout.mask_bytes(F)) and keep.is_contiguous()
+        wide = wide * dropout.unpack_mask(keep, F, torch.float32)
+    sums = parts(wide.mT, narrow, 2)
+    return sums.mT.contiguous() if transposed else sums, shrunk
+
+
+def sparse_gathered(dy, x, row_starts, columns, n, m):
+    (M, N), K = dy.shape, x.shape[1]
+    dy, x = taken(dy, M, N, dy.dtype), taken(x, M, K, dy.dtype)
+    if row_starts is not None:
+        assert row_starts.shape == (N + 1,) and row_starts.is_contiguous()
+        assert row_starts.dtype in (torch.int32, torch.int64)
+        assert columns.dim() == 1 and columns.is_contiguous() and columns.dtype in (torch.int16, torch.int32)
+        rows = torch.repeat_interleave(torch.arange(N), row_starts.diff())
+    else:
+        assert columns.dtype == torch.int8 and columns.is_contiguous() and columns.numel() == N * (K // m) * n
+        rows = torch.arange(N).repeat_interleave(K // m * n)
+        columns = (torch.arange(K // m)[:, None] * m + columns.view(N, K // m, n)).flatten()
+    if M == 0 or columns.numel() == 0:
+        return dy.new_empty(0, columns.numel())
+    return parts(dy.mT, x, 2 if M > 8 else 1)[:, rows, columns.long()]
 
 
 def split_reduce(partials, row_scale, scale, out_dtype):

@@ -6,9 +6,11 @@ import os
 import pytest
 import torch
 
+from peft_kernels import _native
 from peft_kernels.tune.measure import check
 from peft_kernels.tune.plan import CROSSOVERS, ROOMS, Job
 from peft_kernels.tune.problems import problem
+from tests.checks.native import lora_gemm, lora_outer, lora_shrink, split_reduce, standing_in
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs a process of its own with TRITON_INTERPRET=1"
@@ -46,3 +48,11 @@ def test_both_ways_pass_the_check(op, choice, at):
     ways = CROSSOVERS[choice].ways
     prepared = problem(Job(op, choice, (2,), at, ways), {}, "cpu", torch.float16, depth=96)
     assert check(prepared, ways) == ["", ""]
+
+
+@pytest.mark.skipif(not _native.LIBRARY.exists(), reason="needs the native library")
+def test_both_backends_pass_the_check():
+    ways = CROSSOVERS["cuda_from"].ways
+    with standing_in(lora_gemm, lora_outer, lora_shrink, split_reduce):
+        prepared = problem(Job("lora_linear", "cuda_from", (2,), (40, 72, 48), ways), {}, "cpu", torch.float16)
+        assert check(prepared, ways) == ["", ""]

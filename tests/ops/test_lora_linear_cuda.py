@@ -5,10 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_kernels import _native
-from peft_kernels.ops.common import dropout
+import peft_kernels as pk
+from peft_kernels import _native, backends
+from peft_kernels.ops.lora_linear import configs, cuda, op
+from peft_kernels.testing import make_case
 from tests.checks import lora_linear as checks
-from tests.checks.native import HALVES, parts, split_reduce, standing_in, taken
+from tests.checks.common import record_calls
+from tests.checks.native import HALVES, lora_gemm, lora_outer, lora_shrink, split_reduce, standing_in
 
 pytestmark = pytest.mark.skipif(not _native.LIBRARY.exists(), reason="needs the native library")
 DTYPES = {
@@ -18,51 +21,6 @@ DTYPES = {
     "float32-adapters-high": {"dtype": torch.float16, "adapter_dtype": torch.float32, "adapter_precision": "high"},
     "float32": {"dtype": torch.float32},
 }
-
-
-def lora_gemm(left, right, low_left, low_right, keep, bias, by_feature):
-    (M, K), R, dtype = left.shape, low_left.shape[1], left.dtype
-    N = right.shape[0 if by_feature else 1]
-    right = taken(right, *((N, K) if by_feature else (K, N)), dtype)
-    low_right = taken(low_right, *((N, R) if by_feature else (R, N)), dtype)
-    out = taken(low_left, M, R, dtype) @ (low_right.mT if by_feature else low_right)
-    if keep is not None:
-        assert keep.shape == (M, dropout.mask_bytes(N)) and keep.is_contiguous()
-        out = out * dropout.unpack_mask(keep, N, torch.float32)
-    out = out + taken(left, M, K, dtype) @ (right.mT if by_feature else right)
-    if bias is not None:
-        assert bias.shape == (N,) and bias.is_contiguous() and bias.dtype == dtype
-        out = out + bias
-    return out.to(dtype)
-
-
-def lora_shrink(wide, narrow, seed, threshold, streams, mask, by_feature):
-    (M, K), dtype = wide.shape, wide.dtype
-    C = narrow.shape[0 if by_feature else 1]
-    narrow = taken(narrow, *((C, K) if by_feature else (K, C)), dtype)
-    narrow = narrow.mT if by_feature else narrow
-    wide = taken(wide, M, K, dtype)
-    if seed is None:
-        assert mask is None
-        return parts(wide, narrow, 2)
-    assert by_feature and C % streams == 0
-    drawn = dropout.draw_mask_by_torch(seed, M, K, (threshold + 32768) / 65536, streams)
-    if mask is not None:
-        mask.copy_(drawn)
-    kept = [wide * dropout.unpack_mask(bits, K, torch.float32) for bits in drawn]
-    return torch.cat([parts(one, a, 2) for one, a in zip(kept, narrow.tensor_split(streams, dim=1))], dim=2)
-
-
-def lora_outer(wide, narrow, right, keep, transposed):
-    (M, F), R, dtype = wide.shape, narrow.shape[1], wide.dtype
-    assert R <= 64
-    wide, narrow = taken(wide, M, F, dtype), taken(narrow, M, R, dtype)
-    shrunk = wide.new_empty(0, M, R) if right is None else parts(wide, taken(right, F, R, dtype), 3)
-    if keep is not None:
-        assert right is None and keep.shape == (M, dropout.mask_bytes(F)) and keep.is_contiguous()
-        wide = wide * dropout.unpack_mask(keep, F, torch.float32)
-    sums = parts(wide.mT, narrow, 2)
-    return sums.mT.contiguous() if transposed else sums, shrunk
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -114,3 +72,15 @@ def test_empty():
 @pytest.mark.parametrize("dtype", HALVES)
 def test_same_mask(dtype):
     checks.check_same_mask("cuda", dtype=dtype)
+
+
+def test_auto_takes_it_from_the_size_that_was_measured(monkeypatch):
+    case = make_case(batch=(40,), in_features=72, out_features=(48,), rank=8, dtype=torch.bfloat16)
+    monkeypatch.setattr(backends, "choose", lambda *_: "auto")  # as on a GPU
+    monkeypatch.setattr(configs, "tuned", lambda _: {("cuda_from", 2): 40 * 72 * 48})
+    calls = record_calls(monkeypatch, [cuda])
+    weight, lora_A, lora_B, *_ = case.projections[0]
+    pk.lora_linear(case.x, weight, lora_A.requires_grad_(), lora_B, 2.0).sum().backward()
+    assert [direction for direction, *_ in calls] == ["forward", "backward"]
+    assert op._faster(case.x[1:], 48, 72, False) == op._faster(case.x, 48, 72, True) == "triton"
+    assert op._faster(case.x.float(), 48, 72, False) == "triton"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from peft_kernels import _native
 from tests.checks import sparse_delta as checks
-from tests.checks.native import HALVES, parts, split_reduce, standing_in, taken
+from tests.checks.native import HALVES, sparse_gathered, split_reduce, standing_in
 
 pytestmark = pytest.mark.skipif(not _native.LIBRARY.exists(), reason="needs the native library")
 DTYPES = {
@@ -16,23 +16,6 @@ DTYPES = {
     "float32-values": {"dtype": torch.bfloat16, "values_dtype": torch.float32},
     "float32": {"dtype": torch.float32},
 }
-
-
-def sparse_gathered(dy, x, row_starts, columns, n, m):
-    (M, N), K = dy.shape, x.shape[1]
-    dy, x = taken(dy, M, N, dy.dtype), taken(x, M, K, dy.dtype)
-    if row_starts is not None:
-        assert row_starts.shape == (N + 1,) and row_starts.is_contiguous()
-        assert row_starts.dtype in (torch.int32, torch.int64)
-        assert columns.dim() == 1 and columns.is_contiguous() and columns.dtype in (torch.int16, torch.int32)
-        rows = torch.repeat_interleave(torch.arange(N), row_starts.diff())
-    else:
-        assert columns.dtype == torch.int8 and columns.is_contiguous() and columns.numel() == N * (K // m) * n
-        rows = torch.arange(N).repeat_interleave(K // m * n)
-        columns = (torch.arange(K // m)[:, None] * m + columns.view(N, K // m, n)).flatten()
-    if M == 0 or columns.numel() == 0:
-        return dy.new_empty(0, columns.numel())
-    return parts(dy.mT, x, 2 if M > 8 else 1)[:, rows, columns.long()]
 
 
 @pytest.fixture(scope="module", autouse=True)

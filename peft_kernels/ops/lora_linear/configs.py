@@ -216,12 +216,23 @@ def expand_path(
     return "fused" if smallest is not None and smallest <= M * N * K else "blas"
 
 
+#: (architecture, bytes of an element) → the least M·N·K from which the native CUDA kernels are faster.
+CUDA_FROM: dict[tuple[int, int], int] = {}
+
+
+def gpu_backend(M: int, N: int, K: int, dtype: torch.dtype, arch: int, table: Table = UNTUNED) -> str:
+    """ "cuda" where its kernels were measured faster (N of all projections together), else "triton"."""
+    smallest = table.get(("cuda_from", dtype.itemsize), CUDA_FROM.get((arch, dtype.itemsize)))
+    return "cuda" if smallest is not None and smallest <= M * N * K else "triton"
+
+
 CHOICES = {
     "shrink_tile": tuning.Choice(("M", "K", "width", "element_size", "dropping", "high"), shrink_candidates),
     "dy_pass_tile": tuning.Choice(("M", "N", "R", "element_size", "high"), dy_pass_candidates),
     "x_pass_tile": tuning.Choice(("M", "K", "width", "element_size", "high"), x_pass_candidates),
     "gemm_tile": tuning.Choice(("M", "N", "R", "element_size", "tma", "masks", "high", "base"), gemm_candidates),
     "fused_from": tuning.Choice(("element_size",)),  # M·N·K
+    "cuda_from": tuning.Choice(("element_size",)),  # M·N·K
 }
 
 

@@ -22,17 +22,24 @@ class Sizes(NamedTuple):
 
 
 def explain(
-    sizes: Sizes, dtype: torch.dtype, arch: int, backend: str = "triton", table: Table = UNTUNED
+    sizes: Sizes, dtype: torch.dtype, arch: int, backend: str = "auto", table: Table = UNTUNED
 ) -> Iterator[tuple[str, str]]:
-    """Label and text of each choice of the Triton backend, for one projection whose adapters are of `dtype`.
+    """Label and text of each choice on a GPU, for one projection whose adapters are of `dtype`: which backend `auto`
+    takes, then what Triton's launchers take.
 
     Args:
         arch: compute capability times 10, as 90.
-        backend: "triton", or one that forces a way ("triton:fused", "triton:blas").
+        backend: "auto", "triton", or one that forces a way ("triton:fused", "triton:blas").
         table: what was measured on that GPU; the rules stand where it has nothing.
     """
     M, K, N, R = sizes
     size = dtype.itemsize
+    if backend == "auto":
+        least = table.get(("cuda_from", size), configs.CUDA_FROM.get((arch, size)))
+        reason = f"no crossover to cuda was measured on sm_{arch}"
+        if least is not None:
+            reason = f"M·N·K = {M * N * K}, cuda from {least} on"
+        yield "backend", f"{configs.gpu_backend(M, N, K, dtype, arch, table)} ({reason})"
     path = configs.expand_path(M, N, K, R, dtype, arch, backend, table)
     forced = backend.partition(":")[2]
     measured = table.get(("fused_from", size), configs.FUSED_FROM.get((arch, size)))

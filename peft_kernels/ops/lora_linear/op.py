@@ -17,7 +17,7 @@ from ... import backends
 from ..common import dropout
 from ..common.library import LIBRARY, on_device_of, register
 from ..common.tensors import autocast
-from . import cuda, reference
+from . import configs, cuda, reference
 from .checks import check
 
 
@@ -294,26 +294,47 @@ LIBRARY.define(
 )
 
 
-def _forward(*args):
-    if args[-1] == "reference":
-        return reference.forward(*args)
-    with on_device_of(args[0]):
-        if args[-1] == "cuda":
-            return cuda.forward(*args)
+def _forward(x, projections, *rest):
+    *options, high_precision, backend = rest
+    if backend == "reference":
+        return reference.forward(x, projections, *rest)
+    with on_device_of(x):
+        if backend == "auto":
+            features = sum(weight.shape[0] for weight in projections[0::5])
+            backend = _faster(x, features, x.shape[-1], high_precision)
+        if backend == "cuda":
+            return cuda.forward(x, projections, *options, high_precision, backend)
         from . import triton_forward  # needs Triton, which the package does not
 
-        return triton_forward.forward(*args)
+        return triton_forward.forward(x, projections, *options, high_precision, backend)
 
 
-def _backward(*args):
-    if args[-1] == "reference":
-        return reference.backward(*args)
-    with on_device_of(args[0][0]):
-        if args[-1] == "cuda":
-            return cuda.backward(*args)
+def _backward(grad_ys, x, s, masks, projections, *rest):
+    *options, high_precision, backend = rest
+    if backend == "reference":
+        return reference.backward(grad_ys, x, s, masks, projections, *rest)
+    with on_device_of(grad_ys[0]):
+        if backend == "auto":
+            features = sum(dy.shape[-1] for dy in grad_ys)
+            wide = next((one for one in (x, *projections[0::4], *projections[1::4]) if one is not None), None)
+            # Where only dB is needed nothing has in_features. What is saved has the same form either way.
+            backend = "triton" if wide is None else _faster(grad_ys[0], features, wide.shape[-1], high_precision)
+        if backend == "cuda":
+            return cuda.backward(grad_ys, x, s, masks, projections, *options, high_precision, backend)
         from . import triton_backward
 
-        return triton_backward.backward(*args)
+        return triton_backward.backward(grad_ys, x, s, masks, projections, *options, high_precision, backend)
+
+
+def _faster(rows: torch.Tensor, features: int, in_features: int, high_precision: bool) -> str:
+    """Of "triton" and "cuda", by what was measured on this GPU."""
+    if high_precision or rows.element_size() != 2:  # what the native kernels do not multiply
+        return "triton"
+    from ..common.triton_host import architecture
+
+    M, device = math.prod(rows.shape[:-1]), rows.device
+    table = configs.tuned(device)
+    return configs.gpu_backend(M, features, in_features, rows.dtype, architecture(device), table)
 
 
 _forward_op = register("lora_linear_forward", _forward)

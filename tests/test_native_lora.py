@@ -11,9 +11,11 @@ from peft_kernels.ops.common import dropout
 pytestmark = pytest.mark.skipif(not _native.LIBRARY.exists(), reason="needs the native library")
 
 
-def lora_gemm(*args):
+def lora_gemm(left, right, low_left, low_right, *rest):
+    """Of one pair, or of lists."""
     assert _native.load(), _native.why_not()
-    return torch.ops.peft_kernels_native.lora_gemm(*args)
+    pairs = [given if isinstance(given, list) else [given] for given in (left, right, low_left, low_right)]
+    return torch.ops.peft_kernels_native.lora_gemm(*pairs, *rest)
 
 
 def lora_shrink(*args):
@@ -125,7 +127,22 @@ def test_is_the_rounded_sum(shape, masked, by_feature, dtype):
     # One rounding to the output's dtype, and float32's along the sum, of which the parts are of size 1.
     bound = torch.finfo(dtype).eps / 2 * wanted.abs() + (depth + rank) * 2**-23
     assert bool(((out.double() - wanted).abs() <= bound).all())
-    assert all(torch.equal(out, lora_gemm(*given, keep, bias, by_feature)) for _ in range(5))
+    repeats = 50 if rows == 1000 else 5
+    assert all(torch.equal(out, lora_gemm(*given, keep, bias, by_feature)) for _ in range(repeats))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("by_feature", [True, False])
+@pytest.mark.parametrize(("rows", "columns"), [(7, 72), (64, 4096), (1000, 1024), (2048, 4096)])
+def test_several_pairs(rows, columns, by_feature):
+    """Of q, k and v: the sum of all, masked where it is low-rank."""
+    sizes = [(4096, 16), (1024, 6), (200, 70)]
+    pairs = [operands(rows, columns, depth, rank, by_feature) for depth, rank in sizes]
+    keep = torch.randint(256, (rows, columns // 8), dtype=torch.uint8, device="cuda")
+    out = lora_gemm(*map(list, zip(*pairs)), keep, None, by_feature)
+    wanted = sum(exact(*pair, keep, None, by_feature) for pair in pairs)
+    bound = torch.finfo(out.dtype).eps / 2 * wanted.abs() + sum(map(sum, sizes)) * 2**-23
+    assert bool(((out.double() - wanted).abs() <= bound).all())
 
 
 @pytest.mark.gpu
@@ -169,6 +186,7 @@ def test_runs_on_the_current_stream():
         (lambda t: t | {"low_left": t["low_left"].cpu()}, "expected low_left on CUDA device 0"),
         (lambda t: t | {"keep": t["keep"][:, :4]}, r"expected a contiguous keep, uint8 \[64, 8\]"),
         (lambda t: t | {"bias": t["bias"][:3]}, r"expected a contiguous bias \[64\]"),
+        (lambda t: t | {"right": [t["right"]] * 2}, "expected 1 to 3 operands of each kind, got 1, 2, 1 and 1"),
     ],
 )
 def test_says_what_it_expected(change, message):

@@ -3,6 +3,7 @@ provider's own code in `benchmarks/providers/`: a line here is a call there."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -278,17 +279,26 @@ def cuda(layers: list[Layer], ceilings: Ceilings) -> Passes | None:
     forward += [elementwise("cat of S", n * l.S, n * l.S)] if n > 1 else []
 
     backward = []
-    for j, one in enumerate(layers):
+    for one in layers:
         slices = math.ceil(one.N / 128)
         dH, dB = F32 * slices * one.M * one.R, F32 * native_parts(slices, one.M, processors) * one.N * one.R
-        dA = F32 * native_parts(math.ceil(one.K / 128), one.M, processors) * one.R * one.K
         backward += [
             Launch("dy pass", 4 * one.M * one.N * one.R, one.y + one.B + one.S, dH + dB),
             elementwise("reduce dB", dB, one.B), elementwise("reduce dH", dH, one.S),
-            _reads(in_one(one.base_dx(), one.low_rank_dx(), kept=one.x), bits),
-            *([elementwise("dx +", 2 * one.x, one.x)] if j else []),
-            Launch("x pass", 2 * one.M * one.K * one.R, one.x + one.S + bits, dA), elementwise("reduce dA", dA, one.A),
         ]  # fmt: skip
+    products = [in_one(one.base_dx(), one.low_rank_dx(), kept=one.x) for one in layers]
+    dA = F32 * native_parts(math.ceil(l.K / 128), l.M, processors) * l.R * l.K
+    if l.p or n == 1:  # each projection has a mask of its own
+        for j, product in enumerate(products):
+            backward += [_reads(product, bits), *([elementwise("dx +", 2 * l.x, l.x)] if j else [])]
+        for _ in layers:
+            backward.append(Launch("x pass", 2 * l.M * l.K * l.R, l.x + l.S + bits, dA))
+            backward.append(elementwise("reduce dA", dA, l.A))
+    else:
+        dx = functools.reduce(lambda one, other: in_one(one, other, kept=l.x), products)
+        backward += [dx._replace(name="dx"), elementwise("cat of dH", n * l.S, n * l.S)]
+        backward.append(Launch("x pass", 2 * l.M * l.K * C, l.x + n * l.S, n * dA))
+        backward += [elementwise("reduce dA", dA, l.A)] * n
     return Passes(forward, backward)
 
 

@@ -1,7 +1,8 @@
 // The GEMM with a low-rank product (gemm.h) as an op: what it takes, then the tile, then the launch.
 //
 //   lora_gemm(left [M, K], right, low_left [M, R], low_right, keep?, bias? [N], by_feature) -> out [M, N]
-//   by_feature: right is [N, K] and low_right [N, R]; otherwise [K, N] and [R, N]
+//   each operand a list of one to three, K and R of their own; by_feature: right is [N, K] and low_right [N, R], otherwise
+//   [K, N] and [R, N]
 //
 // bfloat16 or float16 on sm_80 and later; rows of unit stride that start on 16 bytes. Where out has few tiles the depth is split,
 // and the workspace is float32 [P, M, N], P up to 32; otherwise none. The tiles for sm_90a also
@@ -20,6 +21,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 namespace peft_kernels::lora_gemm {
 namespace {
@@ -46,57 +48,78 @@ cudaError_t launch(const Arguments& args, TileName tile, int processors, cudaStr
   return boxes ? launch_sm90<T, kByFeature>(args, tile, processors, stream) : launch_sm80<T, kByFeature>(args, tile, stream);
 }
 
-Tensor lora_gemm(const Tensor& left, const Tensor& right, const Tensor& low_left, const Tensor& low_right,
-                 const std::optional<Tensor>& keep, const std::optional<Tensor>& bias, bool by_feature) {
-  check_16_bit(kOp, left, "left");
-  STD_TORCH_CHECK(right.dim() == 2 && low_left.dim() == 2, kOp, ": expected right and low_left of two dimensions, got ",
-                  shape_of(right), " and ", shape_of(low_left));
-  const int64_t rows = left.size(0), depth = left.size(1), rank = low_left.size(1);
-  const int64_t columns = right.size(by_feature ? 0 : 1);
-  check_sizes(kOp, {rows, columns, depth, rank});
-  check_operand(kOp, left, "left", rows, depth, left);
-  check_operand(kOp, right, "right", by_feature ? columns : depth, by_feature ? depth : columns, left);
-  check_operand(kOp, low_left, "low_left", rows, rank, left);
-  check_operand(kOp, low_right, "low_right", by_feature ? columns : rank, by_feature ? rank : columns, left);
+// [height, depth] and [features, depth] or, by depth, [depth, features], on the device and in the dtype of `like`.
+Pair pair_of(const Tensor& left, const Tensor& right, const char* left_name, const char* right_name, int64_t rows,
+             int64_t columns, bool by_feature, const Tensor& like) {
+  STD_TORCH_CHECK(left.dim() == 2, kOp, ": expected ", left_name, " of two dimensions, got ", shape_of(left));
+  const int64_t depth = left.size(1);
+  check_sizes(kOp, {depth});
+  check_operand(kOp, left, left_name, rows, depth, like);
+  check_operand(kOp, right, right_name, by_feature ? columns : depth, by_feature ? depth : columns, like);
+  return {left.const_data_ptr(), pitch_of(left), right.const_data_ptr(), pitch_of(right), static_cast<int>(depth)};
+}
+
+Tensor lora_gemm(std::vector<Tensor> left, std::vector<Tensor> right, std::vector<Tensor> low_left,
+                 std::vector<Tensor> low_right, const std::optional<Tensor>& keep, const std::optional<Tensor>& bias,
+                 bool by_feature) {
+  const size_t pairs = left.size();
+  STD_TORCH_CHECK(1 <= pairs && pairs <= kMostPairs && right.size() == pairs && low_left.size() == pairs &&
+                      low_right.size() == pairs,
+                  kOp, ": expected 1 to ", kMostPairs, " operands of each kind, got ", pairs, ", ", right.size(), ", ",
+                  low_left.size(), " and ", low_right.size());
+  const Tensor& like = left[0];
+  check_16_bit(kOp, like, "left");
+  STD_TORCH_CHECK(right[0].dim() == 2, kOp, ": expected right of two dimensions, got ", shape_of(right[0]));
+  const int64_t rows = like.size(0), columns = right[0].size(by_feature ? 0 : 1);
+  check_sizes(kOp, {rows, columns});
+  Arguments args{};
+  args.pairs = static_cast<int>(pairs);
+  for (size_t j = 0; j < pairs; ++j) {
+    args.base[j] = pair_of(left[j], right[j], "left", "right", rows, columns, by_feature, like);
+    args.low[j] = pair_of(low_left[j], low_right[j], "low_left", "low_right", rows, columns, by_feature, like);
+  }
   if (keep) {
     STD_TORCH_CHECK(keep->dim() == 2 && keep->size(0) == rows && keep->size(1) == (columns + 7) / 8 &&
                         keep->scalar_type() == ScalarType::Byte && keep->is_contiguous(),
                     kOp, ": expected a contiguous keep, uint8 [", rows, ", ", (columns + 7) / 8, "], got ",
                     shape_of(*keep));
-    check_same_device(*keep, "keep", left);
+    check_same_device(*keep, "keep", like);
+    args.keep = static_cast<const uint8_t*>(keep->const_data_ptr());
   }
   if (bias) {
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == columns && bias->is_contiguous() &&
-                        bias->scalar_type() == left.scalar_type(),
+                        bias->scalar_type() == like.scalar_type(),
                     kOp, ": expected a contiguous bias [", columns, "] in left's dtype, got ", shape_of(*bias));
-    check_same_device(*bias, "bias", left);
+    check_same_device(*bias, "bias", like);
+    args.bias = bias->const_data_ptr();
   }
 
-  const int32_t device = left.get_device_index();
+  const int32_t device = like.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
-  if (rows == 0 || columns == 0) return torch::stable::new_empty(left, {rows, columns});
+  if (rows == 0 || columns == 0) return torch::stable::new_empty(like, {rows, columns});
 
   const int processors = processors_of(device);
-  const bool boxes = columns % 8 == 0 && depth > 0 && has_boxes(device);
+  const bool boxes = columns % 8 == 0 && args.base[0].depth > 0 && has_boxes(device);
   const TileName tile = choose(rows, columns, processors, boxes);
   const int64_t small_tiles = static_cast<int64_t>(tiles_of(rows, Small::kRows)) * tiles_of(columns, Small::kColumns);
-  const int parts = tile == TileName::kSmall ? parts_of(depth, Small::kDepth, small_tiles, processors) : 1;
-  blocks_for(small_tiles * parts, 1);  // they fit
-  Tensor out = parts > 1 ? torch::stable::new_empty(left, {parts, rows, columns}, ScalarType::Float)
-                         : torch::stable::new_empty(left, {rows, columns});
-  const Arguments args{
-      left.const_data_ptr(), pitch_of(left), right.const_data_ptr(), pitch_of(right),
-      low_left.const_data_ptr(), pitch_of(low_left), low_right.const_data_ptr(), pitch_of(low_right),
-      keep ? static_cast<const uint8_t*>(keep->const_data_ptr()) : nullptr, bias ? bias->const_data_ptr() : nullptr,
-      parts > 1 ? nullptr : out.mutable_data_ptr(), static_cast<int>(rows), static_cast<int>(columns),
-      static_cast<int>(depth), static_cast<int>(rank),
-      parts > 1 ? static_cast<float*>(out.mutable_data_ptr()) : nullptr, parts, part_of(depth, parts, Small::kDepth),
-  };
-  const auto call = left.scalar_type() == ScalarType::Half
+  const int stages = stages_of(args.base, args.pairs, Small::kDepth);
+  args.parts = tile == TileName::kSmall ? parts_of(stages, 1, small_tiles, processors) : 1;
+  args.part = part_of(stages, args.parts, 1);
+  blocks_for(small_tiles * args.parts, 1);  // they fit
+  args.rows = static_cast<int>(rows), args.columns = static_cast<int>(columns);
+  const bool split = args.parts > 1;
+  Tensor out = split ? torch::stable::new_empty(like, {args.parts, rows, columns}, ScalarType::Float)
+                     : torch::stable::new_empty(like, {rows, columns});
+  if (split) {
+    args.partials = static_cast<float*>(out.mutable_data_ptr());
+  } else {
+    args.out = out.mutable_data_ptr();
+  }
+  const auto call = like.scalar_type() == ScalarType::Half
                         ? (by_feature ? &launch<__half, true> : &launch<__half, false>)
                         : (by_feature ? &launch<__nv_bfloat16, true> : &launch<__nv_bfloat16, false>);
   check_cuda(call(args, tile, processors, current_stream(device)), "launching lora_gemm");
-  return parts > 1 ? split_reduce(out, std::nullopt, 1.0, left.scalar_type()) : out;
+  return split ? split_reduce(out, std::nullopt, 1.0, like.scalar_type()) : out;
 }
 
 }  // namespace

@@ -7,7 +7,7 @@
 namespace peft_kernels::lora_gemm {
 
 template <typename T, typename Tile, bool kByFeature>
-PEFT_KERNELS_GLOBAL(Tile::kThreads) gemm_sm80(const Arguments args) {
+PEFT_KERNELS_GLOBAL(Tile::kThreads) gemm_sm80(const __grid_constant__ Arguments args) {
   extern __shared__ __align__(128) char shared[];
   Gemm<T, Tile, kByFeature>::run(args, shared);
 }

@@ -27,40 +27,39 @@ struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
 
   PEFT_KERNELS_DEVICE static void run(const Arguments& args, char* shared) {
     const int tiles = tiles_of(args.rows, Tile::kRows) * tiles_of(args.columns, Tile::kColumns);
-    const int part = kSplits ? block_index() / tiles : 0, depth_0 = kSplits ? part * args.part : 0;
-    const int depth = kSplits && args.depth - depth_0 > args.part ? depth_0 + args.part : args.depth;  // this part's end
+    const int part = kSplits ? block_index() / tiles : 0;
     const Position tile = position(block_index() - part * tiles, args.rows, args.columns, Tile::kRows, Tile::kColumns);
     const int row_0 = tile.row * Tile::kRows, column_0 = tile.column * Tile::kColumns;
-    const int low_stages = part == 0 ? tiles_of(args.rank, Tile::kDepth) : 0;
-    const int stages = low_stages + tiles_of(depth - depth_0, Tile::kDepth);
+    const int low_stages = part == 0 ? stages_of(args.low, args.pairs, Tile::kDepth) : 0;
+    const int first = kSplits ? part * args.part : 0;  // of the base's stages
+    int stages = stages_of(args.base, args.pairs, Tile::kDepth) - first;
+    if (kSplits && stages > args.part) stages = args.part;
     Sums sums = {};
 
     if (low_stages > 0 && args.keep != nullptr) fetch_mask(args, shared + kKeep, row_0, column_0);
     const auto fetch = [&](int stage, char* place) {  // operands are chosen by the stage and copied by the same code
       const bool low = stage < low_stages;
-      const Operands operands{low ? args.low_left : args.left,
-                              low ? args.low_left_pitch : args.left_pitch,
-                              low ? args.low_right : args.right,
-                              low ? args.low_right_pitch : args.right_pitch,
-                              args.rows,
-                              args.columns,
-                              low ? args.rank : depth};
-      const int first = low ? stage * Tile::kDepth : depth_0 + (stage - low_stages) * Tile::kDepth;
-      Product::fetch(place, operands, row_0, column_0, first);
+      int depth_0 = low ? stage : first + stage - low_stages;
+      const Pair& pair = pair_of(low ? args.low : args.base, args.pairs, depth_0);
+      const Operands operands{pair.left, pair.left_pitch, pair.right,  pair.right_pitch,
+                              args.rows, args.columns,    pair.depth};
+      Product::fetch(place, operands, row_0, column_0, depth_0);
     };
     const auto use = [&](int stage, const char* place) {
       if (stage >= low_stages) {
         PEFT_KERNELS_UNROLL
         for (int step = 0; step < kSteps; ++step) Product::multiply(place, step, sums);
       } else {  // few steps where the rank is small
-        const int left_over = tiles_of(args.rank - stage * Tile::kDepth, kFragment);
+        int depth_0 = stage;
+        const Pair& pair = pair_of(args.low, args.pairs, depth_0);
+        const int left_over = tiles_of(pair.depth - depth_0, kFragment);
         for (int step = 0; step < (left_over < kSteps ? left_over : kSteps); ++step) {
           Product::multiply(place, step, sums);
         }
         if (stage == low_stages - 1 && args.keep != nullptr) mask(shared + kKeep, sums);
       }
     };
-    Product::each_stage(shared, stages, fetch, use);
+    Product::each_stage(shared, low_stages + stages, fetch, use);
     if (kSplits && args.parts > 1) {
       store_part(args, part, row_0, column_0, sums);
     } else {
@@ -69,6 +68,16 @@ struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
   }
 
  private:
+  // Whose stage it is; `stage`, counted over all pairs, becomes the pair's first element of depth.
+  PEFT_KERNELS_DEVICE static const Pair& pair_of(const Pair* pairs, int count, int& stage) {
+    int j = 0;
+    for (; j < count - 1 && stage >= tiles_of(pairs[j].depth, Tile::kDepth); ++j) {
+      stage -= tiles_of(pairs[j].depth, Tile::kDepth);
+    }
+    stage *= Tile::kDepth;
+    return pairs[j];
+  }
+
   // The tile's bits, with the copies of the first stage where rows start on 8 bytes.
   PEFT_KERNELS_DEVICE static void fetch_mask(const Arguments& args, char* bits, int row_0, int column_0) {
     const int64_t pitch = (args.columns + 7) / 8;

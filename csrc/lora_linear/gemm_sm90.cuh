@@ -24,20 +24,19 @@ template <typename T, typename Tile, bool kByFeature>
 cudaError_t launch_sm90(const Arguments& args, int processors, cudaStream_t stream) {
   using Gemm = BoxGemm<T, Tile, kByFeature>;
   using Product = typename Gemm::Product;
-  BoxArguments boxes{{}, {}, {}, {}, {}, args.keep, args.bias, args.rows, args.columns, args.depth, args.rank};
-  const auto right = [&](TensorMap* map, const void* start, int64_t pitch, int depth) {
-    return encode(map, start, pitch, kByFeature ? args.columns : depth, kByFeature ? depth : args.columns,
-                  Product::kRightBox);
+  BoxArguments boxes{};
+  boxes.pairs = args.pairs, boxes.keep = args.keep, boxes.bias = args.bias;
+  boxes.rows = args.rows, boxes.columns = args.columns;
+  cudaError_t status = encode(&boxes.out, args.out, args.columns, args.rows, args.columns, Product::kGroupRows);
+  const auto add = [&](BoxPair& to, const Pair& pair) {
+    to.depth = pair.depth;
+    if (pair.depth == 0 || status != cudaSuccess) return;
+    status = encode(&to.left, pair.left, pair.left_pitch, args.rows, pair.depth, Product::kLeftBox);
+    if (status != cudaSuccess) return;
+    status = encode(&to.right, pair.right, pair.right_pitch, kByFeature ? args.columns : pair.depth,
+                    kByFeature ? pair.depth : args.columns, Product::kRightBox);
   };
-  cudaError_t status = encode(&boxes.left, args.left, args.left_pitch, args.rows, args.depth, Product::kLeftBox);
-  if (status == cudaSuccess) status = right(&boxes.right, args.right, args.right_pitch, args.depth);
-  if (status == cudaSuccess && args.rank > 0) {
-    status = encode(&boxes.low_left, args.low_left, args.low_left_pitch, args.rows, args.rank, Product::kLeftBox);
-    if (status == cudaSuccess) status = right(&boxes.low_right, args.low_right, args.low_right_pitch, args.rank);
-  }
-  if (status == cudaSuccess) {
-    status = encode(&boxes.out, args.out, args.columns, args.rows, args.columns, Product::kGroupRows);
-  }
+  for (int j = 0; j < args.pairs; ++j) add(boxes.low[j], args.low[j]), add(boxes.base[j], args.base[j]);
   if (status != cudaSuccess) return status;
   const int64_t clusters = std::min<int64_t>(Product::clusters_of(args.rows, args.columns), processors / Tile::kCluster);
   return launch_shared(&gemm_sm90<T, Tile, kByFeature>, clusters * Tile::kCluster, Gemm::kThreads, Gemm::kSharedBytes,

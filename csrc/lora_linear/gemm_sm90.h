@@ -4,17 +4,25 @@
 
 #include "common/kernel_source.h"
 #include "common/product_sm90.h"
+#include "lora_linear/gemm.h"
 
 #include <cstdint>
 
 namespace peft_kernels::lora_gemm {
 
-// As Arguments, with operands in boxes as BoxProduct has them; of a rank of 0 no map is read. `out` in boxes of 64 rows.
+// As Arguments, with operands in boxes as BoxProduct has them; of a depth of 0 no map is read. `out` in boxes of 64 rows.
+struct BoxPair {
+  TensorMap left, right;
+  int depth;
+};
+
 struct BoxArguments {
-  TensorMap left, right, low_left, low_right, out;
+  BoxPair low[kMostPairs], base[kMostPairs];
+  int pairs;
+  TensorMap out;
   const uint8_t* keep;
   const void* bias;
-  int rows, columns, depth, rank;  // depth at least 1
+  int rows, columns;
 };
 
 template <typename T, typename Tile, bool kByFeature>
@@ -30,17 +38,21 @@ struct BoxGemm : private BoxProduct<T, Tile, true, kByFeature> {
 
   PEFT_KERNELS_DEVICE static void run(const BoxArguments& args, char* shared) {
     const typename Product::Ring ring(shared, shared + kBarriers);
-    const int low_stages = tiles_of(args.rank, kDepth), stages = tiles_of(args.depth, kDepth);
+    int stages = 0;
+    for (int j = 0; j < args.pairs; ++j) stages += tiles_of(args.base[j].depth, kDepth);
     const auto load = [&] {
-      prefetch(args.left), prefetch(args.right), prefetch(args.out);
+      prefetch(args.base[0].left), prefetch(args.base[0].right), prefetch(args.out);
       typename Product::Slot slot;
       Product::each_tile(args.rows, args.columns, 1, [&](int row_0, int column_0, int) {
-        for (int stage = 0; stage < low_stages; ++stage) {
-          Product::load(ring, slot, args.low_left, args.low_right, row_0, column_0, stage * kDepth);
-        }
-        for (int stage = 0; stage < stages; ++stage) {
-          Product::load(ring, slot, args.left, args.right, row_0, column_0, stage * kDepth);
-        }
+        const auto all = [&](const BoxPair* pairs) {
+          for (int j = 0; j < args.pairs; ++j) {
+            for (int depth = 0; depth < pairs[j].depth; depth += kDepth) {
+              Product::load(ring, slot, pairs[j].left, pairs[j].right, row_0, column_0, depth);
+            }
+          }
+        };
+        all(args.low);
+        all(args.base);
       });
     };
     const auto multiply = [&] {
@@ -50,11 +62,14 @@ struct BoxGemm : private BoxProduct<T, Tile, true, kByFeature> {
         float sums[kSums];
         uint32_t bits[2][kWords];
         if (args.keep != nullptr) load_mask(args, row_0 + row_of_group(), column_0, bits);
-        for (int stage = 0; stage < low_stages; ++stage) {  // few steps where the rank is small
-          Product::multiply_part(ring, slot, args.rank - stage * kDepth, sums, stage > 0);
+        bool onto = false;
+        for (int j = 0; j < args.pairs; ++j) {
+          for (int depth = 0; depth < args.low[j].depth; depth += kDepth, onto = true) {
+            Product::multiply_part(ring, slot, args.low[j].depth - depth, sums, onto);  // few steps where it is small
+          }
         }
         if (args.keep != nullptr) mask(bits, sums);
-        Product::multiply_stages(ring, slot, stages, sums, low_stages > 0);
+        Product::multiply_stages(ring, slot, stages, sums, onto);
         store(args, shared + kOut + 2 * group() * kOutBytes, row_0, column_0, sums);
       });
       if (is_first()) stores_wait<0>();

@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <utility>
 
 namespace peft_kernels::selftest {
@@ -51,8 +52,14 @@ class OnDevice {
 template <typename T, typename Launch>
 void gemm(const Problem<T>& problem, const std::string& name, const Launch& launch, int parts = 1) {
   const Shape& shape = problem.shape;
-  const OnDevice<T> left(problem.left.values), right(problem.right.values), low_left(problem.low_left.values),
-      low_right(problem.low_right.values), bias(problem.bias.values);
+  std::deque<OnDevice<T>> operands;
+  const auto on_device = [&](const typename Problem<T>::Operands& pair) {
+    const OnDevice<T>& left = operands.emplace_back(pair.left.values);
+    return pair.at(left.get(), operands.emplace_back(pair.right.values).get());
+  };
+  lora_gemm::Pair base[lora_gemm::kMostPairs], low[lora_gemm::kMostPairs];
+  for (int j = 0; j < shape.pairs; ++j) base[j] = on_device(problem.base[j]), low[j] = on_device(problem.low[j]);
+  const OnDevice<T> bias(problem.bias.values);
   const OnDevice<uint8_t> keep(problem.keep);
   const size_t size = static_cast<size_t>(shape.rows) * shape.columns;
   std::vector<T> first;
@@ -61,8 +68,8 @@ void gemm(const Problem<T>& problem, const std::string& name, const Launch& laun
     const OnDevice<T> out(poisoned<T>(size));
     const OnDevice<float> partials(poisoned<float>(parts > 1 ? parts * size : 0));
     lora_gemm::Arguments args = problem.arguments(out.get(), partials.get(), parts);
-    args.left = left.get(), args.right = right.get(), args.low_left = low_left.get();
-    args.low_right = low_right.get();
+    std::copy_n(base, shape.pairs, args.base);
+    std::copy_n(low, shape.pairs, args.low);
     args.keep = args.keep ? keep.get() : nullptr, args.bias = args.bias ? bias.get() : nullptr;
     check(launch(args), ("launching " + name).c_str());
     check(cudaDeviceSynchronize(), name.c_str());

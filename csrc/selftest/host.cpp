@@ -75,21 +75,18 @@ std::string box_gemm(const Problem<T>& problem, unsigned order) {
   const Shape& shape = problem.shape;
   std::vector<T> out = poisoned<T>(static_cast<size_t>(shape.rows) * shape.columns + kMargin);
   const lora_gemm::Arguments args = problem.arguments(out.data());
-  const auto right = [&](const void* start, int64_t pitch, int depth) {
-    return kByFeature ? map_of(start, pitch, args.columns, depth, Product::kRightBox)
-                      : map_of(start, pitch, depth, args.columns, Product::kRightBox);
+  lora_gemm::BoxArguments boxes{};
+  const auto add = [&](lora_gemm::BoxPair& to, const lora_gemm::Pair& pair) {
+    to.left = map_of(pair.left, pair.left_pitch, args.rows, pair.depth, Product::kLeftBox);
+    to.right = map_of(pair.right, pair.right_pitch, kByFeature ? args.columns : pair.depth,
+                      kByFeature ? pair.depth : args.columns, Product::kRightBox);
+    to.depth = pair.depth;
   };
-  const lora_gemm::BoxArguments boxes{map_of(args.left, args.left_pitch, args.rows, args.depth, Product::kLeftBox),
-                                      right(args.right, args.right_pitch, args.depth),
-                                      map_of(args.low_left, args.low_left_pitch, args.rows, args.rank, Product::kLeftBox),
-                                      right(args.low_right, args.low_right_pitch, args.rank),
-                                      map_of(args.out, args.columns, args.rows, args.columns, Product::kGroupRows),
-                                      args.keep,
-                                      args.bias,
-                                      args.rows,
-                                      args.columns,
-                                      args.depth,
-                                      args.rank};
+  for (int j = 0; j < args.pairs; ++j) add(boxes.base[j], args.base[j]), add(boxes.low[j], args.low[j]);
+  boxes.pairs = args.pairs;
+  boxes.out = map_of(args.out, args.columns, args.rows, args.columns, Product::kGroupRows);
+  boxes.keep = args.keep, boxes.bias = args.bias;
+  boxes.rows = args.rows, boxes.columns = args.columns;
   // Fewer clusters than tiles, so that each has several.
   const int clusters = static_cast<int>((Product::clusters_of(args.rows, args.columns) + 2) / 3);
   emulator::launch(clusters * Tile::kCluster, Gemm::kThreads, Gemm::kSharedBytes, order,

@@ -44,16 +44,20 @@ def parts(left, right, count):
 # --- The kernels ---------------------------------------------------------------------------------------------------
 
 
-def lora_gemm(left, right, low_left, low_right, keep, bias, by_feature):
-    (M, K), R, dtype = left.shape, low_left.shape[1], left.dtype
-    N = right.shape[0 if by_feature else 1]
-    right = taken(right, *((N, K) if by_feature else (K, N)), dtype)
-    low_right = taken(low_right, *((N, R) if by_feature else (R, N)), dtype)
-    out = taken(low_left, M, R, dtype) @ (low_right.mT if by_feature else low_right)
+def lora_gemm(lefts, rights, low_lefts, low_rights, keep, bias, by_feature):
+    assert 1 <= len(lefts) == len(rights) == len(low_lefts) == len(low_rights) <= 3
+    M, N, dtype = lefts[0].shape[0], rights[0].shape[0 if by_feature else 1], lefts[0].dtype
+
+    def product(left, right):
+        K = left.shape[1]
+        right = taken(right, *((N, K) if by_feature else (K, N)), dtype)
+        return taken(left, M, K, dtype) @ (right.mT if by_feature else right)
+
+    out = sum(map(product, low_lefts, low_rights))
     if keep is not None:
         assert keep.shape == (M, dropout.mask_bytes(N)) and keep.is_contiguous()
         out = out * dropout.unpack_mask(keep, N, torch.float32)
-    out = out + taken(left, M, K, dtype) @ (right.mT if by_feature else right)
+    out = out + sum(map(product, lefts, rights))
     if bias is not None:
         assert bias.shape == (N,) and bias.is_contiguous() and bias.dtype == dtype
         out = out + bias

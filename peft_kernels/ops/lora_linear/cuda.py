@@ -1,5 +1,5 @@
 """LoRA linear by the native library's CUDA kernels (csrc/README.md): one pass over x for S and dropout's mask, one GEMM
-for y; one pass over dy for dH and dB, one over x for dA, one GEMM for dx.
+for y; one pass over dy for dH and dB, one over x for dA, one GEMM for dx: of all projections that share a mask.
 
 They multiply 16-bit operands whose rows start on 16 bytes. Low-rank matrices are filled up with zeros to a multiple of
 8 ranks, and a wide matrix whose rows lie otherwise is copied once. A weight that lies otherwise is left to the vendor's
@@ -7,6 +7,8 @@ GEMM, and float32 (operands, or adapters at "high" precision) to the reference: 
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 
@@ -16,6 +18,7 @@ from ..common.tensors import flatten, unflatten
 from . import reference
 
 LARGEST_RANK_OF_PASS = 64  # of `lora_outer`; above, a pass for every 64 ranks
+LARGEST_NUMBER_OF_PAIRS = 3  # of `lora_gemm`
 
 
 def forward(
@@ -83,31 +86,38 @@ def backward(
             grad_ys, x, s, masks, projections, scalings, ranks, dropout_p, needs_x, needs, adapter_dtype, high_precision
         )
     rows = None if x is None else aligned(flatten(x))
-    grad_x, grads, column = None, [], 0
-    for j, grad_y in enumerate(grad_ys):
-        weight, lora_A, lora_B, row_scaling = projections[4 * j : 4 * j + 4]
-        needs_weight, needs_bias, needs_A, needs_B = needs[4 * j : 4 * j + 4]
-        dy, rank = aligned(flatten(grad_y)), ranks[j]
-        keep = None if masks is None else masks[min(j, len(masks) - 1)]
+    weights, lora_As, lora_Bs, row_scalings = (projections[i::4] for i in range(4))
+    needs_weight, needs_bias, needs_A, needs_B = (needs[i::4] for i in range(4))
+    dys = [aligned(flatten(grad_y)) for grad_y in grad_ys]
+    dhs, grads_B, column = [], [], 0
+    for j, dy in enumerate(dys):
         kept_s = None
-        if needs_B:
-            kept_s = s[:, column : column + rank]
-            column += rank
-        right = lora_B.to(dtype) if needs_x or needs_A else None
+        if needs_B[j]:
+            kept_s = s[:, column : column + ranks[j]]
+            column += ranks[j]
+        right = lora_Bs[j].to(dtype) if needs_x or needs_A[j] else None
         scale = scalings[j] * dropout.rescale(dropout_p)
-        dh, grad_B = _pass_over_dy(dy, right, kept_s, row_scaling, scale, adapter_dtype)
-        if needs_x:
-            part = _grad_x(dy, weight, dh, lora_A.to(dtype), keep)
-            grad_x = part if grad_x is None else grad_x.add_(part)
-        if needs_weight:
+        dh, grad_B = _pass_over_dy(dy, right, kept_s, row_scalings[j], scale, adapter_dtype)
+        dhs.append(dh)
+        grads_B.append(grad_B)
+    one_mask = masks is None or len(masks) == 1  # or none
+    keeps = [None if masks is None else masks[0 if one_mask else j] for j in range(len(dys))]
+    grads = []
+    if needs_x:
+        grad_x = _grad_x(dys, weights, dhs, [lora_A.to(dtype) for lora_A in lora_As], keeps, one_mask)
+        grads.append(unflatten(grad_x, grad_ys[0]))
+    with_A = [j for j, needed in enumerate(needs_A) if needed]
+    grads_A = _grads_A(rows, [dhs[j] for j in with_A], [keeps[j] for j in with_A], one_mask, adapter_dtype)
+    for j, dy in enumerate(dys):
+        if needs_weight[j]:
             grads.append(dy.t().mm(rows))
-        if needs_bias:
+        if needs_bias[j]:
             grads.append(dy.sum(0))
-        if needs_A:
-            grads.append(_outer(rows, dh, keep, True, adapter_dtype))
-        if needs_B:
-            grads.append(grad_B)
-    return [unflatten(grad_x, grad_ys[0]), *grads] if needs_x else grads
+        if needs_A[j]:
+            grads.append(next(grads_A))
+        if needs_B[j]:
+            grads.append(grads_B[j])
+    return grads
 
 
 def _expand(
@@ -116,24 +126,62 @@ def _expand(
     """x·Wᵀ + S·Bᵀ + bias [M, N]."""
     bias = None if bias is None else bias.contiguous()
     if takes(weight):
-        return native().lora_gemm(x, weight, s, aligned(lora_B), None, bias, True)
+        return native().lora_gemm([x], [weight], [s], [aligned(lora_B)], None, bias, True)
     if takes(weight.t()):
-        return native().lora_gemm(x, weight.t(), s, aligned(lora_B.t()), None, bias, False)
+        return native().lora_gemm([x], [weight.t()], [s], [aligned(lora_B.t())], None, bias, False)
     return reference.add_base(s, lora_B, x, weight, bias)
 
 
 def _grad_x(
-    dy: torch.Tensor, weight: torch.Tensor, dh: torch.Tensor, lora_A: torch.Tensor, keep: torch.Tensor | None
+    dys: list[torch.Tensor],
+    weights: list[torch.Tensor],
+    dhs: list[torch.Tensor],
+    lora_As: list[torch.Tensor],
+    keeps: list[torch.Tensor | None],
+    one_mask: bool,
 ) -> torch.Tensor:
-    """dy·W + D(dH·A) [M, K]."""
-    if takes(weight):
-        return native().lora_gemm(dy, weight, dh, aligned(lora_A), keep, None, False)
-    if takes(weight.t()):
-        return native().lora_gemm(dy, weight.t(), dh, aligned(lora_A.t()), keep, None, True)
-    low_rank = dh.mm(lora_A)
-    if keep is not None:
-        low_rank.mul_(dropout.unpack_mask(keep, lora_A.shape[1], dh.dtype))
-    return low_rank.addmm_(dy, weight)
+    """Σ_j dy_j·W_j + D_j(dH_j·A_j) [M, K]: one GEMM for what shares a mask (or has none) and a way to lie."""
+    together: dict[tuple[bool | None, int], list[int]] = {}
+    for j, weight in enumerate(weights):
+        by_feature = False if takes(weight) else True if takes(weight.t()) else None
+        together.setdefault((by_feature, 0 if one_mask else j), []).append(j)
+    grad_x = None
+    for (by_feature, _), members in together.items():
+        keep = keeps[members[0]]
+        for some in members if by_feature is None else _chunks(members, LARGEST_NUMBER_OF_PAIRS):
+            if by_feature is None:
+                part = dhs[some].mm(lora_As[some])
+                if keep is not None:
+                    part.mul_(dropout.unpack_mask(keep, part.shape[1], part.dtype))
+                part.addmm_(dys[some], weights[some])
+            else:
+                right = [weights[j].t() if by_feature else weights[j] for j in some]
+                low_right = [aligned(lora_As[j].t() if by_feature else lora_As[j]) for j in some]
+                left, low_left = [dys[j] for j in some], [dhs[j] for j in some]
+                part = native().lora_gemm(left, right, low_left, low_right, keep, None, by_feature)
+            grad_x = part if grad_x is None else grad_x.add_(part)
+    return grad_x
+
+
+def _grads_A(
+    x: torch.Tensor | None,
+    dhs: list[torch.Tensor],
+    keeps: list[torch.Tensor | None],
+    one_mask: bool,
+    dtype: torch.dtype,
+) -> Iterator[torch.Tensor]:
+    """dA_j = dH_jᵀ·D_j(x) [R_j, K]: by one pass over x where projections share a mask, or have none, and ranks fit."""
+    ranks = [dh.shape[1] for dh in dhs]
+    if not one_mask or len(dhs) < 2 or sum(ranks) > LARGEST_RANK_OF_PASS:
+        yield from (_outer(x, dh, keep, True, dtype) for dh, keep in zip(dhs, keeps))
+        return
+    sums, _ = native().lora_outer(x, with_columns(_joined(dhs, dim=1), padded(sum(ranks))), None, keeps[0], True)
+    for part in sums[:, : sum(ranks)].split(ranks, dim=1):
+        yield reduced(part, None, 1.0, dtype)
+
+
+def _chunks(members: list[int], size: int) -> list[list[int]]:
+    return [members[start : start + size] for start in range(0, len(members), size)]
 
 
 def _pass_over_dy(

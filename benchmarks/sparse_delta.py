@@ -157,7 +157,8 @@ def measure(work: Work, request: Request) -> list[Row]:
     lanes: dict[str, Lane] = {}
     rows: list[Row] = []
     results = right_results(case)
-    for make in makers(request.device, shira=pattern.r > 0):
+    native = layout.kind in ("entries", "n_of_m") and shape.dtype.itemsize == 2
+    for make in makers(request.device, shira=pattern.r > 0, native=native):
         lane = make(case)
         if not request.wants(lane.name) and lane.name not in REFERENCES.values():
             continue

@@ -218,12 +218,13 @@ class Apart(Forced):
             return pk.sparse_delta_linear(self.x, self.case.weight, self.trained, self.case.layout)
 
 
-def makers(device: str, shira: bool) -> list[Callable[[SparseCase], Lane]]:
-    """What can run here, the bare linear first. `shira`: whether the layout is one that PEFT's SHiRA can have."""
+def makers(device: str, shira: bool, native: bool = True) -> list[Callable[[SparseCase], Lane]]:
+    """What can run here, the bare linear first. `shira`: whether the layout is one that PEFT's SHiRA can have;
+    `native`: whether the native CUDA kernels compute anything of it."""
     found: list[Callable[[SparseCase], Lane]] = [Lane, DenseMasked, CloneScatter]
     found += [Shira, AcceleratedShira] if shira else []
     of_cpu = backends.choose("sparse_delta_linear", torch.empty(0))
-    on_gpu = ("triton", "cuda", "reference") if _native.load() else ("triton", "reference")
+    on_gpu = ("triton", "cuda", "reference") if native and _native.load() else ("triton", "reference")
     for backend in on_gpu if device == "cuda" else (of_cpu,):
         found += [lambda case, kind=kind, backend=backend: kind(case, backend) for kind in (Ours, Apart)]
     return found

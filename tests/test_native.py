@@ -133,6 +133,7 @@ def test_instructions(architecture):
             # A stage's four products follow one another: the compiler saw no reason to wait in between.
             steps = "".join(word[0] for word in re.findall(r"HGMMA|WARPGROUP[.]DEPBAR", sass))
             assert "HHHH" in steps, name
+            assert sass.count("MEMBAR.ALL.GPU") == 2, name  # of the cluster's barriers, not of the stages'
         elif "draw_mask" in name:
             assert "STG.E.128" in sass
         elif "reduction" in name and "Li4E" in name:  # vectorised

@@ -1,6 +1,9 @@
 // mbarrier (PTX ISA 9.7.13.15, sm_90 for what is used here): a barrier in shared memory on which threads arrive, and on
 // which copies complete. A phase ends when all arrivals of `expected` and all announced bytes have come; phases alternate
 // between the parities 0 and 1, starting at 0. Waiting for parity 1 of a new barrier returns at once.
+//
+// At the scope of the block, the default: what crosses blocks here are copies, which the barrier's bytes order, and reads by
+// wgmma that are done. At the cluster's scope an arrival is a fence of the whole GPU, and a wait empties the L1 cache.
 #pragma once
 
 #include "common/kernel_source.h"
@@ -38,7 +41,7 @@ PEFT_KERNELS_DEVICE void mbarrier_publish() {
 // Arrives once, and announces bytes that copies will bring in this phase.
 PEFT_KERNELS_DEVICE void mbarrier_arrive_expecting(Mbarrier* barrier, int bytes) {
 #ifdef __CUDACC__
-  asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(barrier)),
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(barrier)),
                "r"(bytes)
                : "memory");
 #else
@@ -53,7 +56,7 @@ PEFT_KERNELS_DEVICE void mbarrier_arrive_at(Mbarrier* barrier, int rank) {
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}\n" ::"r"(shared_address(barrier)),
       "r"(rank)
       : "memory");
@@ -69,7 +72,7 @@ PEFT_KERNELS_DEVICE void mbarrier_wait(Mbarrier* barrier, int parity) {
       "{\n"
       ".reg .pred ended;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n"
       "@ended bra done;\n"
       "bra again;\n"
       "done:\n"

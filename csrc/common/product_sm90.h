@@ -118,7 +118,7 @@ struct BoxProduct {
 
   // --- A warpgroup --------------------------------------------------------------------------------------------
 
-  PEFT_KERNELS_DEVICE static int group() { return thread_index() / kWarpgroup - 1; }
+  PEFT_KERNELS_DEVICE static int group() { return uniform(thread_index() / kWarpgroup) - 1; }
   PEFT_KERNELS_DEVICE static int lane() { return thread_index() % 32; }
   PEFT_KERNELS_DEVICE static bool is_first() { return thread_index() % kWarpgroup == 0; }
   PEFT_KERNELS_DEVICE static void sync_group() { sync_named(1 + group(), kWarpgroup); }
@@ -134,7 +134,7 @@ struct BoxProduct {
       wgmma_fence();
       multiply(ring.stages + slot.index * kStageBytes, step, sums, onto || step > 0);
       wgmma_commit();
-      wgmma_wait<0>();
+      wgmma_wait<0>(sums);
     } while (++step < kDepth / 16 && 16 * step < depth);
     release(ring.read + slot.index);
     slot.advance();
@@ -151,11 +151,11 @@ struct BoxProduct {
     for (int stage = 1; stage < stages; ++stage, slot.advance()) {
       mbarrier_wait(ring.loaded + slot.index, slot.parity);
       multiply_stage(ring.stages + slot.index * kStageBytes, sums, true);
-      wgmma_wait<1>();
+      wgmma_wait<1>(sums);
       release(previous);
       previous = ring.read + slot.index;
     }
-    wgmma_wait<0>();
+    wgmma_wait<0>(sums);
     release(previous);
   }
 

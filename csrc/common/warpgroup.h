@@ -8,6 +8,16 @@ namespace peft_kernels {
 
 constexpr int kWarpgroup = 128;  // threads
 
+// A value that is the same in all lanes of the warp, so that the compiler knows it is: wgmma's descriptors then stay in
+// uniform registers.
+PEFT_KERNELS_DEVICE int uniform(int value) {
+#ifdef __CUDACC__
+  return __shfl_sync(0xFFFFFFFF, value, 0);
+#else
+  return value;
+#endif
+}
+
 // A barrier of `threads` threads; `name` from 1 to 15, as __syncthreads is 0.
 PEFT_KERNELS_DEVICE void sync_named(int name, int threads) {
 #ifdef __CUDACC__

@@ -44,12 +44,18 @@ PEFT_KERNELS_DEVICE void wgmma_commit() {
 #endif
 }
 
-// Until all but the newest kPending groups are done: they have read their operands, and accumulators hold their sums.
-template <int kPending>
-PEFT_KERNELS_DEVICE void wgmma_wait() {
+// Until all but the newest kPending groups are done: they have read their operands. Where none is left, `sums` hold their
+// sums, and what reads them stays behind this.
+template <int kPending, int kSums>
+PEFT_KERNELS_DEVICE void wgmma_wait(float (&sums)[kSums]) {
 #ifdef __CUDACC__
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
+  if constexpr (kPending == 0) {
+    PEFT_KERNELS_UNROLL
+    for (int i = 0; i < kSums; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+  }
 #else
+  (void)sums;
   emulator::wgmma_wait(kPending);
 #endif
 }

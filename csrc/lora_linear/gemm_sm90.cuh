@@ -10,13 +10,15 @@
 
 namespace peft_kernels::lora_gemm {
 
-// The code is sm_90a's only; elsewhere no one launches it.
+// The code is sm_90a's only. Elsewhere no one launches it; were it loaded from PTX all the same, it would be an error.
 template <typename T, typename Tile, bool kByFeature>
 __global__ void __launch_bounds__(BoxGemm<T, Tile, kByFeature>::kThreads, 1)
     gemm_sm90(const __grid_constant__ BoxArguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char boxes[];
   BoxGemm<T, Tile, kByFeature>::run(args, boxes);
+#else
+  __trap();
 #endif
 }
 

@@ -22,13 +22,15 @@ PEFT_KERNELS_GLOBAL(Gathered<T>::kThreads) gathered_sm80(const Arguments args) {
   Gathered<T>::run(args, shared);
 }
 
-// The code is sm_90a's only; elsewhere no one launches it.
+// The code is sm_90a's only. Elsewhere no one launches it; were it loaded from PTX all the same, it would be an error.
 template <typename T, typename Tile>
 __global__ void __launch_bounds__(BoxGathered<T, Tile>::kThreads, 1)
     gathered_sm90(const __grid_constant__ BoxArguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(1024) char boxes[];
   BoxGathered<T, Tile>::run(args, boxes);
+#else
+  __trap();
 #endif
 }
 

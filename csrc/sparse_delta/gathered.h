@@ -68,24 +68,31 @@ PEFT_KERNELS_DEVICE void find_begin(const Entries& entries, int32_t* begins, int
 // Of float32 rows of kChunkColumns or a multiple: threads that hold fragments write pairs of them into different banks.
 PEFT_KERNELS_DEVICE int place_of(int row, int column, int pitch) { return row * pitch + (column ^ row % 4 * 8); }
 
-// Writes what `row` holds of a chunk, from sums[place_of(local_row, first column…)]. By kLanes threads, `lane` of them.
-PEFT_KERNELS_DEVICE void gather(const Arguments& args, int row, int chunk, int lane, const float* sums, int local_row,
-                                int local_column, int pitch, int part) {
-  const Entries& entries = args.entries;
-  const int column_0 = chunk * kChunkColumns;
-  int64_t base, first, last;
+// What a row holds of a chunk: the values [first, last), of which those of n of m may lie beyond it.
+struct Range {
+  int64_t base, first, last;  // the row's first value
+};
+
+PEFT_KERNELS_DEVICE Range range_of(const Entries& entries, int row, int chunk) {
   if (entries.starts != nullptr) {
     const int32_t* begin = entries.begins + row * static_cast<int64_t>(entries.chunks + 1) + chunk;
-    base = entries.start(row), first = base + begin[0], last = base + begin[1];
-  } else {  // groups that the chunk's edges cut apart as well
-    const int groups = entries.width / entries.m, behind = (column_0 + kChunkColumns + entries.m - 1) / entries.m;
-    base = static_cast<int64_t>(row) * groups * entries.n;
-    first = base + column_0 / entries.m * entries.n;
-    last = base + static_cast<int64_t>(behind < groups ? behind : groups) * entries.n;
+    const int64_t base = entries.start(row);
+    return {base, base + begin[0], base + begin[1]};
   }
-  for (int64_t i = first + lane; i < last; i += kLanes) {
-    const int group = entries.starts != nullptr ? 0 : static_cast<int>((i - base) / entries.n) * entries.m;
-    const int column = group + entries.held(i) - column_0;
+  const int column_0 = chunk * kChunkColumns, groups = entries.width / entries.m;
+  const int behind = (column_0 + kChunkColumns + entries.m - 1) / entries.m;  // groups that the chunk's edges cut apart too
+  const int64_t base = static_cast<int64_t>(row) * groups * entries.n;
+  return {base, base + column_0 / entries.m * entries.n,
+          base + static_cast<int64_t>(behind < groups ? behind : groups) * entries.n};
+}
+
+// Writes the values of a range from sums[place_of(local_row, first column…)]. By kLanes threads, `lane` of them.
+PEFT_KERNELS_DEVICE void gather(const Arguments& args, const Range& range, int chunk, int lane, const float* sums,
+                                int local_row, int local_column, int pitch, int part) {
+  const Entries& entries = args.entries;
+  for (int64_t i = range.first + lane; i < range.last; i += kLanes) {
+    const int group = entries.starts != nullptr ? 0 : static_cast<int>(i - range.base) / entries.n * entries.m;
+    const int column = group + entries.held(i) - chunk * kChunkColumns;
     if (column < 0 || column >= kChunkColumns) continue;
     args.partials[part * args.count + i] = sums[place_of(local_row, local_column + column, pitch)];
   }

@@ -58,8 +58,9 @@ struct Gathered : private WarpProduct<T, Square, false, false> {
     for (int local = thread_index() / kLanes; local < Tile::kRows && row_0 + local < entries.rows;
          local += kThreads / kLanes) {
       for (int column = 0; column < Tile::kColumns && column_0 + column < entries.width; column += kChunkColumns) {
-        gather(args, row_0 + local, (column_0 + column) / kChunkColumns, thread_index() % kLanes, tile_sums, local,
-               column, Tile::kColumns, part);
+        const int chunk = (column_0 + column) / kChunkColumns;
+        gather(args, range_of(entries, row_0 + local, chunk), chunk, thread_index() % kLanes, tile_sums, local, column,
+               Tile::kColumns, part);
       }
     }
   }

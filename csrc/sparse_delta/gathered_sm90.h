@@ -56,8 +56,19 @@ struct BoxGathered : private BoxProduct<T, Tile, false, false> {
   // A chunk of columns at a time by way of shared memory, since registers have no index.
   PEFT_KERNELS_DEVICE static void gather_tile(const Arguments& args, float* chunk_sums, int row_0, int column_0, int part,
                                               const float (&sums)[Product::kSums]) {
+    constexpr int kRowsAtOnce = kWarpgroup / kLanes;
+    const int thread = thread_index() % kWarpgroup;
     PEFT_KERNELS_UNROLL
     for (int chunk = 0; chunk < Tile::kColumns / kChunkColumns; ++chunk) {
+      const int first = column_0 + chunk * kChunkColumns;
+      Range ranges[kGroupRows / kRowsAtOnce] = {};  // loaded together, and ahead of the barriers
+      PEFT_KERNELS_UNROLL
+      for (int i = 0; i < kGroupRows / kRowsAtOnce; ++i) {
+        const int row = row_0 + i * kRowsAtOnce + thread / kLanes;
+        if (row < args.entries.rows && first < args.entries.width) {
+          ranges[i] = range_of(args.entries, row, first / kChunkColumns);
+        }
+      }
       Product::sync_group();  // the chunk before has been gathered
       PEFT_KERNELS_UNROLL
       for (int j = 0; j < kChunkColumns / 8; ++j) {
@@ -73,11 +84,10 @@ struct BoxGathered : private BoxProduct<T, Tile, false, false> {
         }
       }
       Product::sync_group();
-      const int first = column_0 + chunk * kChunkColumns, thread = thread_index() % kWarpgroup;
-      if (first >= args.entries.width) continue;
-      for (int local = thread / kLanes; local < kGroupRows && row_0 + local < args.entries.rows;
-           local += kWarpgroup / kLanes) {
-        gather(args, row_0 + local, first / kChunkColumns, thread % kLanes, chunk_sums, local, 0, kChunkColumns, part);
+      PEFT_KERNELS_UNROLL
+      for (int i = 0; i < kGroupRows / kRowsAtOnce; ++i) {
+        gather(args, ranges[i], first / kChunkColumns, thread % kLanes, chunk_sums, i * kRowsAtOnce + thread / kLanes, 0,
+               kChunkColumns, part);
       }
     }
   }

@@ -8,6 +8,7 @@ GEMM, and float32 (operands, or adapters at "high" precision) to the reference: 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -104,8 +105,8 @@ def backward(
     keeps = [None if masks is None else masks[0 if one_mask else j] for j in range(len(dys))]
     grads = []
     if needs_x:
-        grad_x = _grad_x(dys, weights, dhs, [lora_A.to(dtype) for lora_A in lora_As], keeps, one_mask)
-        grads.append(unflatten(grad_x, grad_ys[0]))
+        parts = _grad_x(dys, weights, dhs, [lora_A.to(dtype) for lora_A in lora_As], keeps, one_mask)
+        grads.append(unflatten(functools.reduce(torch.Tensor.add_, parts), grad_ys[0]))
     with_A = [j for j, needed in enumerate(needs_A) if needed]
     grads_A = _grads_A(rows, [dhs[j] for j in with_A], [keeps[j] for j in with_A], one_mask, adapter_dtype)
     for j, dy in enumerate(dys):
@@ -139,28 +140,32 @@ def _grad_x(
     lora_As: list[torch.Tensor],
     keeps: list[torch.Tensor | None],
     one_mask: bool,
-) -> torch.Tensor:
-    """Σ_j dy_j·W_j + D_j(dH_j·A_j) [M, K]: one GEMM for what shares a mask (or has none) and a way to lie."""
-    together: dict[tuple[bool | None, int], list[int]] = {}
+) -> Iterator[torch.Tensor]:
+    """What adds up to Σ_j dy_j·W_j + D_j(dH_j·A_j) [M, K]: one GEMM for what shares a mask (or has none) and a way to
+    lie."""
+    together: dict[tuple[bool, int], list[int]] = {}
     for j, weight in enumerate(weights):
-        by_feature = False if takes(weight) else True if takes(weight.t()) else None
-        together.setdefault((by_feature, 0 if one_mask else j), []).append(j)
-    grad_x = None
+        if takes(weight) or takes(weight.t()):
+            together.setdefault((not takes(weight), 0 if one_mask else j), []).append(j)
+        else:
+            yield _grad_x_by_vendor(dys[j], weight, dhs[j], lora_As[j], keeps[j])
     for (by_feature, _), members in together.items():
-        keep = keeps[members[0]]
-        for some in members if by_feature is None else _chunks(members, LARGEST_NUMBER_OF_PAIRS):
-            if by_feature is None:
-                part = dhs[some].mm(lora_As[some])
-                if keep is not None:
-                    part.mul_(dropout.unpack_mask(keep, part.shape[1], part.dtype))
-                part.addmm_(dys[some], weights[some])
-            else:
-                right = [weights[j].t() if by_feature else weights[j] for j in some]
-                low_right = [aligned(lora_As[j].t() if by_feature else lora_As[j]) for j in some]
-                left, low_left = [dys[j] for j in some], [dhs[j] for j in some]
-                part = native().lora_gemm(left, right, low_left, low_right, keep, None, by_feature)
-            grad_x = part if grad_x is None else grad_x.add_(part)
-    return grad_x
+        for start in range(0, len(members), LARGEST_NUMBER_OF_PAIRS):
+            some = members[start : start + LARGEST_NUMBER_OF_PAIRS]
+            right = [weights[j].t() if by_feature else weights[j] for j in some]
+            low_right = [aligned(lora_As[j].t() if by_feature else lora_As[j]) for j in some]
+            left, low_left = [dys[j] for j in some], [dhs[j] for j in some]
+            yield native().lora_gemm(left, right, low_left, low_right, keeps[some[0]], None, by_feature)
+
+
+def _grad_x_by_vendor(
+    dy: torch.Tensor, weight: torch.Tensor, dh: torch.Tensor, lora_A: torch.Tensor, keep: torch.Tensor | None
+) -> torch.Tensor:
+    """dy·W + D(dH·A) [M, K]."""
+    low_rank = dh.mm(lora_A)
+    if keep is not None:
+        low_rank.mul_(dropout.unpack_mask(keep, lora_A.shape[1], dh.dtype))
+    return low_rank.addmm_(dy, weight)
 
 
 def _grads_A(
@@ -178,10 +183,6 @@ def _grads_A(
     sums, _ = native().lora_outer(x, with_columns(_joined(dhs, dim=1), padded(sum(ranks))), None, keeps[0], True)
     for part in sums[:, : sum(ranks)].split(ranks, dim=1):
         yield reduced(part, None, 1.0, dtype)
-
-
-def _chunks(members: list[int], size: int) -> list[list[int]]:
-    return [members[start : start + size] for start in range(0, len(members), size)]
 
 
 def _pass_over_dy(

@@ -24,7 +24,7 @@ python3 -m peft_kernels env
 
 # Built by `make selftest`, where nvcc is; it needs nothing here.
 selftest=0
-[ -x build/selftest/selftest_gpu ] && { timeout 60 build/selftest/selftest_gpu; selftest=$?; }
+[ -x build/selftest/selftest_gpu ] && { timeout 90 build/selftest/selftest_gpu; selftest=$?; }
 
 # Compiling the kernels is most of the suite's time: spread it, where xdist is there.
 workers=()

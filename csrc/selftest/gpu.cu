@@ -14,6 +14,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
+#include <type_traits>
 #include <utility>
 
 namespace peft_kernels::selftest {
@@ -47,6 +48,10 @@ class OnDevice {
   size_t size_;
   T* data_ = nullptr;
 };
+
+// Large ones in one dtype: the host's float64 sums take seconds.
+template <typename T>
+constexpr bool kLarge = std::is_same_v<T, __nv_bfloat16>;
 
 // Three launches, to the same bits; in `parts`, added up by the host. `launch` takes the arguments.
 template <typename T, typename Launch>
@@ -86,7 +91,7 @@ void gemm(const Problem<T>& problem, const std::string& name, const Launch& laun
 
 template <typename T>
 void gemms(const std::string& dtype) {
-  for (const Shape& shape : shapes(true)) {
+  for (const Shape& shape : shapes(kLarge<T>)) {
     const Problem<T> problem(shape);
     for (const auto& [tile, name] : {std::pair{TileName::kWide, ", Wide>"}, {TileName::kSquare, ", Square>"},
                                      {TileName::kSmall, ", Small>"}}) {
@@ -107,7 +112,7 @@ void gemms(const std::string& dtype) {
 // On two SMs too, so that a block has several tiles.
 template <typename T>
 void box_gemms(const std::string& dtype, int all_processors) {
-  for (const Shape& shape : box_shapes(true)) {
+  for (const Shape& shape : box_shapes(kLarge<T>)) {
     const Problem<T> problem(shape);
     for (const auto& [tile, name] : {std::pair{TileName::kBoxWide, ", BoxWide>"}, {TileName::kBoxSquare, ", BoxSquare>"}}) {
       for (const int processors : {all_processors, 2}) {

@@ -86,7 +86,7 @@ inline std::vector<Shape> box_shapes(bool large) {
       found.push_back({300, 520, 72, 100, by_feature, masked, false});
       found.push_back({140, 320, 600, 0, by_feature, masked, false});
       found.push_back({140, 320, 60, 60, by_feature, masked, true, 3});
-      if (large) found.push_back({1030, 1000, 1024, 16, by_feature, masked, true});
+      if (large && masked) found.push_back({1030, 1000, 1024, 16, by_feature, masked, true});
     }
   }
   return found;

@@ -68,30 +68,31 @@ struct Candidate {
   int cluster;  // tiles that run together
   int blocks;   // an SM, by shared memory
   int step;     // cycles for 16 of depth
+  bool splits;  // the depth, where there are few tiles
 };
 
 // A step of 16 in depth costs the tensor cores rows·columns·16 / 1024 cycles (sm_80), and shared memory the bytes that all
 // warps read / 128; both are added, as if nothing overlapped.
 template <typename Tile>
-constexpr Candidate warps_candidate(TileName name, int blocks) {
+constexpr Candidate warps_candidate(TileName name, int blocks, bool splits) {
   constexpr int kWarps = Tile::kThreads / 32;
   return {name, Tile::kRows, Tile::kColumns, 1, blocks,
-          Tile::kRows * Tile::kColumns * 16 / 1024 + kWarps * (Tile::kWarpRows + Tile::kWarpColumns) * 32 / 128};
+          Tile::kRows * Tile::kColumns * 16 / 1024 + kWarps * (Tile::kWarpRows + Tile::kWarpColumns) * 32 / 128, splits};
 }
 
 // wgmma (sm_90a) multiplies twice as much a cycle, and reads shared memory meanwhile.
 template <typename Tile>
-constexpr Candidate boxes_candidate(TileName name) {
-  return {name, Tile::kRows, Tile::kColumns, Tile::kCluster, 1, Tile::kRows * Tile::kColumns * 16 / 2048};
+constexpr Candidate boxes_candidate(TileName name, bool splits) {
+  return {name, Tile::kRows, Tile::kColumns, Tile::kCluster, 1, Tile::kRows * Tile::kColumns * 16 / 2048, splits};
 }
 
-// The tile of the least estimated time on a GPU of `processors` SMs: waves of blocks, times what a block's step costs. No
-// measurement is behind it yet. `boxes`: whether the tiles for sm_90a can be taken.
+// The tile of the least estimated time on a GPU of `processors` SMs: waves of blocks, times what a block's step costs, of a
+// depth that can be split as often as there are blocks too few. No measurement is behind it yet. `boxes`: whether the tiles for sm_90a can be taken.
 inline TileName choose(int64_t rows, int64_t columns, int processors, bool boxes) {
   constexpr Candidate kCandidates[] = {
-      warps_candidate<Wide>(TileName::kWide, 1),       warps_candidate<Square>(TileName::kSquare, 2),
-      warps_candidate<Small>(TileName::kSmall, 2),     boxes_candidate<BoxWide>(TileName::kBoxWide),
-      boxes_candidate<BoxSquare>(TileName::kBoxSquare),
+      warps_candidate<Wide>(TileName::kWide, 1, false),   warps_candidate<Square>(TileName::kSquare, 2, false),
+      warps_candidate<Small>(TileName::kSmall, 2, true),  boxes_candidate<BoxWide>(TileName::kBoxWide, false),
+      boxes_candidate<BoxSquare>(TileName::kBoxSquare, true),
   };
   TileName best = TileName::kSmall;
   int64_t least = INT64_MAX;
@@ -102,7 +103,8 @@ inline TileName choose(int64_t rows, int64_t columns, int processors, bool boxes
     const int64_t at_once = static_cast<int64_t>(processors) * tile.blocks;
     const int64_t full = blocks / at_once, rest = blocks % at_once;
     // Blocks that share an SM share its tensor cores; in the last wave an SM may have fewer.
-    const int64_t time = (full * tile.blocks + (rest + processors - 1) / processors) * tile.step;
+    int64_t time = (full * tile.blocks + (rest + processors - 1) / processors) * tile.step;
+    if (tile.splits && blocks < at_once) time /= at_once / blocks < 32 ? at_once / blocks : 32;
     if (time < least) least = time, best = tile.name;
   }
   return best;

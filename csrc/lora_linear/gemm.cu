@@ -103,7 +103,12 @@ Tensor lora_gemm(std::vector<Tensor> left, std::vector<Tensor> right, std::vecto
   const TileName tile = choose(rows, columns, processors, boxes);
   const int64_t small_tiles = static_cast<int64_t>(tiles_of(rows, Small::kRows)) * tiles_of(columns, Small::kColumns);
   const int stages = stages_of(args.base, args.pairs, Small::kDepth);
-  args.parts = tile == TileName::kSmall ? parts_of(stages, 1, small_tiles, processors) : 1;
+  args.parts = 1;
+  if (tile == TileName::kSmall) args.parts = parts_of(stages, 1, small_tiles, processors);
+  if (tile == TileName::kBoxSquare) {  // one block an SM
+    const int64_t tiles = static_cast<int64_t>(tiles_of(rows, BoxSquare::kRows)) * tiles_of(columns, BoxSquare::kColumns);
+    args.parts = parts_of(stages, 1, tiles, processors / 2);
+  }
   args.part = part_of(stages, args.parts, 1);
   blocks_for(small_tiles * args.parts, 1);  // they fit
   args.rows = static_cast<int>(rows), args.columns = static_cast<int>(columns);

@@ -34,8 +34,8 @@ struct Arguments {
   const void* bias;     // [columns], or null
   void* out;            // [rows, columns], contiguous, starting on 16 bytes
   int rows, columns;
-  // Where there are few tiles, the small ones: out is the sum of partials float32 [parts, rows, columns], each over `part`
-  // stages of Small::kDepth but for the last; the low-rank products and the bias are in the first. Otherwise null and 1.
+  // Where there are few tiles, of those that split: out is the sum of partials float32 [parts, rows, columns], each over
+  // `part` stages of 64 but for the last; the low-rank products and the bias are in the first. Otherwise null and 1.
   float* partials;
   int parts, part;
 };

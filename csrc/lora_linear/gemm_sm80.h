@@ -19,6 +19,7 @@ struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
   using Product::kFragmentColumns, Product::kFragmentRows, Product::kSteps;
   static constexpr int kThreads = Tile::kThreads;
   static constexpr bool kSplits = std::is_same_v<Tile, Small>;  // the others are taken where they fill the GPU
+  static_assert(!kSplits || Tile::kDepth == 64);
   static constexpr int kKeepPitch = Tile::kColumns / 8;  // bytes of a row of the mask
   static constexpr int kOutPitch = Tile::kColumns + kChunk;  // so that neighbouring rows lie in different banks
   static constexpr int kOutBytes = Tile::kRows * kOutPitch * 2;

@@ -29,7 +29,9 @@ cudaError_t launch_sm90(const Arguments& args, int processors, cudaStream_t stre
   BoxArguments boxes{};
   boxes.pairs = args.pairs, boxes.keep = args.keep, boxes.bias = args.bias;
   boxes.rows = args.rows, boxes.columns = args.columns;
-  cudaError_t status = encode(&boxes.out, args.out, args.columns, args.rows, args.columns, Product::kGroupRows);
+  boxes.partials = args.partials, boxes.parts = args.parts, boxes.part = args.part;
+  cudaError_t status = cudaSuccess;
+  if (args.out != nullptr) status = encode(&boxes.out, args.out, args.columns, args.rows, args.columns, Product::kGroupRows);
   const auto add = [&](BoxPair& to, const Pair& pair) {
     to.depth = pair.depth;
     if (pair.depth == 0 || status != cudaSuccess) return;
@@ -40,7 +42,8 @@ cudaError_t launch_sm90(const Arguments& args, int processors, cudaStream_t stre
   };
   for (int j = 0; j < args.pairs; ++j) add(boxes.low[j], args.low[j]), add(boxes.base[j], args.base[j]);
   if (status != cudaSuccess) return status;
-  const int64_t clusters = std::min<int64_t>(Product::clusters_of(args.rows, args.columns), processors / Tile::kCluster);
+  const int64_t work = Product::clusters_of(args.rows, args.columns) * args.parts;
+  const int64_t clusters = std::min<int64_t>(work, processors / Tile::kCluster);
   return launch_shared(&gemm_sm90<T, Tile, kByFeature>, clusters * Tile::kCluster, Gemm::kThreads, Gemm::kSharedBytes,
                        boxes, stream, Tile::kCluster);
 }

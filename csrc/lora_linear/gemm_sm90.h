@@ -6,7 +6,9 @@
 #include "common/product_sm90.h"
 #include "lora_linear/gemm.h"
 
+#include <climits>
 #include <cstdint>
+#include <type_traits>
 
 namespace peft_kernels::lora_gemm {
 
@@ -23,6 +25,8 @@ struct BoxArguments {
   const uint8_t* keep;
   const void* bias;
   int rows, columns;
+  float* partials;
+  int parts, part;
 };
 
 template <typename T, typename Tile, bool kByFeature>
@@ -33,44 +37,57 @@ struct BoxGemm : private BoxProduct<T, Tile, true, kByFeature> {
   static constexpr int kOutBytes = kGroupRows * kBoxRowBytes;  // a box of out; each warpgroup has two
   static constexpr int kOut = Product::kStagesBytes, kBarriers = kOut + 2 * Product::kGroups * kOutBytes;
   static constexpr int kSharedBytes = kBarriers + Product::kBarrierBytes;
+  static constexpr bool kSplits = std::is_same_v<Tile, BoxSquare>;  // the other is taken where it fills the GPU
   static constexpr int kWords = Tile::kColumns / 32;  // of a row of the mask
   static_assert(kSharedBytes <= 232448);
 
   PEFT_KERNELS_DEVICE static void run(const BoxArguments& args, char* shared) {
     const typename Product::Ring ring(shared, shared + kBarriers);
-    int stages = 0;
-    for (int j = 0; j < args.pairs; ++j) stages += tiles_of(args.base[j].depth, kDepth);
+    int all_stages = 0;
+    for (int j = 0; j < args.pairs; ++j) all_stages += tiles_of(args.base[j].depth, kDepth);
+    const auto stages_of = [&](int part) {
+      const int rest = all_stages - part * args.part;
+      return rest < args.part ? rest : args.part;
+    };
     const auto load = [&] {
-      prefetch(args.base[0].left), prefetch(args.base[0].right), prefetch(args.out);
+      prefetch(args.base[0].left), prefetch(args.base[0].right);
       typename Product::Slot slot;
-      Product::each_tile(args.rows, args.columns, 1, [&](int row_0, int column_0, int) {
-        const auto all = [&](const BoxPair* pairs) {
-          for (int j = 0; j < args.pairs; ++j) {
-            for (int depth = 0; depth < pairs[j].depth; depth += kDepth) {
-              Product::load(ring, slot, pairs[j].left, pairs[j].right, row_0, column_0, depth);
+      Product::each_tile(args.rows, args.columns, args.parts, [&](int row_0, int column_0, int part) {
+        // `stages` of the pairs', from the `first` on.
+        const auto load_some = [&](const BoxPair* pairs, int first, int stages) {
+          for (int j = 0; j < args.pairs && stages > 0; ++j) {
+            const int there = tiles_of(pairs[j].depth, kDepth);
+            for (int stage = first; stage < there && stages > 0; ++stage, --stages) {
+              Product::load(ring, slot, pairs[j].left, pairs[j].right, row_0, column_0, stage * kDepth);
             }
+            first = first > there ? first - there : 0;
           }
         };
-        all(args.low);
-        all(args.base);
+        if (part == 0) load_some(args.low, 0, INT_MAX);
+        load_some(args.base, part * args.part, stages_of(part));
       });
     };
     const auto multiply = [&] {
       typename Product::Slot slot;
-      Product::each_tile(args.rows, args.columns, 1, [&](int row_0, int column_0, int) {
+      Product::each_tile(args.rows, args.columns, args.parts, [&](int row_0, int column_0, int part) {
         row_0 += group() * kGroupRows;
         float sums[kSums];
         uint32_t bits[2][kWords];
-        if (args.keep != nullptr) load_mask(args, row_0 + row_of_group(), column_0, bits);
+        const bool masked = part == 0 && args.keep != nullptr;
+        if (masked) load_mask(args, row_0 + row_of_group(), column_0, bits);
         bool onto = false;
-        for (int j = 0; j < args.pairs; ++j) {
+        for (int j = 0; part == 0 && j < args.pairs; ++j) {
           for (int depth = 0; depth < args.low[j].depth; depth += kDepth, onto = true) {
             Product::multiply_part(ring, slot, args.low[j].depth - depth, sums, onto);  // few steps where it is small
           }
         }
-        if (args.keep != nullptr) mask(bits, sums);
-        Product::multiply_stages(ring, slot, stages, sums, onto);
-        store(args, shared + kOut + 2 * group() * kOutBytes, row_0, column_0, sums);
+        if (masked) mask(bits, sums);
+        Product::multiply_stages(ring, slot, stages_of(part), sums, onto);
+        if (kSplits && args.parts > 1) {
+          store_part(args, part, row_0 + row_of_group(), column_0, sums);
+        } else {
+          store(args, shared + kOut + 2 * group() * kOutBytes, row_0, column_0, sums);
+        }
       });
       if (is_first()) stores_wait<0>();
     };
@@ -110,6 +127,34 @@ struct BoxGemm : private BoxProduct<T, Tile, true, kByFeature> {
     }
   }
 
+  // Of a fragment's pair of columns, of which there is an even number.
+  PEFT_KERNELS_DEVICE static void load_bias(const BoxArguments& args, int column, float (&bias)[2]) {
+    const bool there = args.bias != nullptr && column < args.columns;
+    PEFT_KERNELS_UNROLL
+    for (int k = 0; k < 2; ++k) bias[k] = there ? static_cast<float>(static_cast<const T*>(args.bias)[column + k]) : 0.0f;
+  }
+
+  // As float32, from the registers.
+  PEFT_KERNELS_DEVICE static void store_part(const BoxArguments& args, int part, int row, int column_0,
+                                             const float (&sums)[kSums]) {
+    struct alignas(8) Pair {
+      float values[2];
+    };
+    PEFT_KERNELS_UNROLL
+    for (int j = 0; j < Tile::kColumns / 8; ++j) {
+      const int column = column_0 + 8 * j + 2 * (lane() % 4);
+      float bias[2] = {};
+      if (part == 0) load_bias(args, column, bias);
+      PEFT_KERNELS_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        if (row + 8 * half >= args.rows || column >= args.columns) continue;
+        const float* pair = sums + 4 * j + 2 * half;
+        const int64_t at = (static_cast<int64_t>(part) * args.rows + row + 8 * half) * args.columns + column;
+        *reinterpret_cast<Pair*>(args.partials + at) = {{pair[0] + bias[0], pair[1] + bias[1]}};
+      }
+    }
+  }
+
   // By way of shared memory, 64 columns at a time. The engine stores them while the next ones are rounded, and while the
   // next tile is multiplied.
   PEFT_KERNELS_DEVICE static void store(const BoxArguments& args, char* boxes, int row_0, int column_0,
@@ -122,11 +167,8 @@ struct BoxGemm : private BoxProduct<T, Tile, true, kByFeature> {
       PEFT_KERNELS_UNROLL
       for (int j = 0; j < kBoxColumns / 8; ++j) {
         const int fragment = part * kBoxColumns / 8 + j, column = column_0 + 8 * fragment + 2 * (lane() % 4);
-        float bias[2] = {};
-        if (args.bias != nullptr && column < args.columns) {  // of an even number of columns
-          PEFT_KERNELS_UNROLL
-          for (int k = 0; k < 2; ++k) bias[k] = static_cast<float>(static_cast<const T*>(args.bias)[column + k]);
-        }
+        float bias[2];
+        load_bias(args, column, bias);
         PEFT_KERNELS_UNROLL
         for (int half = 0; half < 2; ++half) {
           struct alignas(4) Pair {

@@ -66,12 +66,11 @@ void gemm(const Problem<T>& problem, const std::string& name, const Launch& laun
   for (int j = 0; j < shape.pairs; ++j) base[j] = on_device(problem.base[j]), low[j] = on_device(problem.low[j]);
   const OnDevice<T> bias(problem.bias.values);
   const OnDevice<uint8_t> keep(problem.keep);
-  const size_t size = static_cast<size_t>(shape.rows) * shape.columns;
   std::vector<T> first;
   std::string complaint;
   for (int repeat = 0; repeat < 3 && complaint.empty(); ++repeat) {
-    const OnDevice<T> out(poisoned<T>(size));
-    const OnDevice<float> partials(poisoned<float>(parts > 1 ? parts * size : 0));
+    const OnDevice<T> out(poisoned<T>(problem.size()));
+    const OnDevice<float> partials(poisoned<float>(parts > 1 ? parts * problem.size() : 0));
     lora_gemm::Arguments args = problem.arguments(out.get(), partials.get(), parts);
     std::copy_n(base, shape.pairs, args.base);
     std::copy_n(low, shape.pairs, args.low);
@@ -114,13 +113,17 @@ template <typename T>
 void box_gemms(const std::string& dtype, int all_processors) {
   for (const Shape& shape : box_shapes(kLarge<T>)) {
     const Problem<T> problem(shape);
-    for (const auto& [tile, name] : {std::pair{TileName::kBoxWide, ", BoxWide>"}, {TileName::kBoxSquare, ", BoxSquare>"}}) {
-      for (const int processors : {all_processors, 2}) {
-        gemm(problem, "gemm_sm90<" + dtype + name, [&, tile = tile](const lora_gemm::Arguments& args) {
+    for (const int processors : {all_processors, 2}) {
+      const auto by = [&](TileName tile) {
+        return [&, tile](const lora_gemm::Arguments& args) {
           return shape.by_feature ? lora_gemm::launch_sm90<T, true>(args, tile, processors, nullptr)
                                   : lora_gemm::launch_sm90<T, false>(args, tile, processors, nullptr);
-        });
-      }
+        };
+      };
+      gemm(problem, "gemm_sm90<" + dtype + ", BoxWide>", by(TileName::kBoxWide));
+      gemm(problem, "gemm_sm90<" + dtype + ", BoxSquare>", by(TileName::kBoxSquare));
+      if (problem.parts() < 2) continue;
+      gemm(problem, "gemm_sm90<" + dtype + ", BoxSquare>, split", by(TileName::kBoxSquare), problem.parts());
     }
   }
 }

@@ -69,12 +69,13 @@ void gemm(const Problem<T>& problem, const char* name) {
 }
 
 template <typename T, typename Tile, bool kByFeature>
-std::string box_gemm(const Problem<T>& problem, unsigned order) {
+std::string box_gemm(const Problem<T>& problem, unsigned order, int parts = 1) {
   using Gemm = lora_gemm::BoxGemm<T, Tile, kByFeature>;
   using Product = typename Gemm::Product;
   const Shape& shape = problem.shape;
   std::vector<T> out = poisoned<T>(static_cast<size_t>(shape.rows) * shape.columns + kMargin);
-  const lora_gemm::Arguments args = problem.arguments(out.data());
+  std::vector<float> partials = poisoned<float>((parts > 1 ? parts * problem.size() : 0) + kMargin);
+  const lora_gemm::Arguments args = problem.arguments(out.data(), partials.data(), parts);
   lora_gemm::BoxArguments boxes{};
   const auto add = [&](lora_gemm::BoxPair& to, const lora_gemm::Pair& pair) {
     to.left = map_of(pair.left, pair.left_pitch, args.rows, pair.depth, Product::kLeftBox);
@@ -87,12 +88,13 @@ std::string box_gemm(const Problem<T>& problem, unsigned order) {
   boxes.out = map_of(args.out, args.columns, args.rows, args.columns, Product::kGroupRows);
   boxes.keep = args.keep, boxes.bias = args.bias;
   boxes.rows = args.rows, boxes.columns = args.columns;
+  boxes.partials = args.partials, boxes.parts = args.parts, boxes.part = args.part;
   // Fewer clusters than tiles, so that each has several.
-  const int clusters = static_cast<int>((Product::clusters_of(args.rows, args.columns) + 2) / 3);
+  const int clusters = static_cast<int>((Product::clusters_of(args.rows, args.columns) * parts + 2) / 3);
   emulator::launch(clusters * Tile::kCluster, Gemm::kThreads, Gemm::kSharedBytes, order,
                    [&](char* shared) { Gemm::run(boxes, shared); }, Tile::kCluster);
-  if (!margin_is_whole(out)) return "written behind the end of out";
-  return problem.complaint(out);
+  if (!margin_is_whole(out) || !margin_is_whole(partials)) return "written behind the end";
+  return problem.complaint(parts > 1 ? problem.reduced(partials, parts) : out);
 }
 
 template <typename T, typename Tile>
@@ -109,6 +111,10 @@ void box_gemms(const std::string& dtype) {
     const Problem<T> problem(shape);
     box_gemm<T, BoxWide>(problem, (dtype + ", BoxWide").c_str());
     box_gemm<T, BoxSquare>(problem, (dtype + ", BoxSquare").c_str());
+    if (problem.parts() < 2) continue;
+    report("gemm_sm90<" + dtype + ", BoxSquare>, split, " + shape.text(),
+           shape.by_feature ? box_gemm<T, BoxSquare, true>(problem, 1, problem.parts())
+                            : box_gemm<T, BoxSquare, false>(problem, 1, problem.parts()));
   }
 }
 

@@ -160,6 +160,7 @@ class Problem {
     return args;
   }
 
+  size_t size() const { return static_cast<size_t>(shape.rows) * shape.columns; }
   int parts() const {
     const int most = stages();
     return most < 3 ? most : tiles_of(most, tiles_of(most, 3));
@@ -167,11 +168,10 @@ class Problem {
 
   // The sum of partials, for `complaint`.
   std::vector<T> reduced(const std::vector<float>& partials, int parts) const {
-    const size_t size = static_cast<size_t>(shape.rows) * shape.columns;
-    std::vector<T> out(size);
-    for (size_t i = 0; i < size; ++i) {
+    std::vector<T> out(size());
+    for (size_t i = 0; i < size(); ++i) {
       float sum = 0.0f;
-      for (int part = 0; part < parts; ++part) sum += partials[part * size + i];
+      for (int part = 0; part < parts; ++part) sum += partials[part * size() + i];
       out[i] = T(sum);
     }
     return out;

@@ -87,7 +87,8 @@ constexpr Candidate boxes_candidate(TileName name, bool splits) {
 }
 
 // The tile of the least estimated time on a GPU of `processors` SMs: waves of blocks, times what a block's step costs, of a
-// depth that can be split as often as there are blocks too few. No measurement is behind it yet. `boxes`: whether the tiles for sm_90a can be taken.
+// depth that can be split as often as there are blocks too few. No measurement is behind it yet. `boxes`: whether the tiles
+// for sm_90a can be taken.
 inline TileName choose(int64_t rows, int64_t columns, int processors, bool boxes) {
   constexpr Candidate kCandidates[] = {
       warps_candidate<Wide>(TileName::kWide, 1, false),   warps_candidate<Square>(TileName::kSquare, 2, false),

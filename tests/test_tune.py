@@ -354,16 +354,19 @@ def test_a_crossover_waits_for_all_of_its_sizes():
 
 
 def test_two_ways_are_compared_with_the_tiles_that_were_found(tmp_path):
-    tables = {}
+    tables, in_force = {}, {}
 
     def measure(job, table):
         tables[job] = table
+        if job.at:  # whole layers take the tiles of the table that is written
+            in_force[job] = tuning.load("sparse_delta", GPU, sparse.CHOICES, tmp_path)
         return [float(number) for number in range(len(job.candidates), 0, -1)]  # the last is the fastest
 
     planned, _ = run(tmp_path, measure, ["sparse_delta"])
     found = {(job.choice, *job.key): job.candidates[-1] for job in planned if not job.at}
     crossovers = [job for job in planned if job.at]
     assert all(found.items() <= tables[job].items() for job in crossovers)
+    assert all(in_force[job] == found for job in crossovers)
     assert tuning.load("sparse_delta", GPU, sparse.CHOICES, tmp_path) == {
         **found, ("sampled_up_to", 2): max(job.at[0] for job in crossovers),
     }  # fmt: skip

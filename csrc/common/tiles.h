@@ -62,6 +62,9 @@ PEFT_KERNELS_HOST_DEVICE Position position(int block, int rows, int columns, int
 
 enum class TileName { kWide, kSquare, kSmall, kBoxWide, kBoxSquare };
 
+// Whether a tile is multiplied by sm_90a's own instructions.
+inline bool of_boxes(TileName tile) { return tile == TileName::kBoxWide || tile == TileName::kBoxSquare; }
+
 struct Candidate {
   TileName name;
   int rows, columns;
@@ -98,7 +101,7 @@ inline TileName choose(int64_t rows, int64_t columns, int processors, bool boxes
   TileName best = TileName::kSmall;
   int64_t least = INT64_MAX;
   for (const Candidate& tile : kCandidates) {
-    if (!boxes && (tile.name == TileName::kBoxWide || tile.name == TileName::kBoxSquare)) continue;
+    if (!boxes && of_boxes(tile.name)) continue;
     const int64_t down = static_cast<int64_t>(tiles_of(rows, tile.rows * tile.cluster)) * tile.cluster;
     const int64_t blocks = down * tiles_of(columns, tile.columns);
     const int64_t at_once = static_cast<int64_t>(processors) * tile.blocks;

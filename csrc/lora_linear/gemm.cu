@@ -4,9 +4,9 @@
 //   each operand a list of one to three, K and R of their own; by_feature: right is [N, K] and low_right [N, R], otherwise
 //   [K, N] and [R, N]
 //
-// bfloat16 or float16 on sm_80 and later; rows of unit stride that start on 16 bytes. Where out has few tiles the depth is split,
-// and the workspace is float32 [P, M, N], P up to 32; otherwise none. The tiles for sm_90a also
-// take an N of a multiple of 8, as the copy engine stores `out` too, and K of at least 1.
+// bfloat16 or float16 on sm_80 and later; rows of unit stride that start on 16 bytes. Where out has few tiles the depth is
+// split, and the workspace is float32 [P, M, N], P up to 32; otherwise none. The tiles for sm_90a also take an N of a multiple
+// of 8, as the copy engine stores `out` too, and K of at least 1.
 
 #include "common/checks.h"
 #include "common/kernel_table.h"
@@ -44,8 +44,8 @@ constexpr const char* kOp = "lora_gemm";
 
 template <typename T, bool kByFeature>
 cudaError_t launch(const Arguments& args, TileName tile, int processors, cudaStream_t stream) {
-  const bool boxes = tile == TileName::kBoxWide || tile == TileName::kBoxSquare;
-  return boxes ? launch_sm90<T, kByFeature>(args, tile, processors, stream) : launch_sm80<T, kByFeature>(args, tile, stream);
+  return of_boxes(tile) ? launch_sm90<T, kByFeature>(args, tile, processors, stream)
+                        : launch_sm80<T, kByFeature>(args, tile, stream);
 }
 
 // [height, depth] and [features, depth] or, by depth, [depth, features], on the device and in the dtype of `like`.

@@ -8,6 +8,7 @@
 // The low-rank products come first: `keep` masks them in registers before the large ones are accumulated onto them.
 #pragma once
 
+#include "common/kernel_source.h"
 #include "common/tiles.h"
 
 #include <cuda_runtime_api.h>
@@ -45,6 +46,16 @@ PEFT_KERNELS_HOST_DEVICE int stages_of(const Pair* pairs, int count, int stage) 
   int stages = 0;
   for (int j = 0; j < count; ++j) stages += tiles_of(pairs[j].depth, stage);
   return stages;
+}
+
+// Of a fragment's pair of columns, in float32; zeros beyond the last, and without a bias.
+template <typename T>
+PEFT_KERNELS_DEVICE void load_bias(const void* bias, int columns, int column, float (&pair)[2]) {
+  PEFT_KERNELS_UNROLL
+  for (int k = 0; k < 2; ++k) {
+    const bool there = bias != nullptr && column + k < columns;
+    pair[k] = there ? static_cast<float>(static_cast<const T*>(bias)[column + k]) : 0.0f;
+  }
 }
 
 // By the kernels for sm_90a, on the current device of `processors` SMs: compute capability 9.0 and a library built for it. rows,

@@ -117,21 +117,13 @@ struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
     }
   }
 
-  PEFT_KERNELS_DEVICE static void load_bias(const Arguments& args, int column, float (&bias)[2]) {
-    PEFT_KERNELS_UNROLL
-    for (int k = 0; k < 2; ++k) {
-      const bool there = args.bias != nullptr && column + k < args.columns;
-      bias[k] = there ? static_cast<float>(static_cast<const T*>(args.bias)[column + k]) : 0.0f;
-    }
-  }
-
   // As float32, from the registers.
   PEFT_KERNELS_DEVICE static void store_part(const Arguments& args, int part, int row_0, int column_0, const Sums& sums) {
     PEFT_KERNELS_UNROLL
     for (int j = 0; j < kFragmentColumns; ++j) {
       const int column = column_0 + column_of(j);
       float bias[2] = {};
-      if (part == 0) load_bias(args, column, bias);
+      if (part == 0) load_bias<T>(args.bias, args.columns, column, bias);
       PEFT_KERNELS_UNROLL
       for (int i = 0; i < kFragmentRows; ++i) {
         PEFT_KERNELS_UNROLL
@@ -156,7 +148,7 @@ struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
     for (int j = 0; j < kFragmentColumns; ++j) {
       const int column = column_of(j);
       float bias[2];
-      load_bias(args, column_0 + column, bias);
+      load_bias<T>(args.bias, args.columns, column_0 + column, bias);
       PEFT_KERNELS_UNROLL
       for (int i = 0; i < kFragmentRows; ++i) {
         PEFT_KERNELS_UNROLL

@@ -127,13 +127,6 @@ struct BoxGemm : private BoxProduct<T, Tile, true, kByFeature> {
     }
   }
 
-  // Of a fragment's pair of columns, of which there is an even number.
-  PEFT_KERNELS_DEVICE static void load_bias(const BoxArguments& args, int column, float (&bias)[2]) {
-    const bool there = args.bias != nullptr && column < args.columns;
-    PEFT_KERNELS_UNROLL
-    for (int k = 0; k < 2; ++k) bias[k] = there ? static_cast<float>(static_cast<const T*>(args.bias)[column + k]) : 0.0f;
-  }
-
   // As float32, from the registers.
   PEFT_KERNELS_DEVICE static void store_part(const BoxArguments& args, int part, int row, int column_0,
                                              const float (&sums)[kSums]) {
@@ -144,7 +137,7 @@ struct BoxGemm : private BoxProduct<T, Tile, true, kByFeature> {
     for (int j = 0; j < Tile::kColumns / 8; ++j) {
       const int column = column_0 + 8 * j + 2 * (lane() % 4);
       float bias[2] = {};
-      if (part == 0) load_bias(args, column, bias);
+      if (part == 0) load_bias<T>(args.bias, args.columns, column, bias);
       PEFT_KERNELS_UNROLL
       for (int half = 0; half < 2; ++half) {
         if (row + 8 * half >= args.rows || column >= args.columns) continue;
@@ -168,7 +161,7 @@ struct BoxGemm : private BoxProduct<T, Tile, true, kByFeature> {
       for (int j = 0; j < kBoxColumns / 8; ++j) {
         const int fragment = part * kBoxColumns / 8 + j, column = column_0 + 8 * fragment + 2 * (lane() % 4);
         float bias[2];
-        load_bias(args, column, bias);
+        load_bias<T>(args.bias, args.columns, column, bias);
         PEFT_KERNELS_UNROLL
         for (int half = 0; half < 2; ++half) {
           struct alignas(4) Pair {

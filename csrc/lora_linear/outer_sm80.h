@@ -7,8 +7,8 @@
 #include "common/load_matrices.h"
 #include "common/mma.h"
 #include "common/shared_tile.h"
-#include "lora_linear/outer.h"
 #include "common/tiles.h"
+#include "lora_linear/outer.h"
 
 #include <cstdint>
 

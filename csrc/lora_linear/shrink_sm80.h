@@ -8,9 +8,9 @@
 #include "common/load_matrices.h"
 #include "common/mma.h"
 #include "common/shared_tile.h"
+#include "common/tiles.h"
 #include "dropout/philox.h"
 #include "lora_linear/shrink.h"
-#include "common/tiles.h"
 
 #include <cstdint>
 

@@ -6,7 +6,9 @@
 #include "lora_linear/gemm_sm90.cuh"
 #include "lora_linear/outer_sm80.cuh"
 #include "lora_linear/shrink_sm80.cuh"
-#include "selftest/problem.h"
+#include "selftest/gathered_problem.h"
+#include "selftest/gemm_problem.h"
+#include "selftest/pass_problems.h"
 #include "selftest/report.h"
 #include "sparse_delta/gathered.cuh"
 

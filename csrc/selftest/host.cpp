@@ -6,7 +6,9 @@
 #include "lora_linear/gemm_sm90.h"
 #include "lora_linear/outer_sm80.h"
 #include "lora_linear/shrink_sm80.h"
-#include "selftest/problem.h"
+#include "selftest/gathered_problem.h"
+#include "selftest/gemm_problem.h"
+#include "selftest/pass_problems.h"
 #include "selftest/report.h"
 #include "sparse_delta/gathered_sm80.h"
 #include "sparse_delta/gathered_sm90.h"
@@ -32,32 +34,20 @@ TensorMap map_of(const void* start, int64_t pitch, int height, int width, int bo
   return {static_cast<char*>(const_cast<void*>(start)), pitch, height, width, box_height};
 }
 
+// In several `parts` only where the tile splits the depth.
 template <typename T, typename Tile, bool kByFeature>
-std::string gemm(const Problem<T>& problem, unsigned order) {
+std::string gemm(const Problem<T>& problem, unsigned order, int parts = 1) {
   using Gemm = lora_gemm::Gemm<T, Tile, kByFeature>;
   const Shape& shape = problem.shape;
-  std::vector<T> out = poisoned<T>(static_cast<size_t>(shape.rows) * shape.columns + kMargin);
-  const lora_gemm::Arguments args = problem.arguments(out.data());
-  const int blocks = tiles_of(shape.rows, Tile::kRows) * tiles_of(shape.columns, Tile::kColumns);
+  std::vector<T> out = poisoned<T>(problem.size() + kMargin);
+  std::vector<float> partials = poisoned<float>((parts > 1 ? parts * problem.size() : 0) + kMargin);
+  const lora_gemm::Arguments args = problem.arguments(out.data(), partials.data(), parts);
+  const int blocks = tiles_of(shape.rows, Tile::kRows) * tiles_of(shape.columns, Tile::kColumns) * parts;
   const emulator::Report report = emulator::launch(blocks, Gemm::kThreads, Gemm::kSharedBytes, order,
                                                    [&](char* shared) { Gemm::run(args, shared); });
   if (report.bank_conflicts) return std::to_string(report.bank_conflicts) + " bank conflicts";
-  if (!margin_is_whole(out)) return "written behind the end of out";
-  return problem.complaint(out);
-}
-
-// In two or three parts, where the depth has as many stages.
-template <typename T, bool kByFeature>
-std::string split_gemm(const Problem<T>& problem, unsigned order) {
-  using Gemm = lora_gemm::Gemm<T, Small, kByFeature>;
-  const Shape& shape = problem.shape;
-  const int parts = problem.parts();
-  if (parts < 2) return "";
-  std::vector<float> partials = poisoned<float>(static_cast<size_t>(parts) * shape.rows * shape.columns + kMargin);
-  const lora_gemm::Arguments args = problem.arguments(nullptr, partials.data(), parts);
-  const int blocks = tiles_of(shape.rows, Small::kRows) * tiles_of(shape.columns, Small::kColumns) * parts;
-  emulator::launch(blocks, Gemm::kThreads, Gemm::kSharedBytes, order, [&](char* shared) { Gemm::run(args, shared); });
-  return margin_is_whole(partials) ? problem.complaint(problem.reduced(partials, parts)) : "written behind the end";
+  if (!margin_is_whole(out) || !margin_is_whole(partials)) return "written behind the end";
+  return problem.complaint(parts > 1 ? problem.reduced(partials, parts) : out);
 }
 
 template <typename T, typename Tile>
@@ -72,8 +62,7 @@ template <typename T, typename Tile, bool kByFeature>
 std::string box_gemm(const Problem<T>& problem, unsigned order, int parts = 1) {
   using Gemm = lora_gemm::BoxGemm<T, Tile, kByFeature>;
   using Product = typename Gemm::Product;
-  const Shape& shape = problem.shape;
-  std::vector<T> out = poisoned<T>(static_cast<size_t>(shape.rows) * shape.columns + kMargin);
+  std::vector<T> out = poisoned<T>(problem.size() + kMargin);
   std::vector<float> partials = poisoned<float>((parts > 1 ? parts * problem.size() : 0) + kMargin);
   const lora_gemm::Arguments args = problem.arguments(out.data(), partials.data(), parts);
   lora_gemm::BoxArguments boxes{};
@@ -125,8 +114,10 @@ void gemms(const std::string& dtype) {
     gemm<T, Wide>(problem, (dtype + ", Wide").c_str());
     gemm<T, Square>(problem, (dtype + ", Square").c_str());
     gemm<T, Small>(problem, (dtype + ", Small").c_str());
+    if (problem.parts() < 2) continue;
     report("gemm_sm80<" + dtype + ", Small>, split, " + shape.text(),
-           shape.by_feature ? split_gemm<T, true>(problem, 1) : split_gemm<T, false>(problem, 1));
+           shape.by_feature ? gemm<T, Small, true>(problem, 1, problem.parts())
+                            : gemm<T, Small, false>(problem, 1, problem.parts()));
   }
 }
 

@@ -5,6 +5,9 @@
 
 STABLE_TORCH_LIBRARY(peft_kernels_native, m) {
   m.def(
+      "lora_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? row_scale, float scale, "
+      "Tensor? bias) -> (Tensor, Tensor)");
+  m.def(
       "lora_gemm(Tensor[] left, Tensor[] right, Tensor[] low_left, Tensor[] low_right, Tensor? keep, Tensor? bias, "
       "bool by_feature) -> Tensor");
   m.def(

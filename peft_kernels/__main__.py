@@ -81,11 +81,11 @@ def explained(*sizes_and_dtype: str, arch: int | None = None) -> str:
         else:
             backend, text = _choice("lora_linear", "cuda", dtype)
             choices = [("on a GPU", f"{gpu.name}: {text}")]
+            table = tuning.load("lora_linear", gpu, configs.CHOICES)
             if backend == "auto" or backend.startswith("triton"):
-                table = tuning.load("lora_linear", gpu, configs.CHOICES)
                 choices += explain(sizes, dtype, gpu.architecture, backend, table)
             processors = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-            choices += explain_native(sizes, dtype, gpu.architecture, processors)
+            choices += explain_native(sizes, dtype, gpu.architecture, processors, table)
     return "\n".join([*lines, *(line for label, text in choices for line in _row(label, text))])
 
 

@@ -18,10 +18,9 @@ import torch
 
 from . import _native
 
-#: What `use_backend` and the environment variable PEFT_KERNELS_BACKEND accept. `triton` chooses between the
-#: fused GEMM and the vendor's GEMM by rule (`configs.py` of the room); the two suffixed names force one. `cpu` and
-#: `cuda` are the native library's.
-NAMES = ("auto", "reference", "cpu", "triton", "triton:fused", "triton:blas", "cuda")
+#: What `use_backend` and the environment variable PEFT_KERNELS_BACKEND accept. `cpu` and `cuda` are the native
+#: library's. `triton` and `cuda` choose between two ways by rule (`configs.py` of the room); a suffix forces one.
+NAMES = ("auto", "reference", "cpu", "triton", "triton:fused", "triton:blas", "cuda", "cuda:fused", "cuda:passes")
 
 #: op -> the backends that implement it.
 OPS = {
@@ -70,7 +69,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: one of `auto`, `reference`, `cpu`, `triton`, `cuda`; `triton:fused` and `triton:blas` force one way
-            to expand the low-rank product (see `ops/lora_linear/README.md`).
+            to expand the low-rank product, `cuda:fused` and `cuda:passes` one way to compute it (see
+            `ops/lora_linear/README.md`).
 
     The setting holds for the whole process. A backward runs on the backend that its forward took.
 

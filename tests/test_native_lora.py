@@ -18,6 +18,11 @@ def lora_gemm(left, right, low_left, low_right, *rest):
     return torch.ops.peft_kernels_native.lora_gemm(*pairs, *rest)
 
 
+def lora_forward(*args):
+    assert _native.load(), _native.why_not()
+    return torch.ops.peft_kernels_native.lora_forward(*args)
+
+
 def lora_shrink(*args):
     assert _native.load(), _native.why_not()
     return torch.ops.peft_kernels_native.lora_shrink(*args)
@@ -53,6 +58,8 @@ def test_refuses_cpu_tensors():
         lora_shrink(x, lora_A, None, 0, 1, None, True)
     with pytest.raises(NotImplementedError, match="CPU"):
         lora_outer(x, x, None, None, False)
+    with pytest.raises(NotImplementedError, match="CPU"):
+        lora_forward(x, x, lora_A, lora_A, None, 1.0, None)
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +206,73 @@ def test_says_what_it_expected(change, message):
     with pytest.raises(RuntimeError, match=message) as caught:
         lora_gemm(*change(given).values(), True)
     assert "\n" not in str(caught.value).strip()
+
+
+class TestForward:
+    """S and y by one kernel, on compute capability 9.0 only."""
+
+    pytestmark = pytest.mark.gpu
+
+    @pytest.fixture(autouse=True)
+    def hopper(self):
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("needs compute capability 9.0")
+
+    @staticmethod
+    def given(rows, columns, depth, rank):
+        x, weight, _, lora_B = operands(rows, columns, depth, rank, True)
+        return [x, weight, matrix(rank, depth, scale=depth**-0.5), lora_B]
+
+    @pytest.mark.parametrize(
+        "shape", [(1, 8, 1, 1), (130, 264, 200, 6), (1000, 1536, 576, 32), (8192, 4096, 4096, 16)], ids=str
+    )
+    def test_as_a_pass_and_the_gemm(self, shape):
+        given, row_scale = self.given(*shape), torch.randn(shape[0], device="cuda")
+        bias = torch.randn(shape[1], device="cuda").bfloat16()
+        y, s = lora_forward(*given, row_scale, 0.5, bias)
+        x, weight, lora_A, lora_B = given
+        wanted = 0.5 * row_scale[:, None].double() * (x.double() @ lora_A.double().mT)
+        rank, eps = shape[3], torch.finfo(torch.bfloat16).eps
+        terms = 0.5 * row_scale[:, None].abs() * (x.float().abs() @ lora_A.float().abs().mT)
+        assert bool(((s[:, :rank].double() - wanted).abs() <= eps / 2 * wanted.abs() + 2**-22 * terms).all())
+        assert not s[:, rank:].any()
+        wanted = exact(x, weight, s[:, :rank], lora_B, None, bias, True)
+        bound = eps / 2 * wanted.abs() + (shape[2] + rank) * 2**-23
+        assert bool(((y.double() - wanted).abs() <= bound).all())
+        for _ in range(50 if shape[0] == 1000 else 5):
+            again = lora_forward(*given, row_scale, 0.5, bias)
+            assert torch.equal(again[0], y)
+            assert torch.equal(again[1], s)
+
+    def test_on_the_current_stream(self):
+        given = self.given(300, 512, 128, 8)
+        lora_forward(*given, None, 1.0, None)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # a launch on any other stream would make the capture fail
+            y, s = lora_forward(*given, None, 1.0, None)
+        given[0].zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert not y.any()
+        assert not s.any()
+
+    @pytest.mark.parametrize(
+        ("place", "change", "message"),
+        [
+            (0, torch.Tensor.float, "expected x bfloat16 or float16"),
+            (1, lambda weight: weight[:60], "expected K of at least 1, N a positive multiple of 8 and R from 1 to 64"),
+            (2, lambda lora_A: lora_A[:, :8], r"expected lora_A \[8, 128\], got \[8, 8\]"),
+            (3, torch.Tensor.half, "expected every operand in one dtype, got lora_B in another"),
+            (4, lambda _: torch.ones(3, device="cuda"), r"expected a contiguous row_scale, float32 \[64\], got \[3\]"),
+            (6, lambda _: torch.ones(64, device="cuda"), r"expected a contiguous bias \[64\]"),
+        ],
+    )
+    def test_says_what_it_expected(self, place, change, message):
+        given = [*self.given(64, 64, 128, 8), None, 1.0, None]
+        given[place] = change(given[place])
+        with pytest.raises(RuntimeError, match=message) as caught:
+            lora_forward(*given)
+        assert "\n" not in str(caught.value).strip()
 
 
 def assert_summed(found, wanted, terms):

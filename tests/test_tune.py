@@ -104,6 +104,14 @@ def test_crossovers_come_from_the_table():
     assert lora.gpu_backend(4096, 4096, 4096, torch.bfloat16, 90, {("cuda_from", 2): size}) == "cuda"
     assert lora.gpu_backend(4095, 4096, 4096, torch.bfloat16, 90, {("cuda_from", 2): size}) == "triton"
     assert lora.gpu_backend(4096, 4096, 4096, torch.bfloat16, 90, {("cuda_from", 2): math.inf}) == "triton"
+
+    def cuda_path(backend, table):
+        return lora.cuda_path(4096, 4096, 4096, torch.bfloat16, 90, backend, table)
+
+    assert cuda_path("cuda", {}) == "passes"
+    assert cuda_path("cuda", {("cuda_fused_from", 2): size}) == "fused"
+    assert cuda_path("cuda", {("cuda_fused_from", 2): size + 1}) == "passes"
+    assert cuda_path("cuda:passes", {("cuda_fused_from", 2): 0}) == "passes"
     assert sparse.sampled_up_to(2) == sparse.SAMPLED_UP_TO
     assert sparse.sampled_up_to(2, {("sampled_up_to", 2): 0.01}) == 0.01
 

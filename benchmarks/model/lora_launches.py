@@ -10,6 +10,7 @@ from functools import partial
 from typing import NamedTuple
 
 from peft_kernels.ops.lora_linear import configs
+from peft_kernels.ops.lora_linear.cuda import LARGEST_RANK_OF_FORWARD
 
 from ..providers import BARE, EAGER, PEFT
 from .launches import F32, INDEX, Ceilings, Launch, Passes, cast, elementwise, gemm, in_one, native_parts
@@ -258,9 +259,13 @@ def _dy_pass(l: Layer, wide: int, processors: int) -> list[Launch]:
     ]  # fmt: skip
 
 
-def cuda(layers: list[Layer], ceilings: Ceilings) -> Passes | None:
+def cuda(layers: list[Layer], ceilings: Ceilings, path: str) -> Passes | None:
     """By the native kernels, as `cuda.py` calls them: 16-bit operands. The GEMM's partial sums of few tokens, and the
-    launch that adds them, are left out."""
+    launch that adds them, are left out.
+
+    Args:
+        path: "passes", or "fused" where one kernel computes S and y.
+    """
     l, n, processors = layers[0], len(layers), int(ceilings.get("sms", 132))
     if l.size == F32:
         return None
@@ -277,6 +282,8 @@ def cuda(layers: list[Layer], ceilings: Ceilings) -> Passes | None:
         forward += [elementwise("its part of S", S // n, S // n)] if n > 1 else []
         forward += [elementwise("reduce S", S // n, one.S), in_one(one.base(), one.expand(), kept=one.y)]
     forward += [elementwise("cat of S", n * l.S, n * l.S)] if n > 1 else []
+    if path == "fused" and n == 1 and not l.p and l.R <= LARGEST_RANK_OF_FORWARD:
+        forward = [in_one(in_one(l.base(), l.shrink(), shared=l.x), l.expand(), shared=l.S, kept=l.y)]
 
     backward = []
     for one in layers:
@@ -345,7 +352,8 @@ PROVIDERS: dict[str, Model] = {
     f"{PEFT}, NF4 base": each(peft_nf4),
     "ours, triton:fused": partial(triton, path="fused"),
     "ours, triton:blas": partial(triton, path="blas"),
-    "ours, cuda": cuda,
+    "ours, cuda:passes": partial(cuda, path="passes"),
+    "ours, cuda:fused": partial(cuda, path="fused"),
     "ours, reference": reference,
 }
 #: Known from papers and by arithmetic only; no provider of the benchmark runs them.

@@ -12,7 +12,8 @@ from . import Provider, Ready, ready
 
 
 def providers(device: str) -> list[Provider]:
-    names = ("triton:fused", "triton:blas", "cuda", "reference") if device == "cuda" else ("reference",)
+    on_gpu = ("triton:fused", "triton:blas", "cuda:passes", "cuda:fused", "reference")
+    names = on_gpu if device == "cuda" else ("reference",)
     return [
         Provider(f"ours, {backend}", lambda case, backend=backend: build(case, backend), our_masks=True)
         for backend in names

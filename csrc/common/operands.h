@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
+#include <optional>
 
 namespace peft_kernels {
 
@@ -36,6 +37,16 @@ inline void check_operand(const char* op, const torch::stable::Tensor& tensor, c
                                           (height == 1 || (tensor.stride(0) % 8 == 0 && tensor.stride(0) >= width))),
                   op, ": expected rows of ", name, " that start on 16 bytes, got strides (", tensor.stride(0), ", ",
                   tensor.stride(1), ")", aligned ? "" : " from an address that does not");
+}
+
+// [width] in the dtype and on the device of `like`, if there is one.
+inline void check_bias(const char* op, const std::optional<torch::stable::Tensor>& bias, int64_t width,
+                       const torch::stable::Tensor& like) {
+  if (!bias) return;
+  STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == width && bias->is_contiguous() &&
+                      bias->scalar_type() == like.scalar_type(),
+                  op, ": expected a contiguous bias [", width, "] in the operands' dtype, got ", shape_of(*bias));
+  check_same_device(*bias, "bias", like);
 }
 
 // From one row to the next; of a single row whatever.

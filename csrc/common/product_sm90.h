@@ -85,35 +85,57 @@ struct BoxProduct {
 
   // --- One thread ---------------------------------------------------------------------------------------------
 
-  // Loads a stage when it has been read: the tile at (row_0, column_0), from depth_0 on.
-  PEFT_KERNELS_DEVICE static void load(const Ring& ring, Slot& slot, const TensorMap& left, const TensorMap& right,
-                                       int row_0, int column_0, int depth_0) {
-    constexpr bool kMulticast = kCluster > 1;
-    constexpr uint16_t kAll = (1 << kCluster) - 1;
-    char* place = ring.stages + slot.index * kStageBytes;
-    Mbarrier* loaded = ring.loaded + slot.index;
+  // A place in the ring that takes loads.
+  struct Stage {
+    char* place;
+    Mbarrier* loaded;
+    int index;
+  };
+
+  // The next one, when it has been read: `bytes` will be loaded into it.
+  PEFT_KERNELS_DEVICE static Stage open(const Ring& ring, Slot& slot, int bytes) {
+    const Stage stage{ring.stages + slot.index * kStageBytes, ring.loaded + slot.index, slot.index};
     mbarrier_wait(ring.read + slot.index, slot.parity ^ 1);
-    mbarrier_arrive_expecting(loaded, kStageBytes);
+    mbarrier_arrive_expecting(stage.loaded, bytes);
+    slot.advance();
+    return stage;
+  }
+
+  // The tile's rows, from depth_0 on: kLeftBytes.
+  PEFT_KERNELS_DEVICE static void load_left(const Stage& stage, const TensorMap& left, int row_0, int depth_0) {
     if constexpr (kLeftByFeature) {
-      load_box<false>(place, left, row_0, depth_0, loaded, 0);
+      load_box<false>(stage.place, left, row_0, depth_0, stage.loaded, 0);
     } else {
       PEFT_KERNELS_UNROLL
       for (int row = 0; row < Tile::kRows; row += kBoxColumns) {
-        load_box<false>(place + row * kBoxRowBytes, left, depth_0, row_0 + row, loaded, 0);
+        load_box<false>(stage.place + row * kBoxRowBytes, left, depth_0, row_0 + row, stage.loaded, 0);
       }
     }
+  }
+
+  // This block's share of the tile's columns, to every block of the cluster: kRightBytes with the others' shares.
+  PEFT_KERNELS_DEVICE static void load_right(const Stage& stage, const TensorMap& right, int column_0, int depth_0) {
+    constexpr bool kMulticast = kCluster > 1;
+    constexpr uint16_t kAll = (1 << kCluster) - 1;
     const int share = cluster_rank() * kShare;
-    place += kLeftBytes + share * kBoxRowBytes;
+    char* place = stage.place + kLeftBytes + share * kBoxRowBytes;
     column_0 += share;
     if constexpr (kRightByFeature) {
-      load_box<kMulticast>(place, right, column_0, depth_0, loaded, kAll);
+      load_box<kMulticast>(place, right, column_0, depth_0, stage.loaded, kAll);
     } else {
       PEFT_KERNELS_UNROLL
       for (int column = 0; column < kShare; column += kBoxColumns) {
-        load_box<kMulticast>(place + column * kBoxRowBytes, right, depth_0, column_0 + column, loaded, kAll);
+        load_box<kMulticast>(place + column * kBoxRowBytes, right, depth_0, column_0 + column, stage.loaded, kAll);
       }
     }
-    slot.advance();
+  }
+
+  // A stage of both.
+  PEFT_KERNELS_DEVICE static void load(const Ring& ring, Slot& slot, const TensorMap& left, const TensorMap& right,
+                                       int row_0, int column_0, int depth_0) {
+    const Stage stage = open(ring, slot, kStageBytes);
+    load_left(stage, left, row_0, depth_0);
+    load_right(stage, right, column_0, depth_0);
   }
 
   // --- A warpgroup --------------------------------------------------------------------------------------------
@@ -144,13 +166,20 @@ struct BoxProduct {
   // done. sums = the product, or + if `onto`.
   PEFT_KERNELS_DEVICE static void multiply_stages(const Ring& ring, Slot& slot, int stages, float (&sums)[kSums],
                                                   bool onto) {
+    multiply_stages(ring, slot, stages, sums, onto, [](int, int, uint64_t, bool) {});
+  }
+
+  // The same beside another product of the rows: also(slot, step, the operand of 16 of depth, onto) at every step.
+  template <typename Also>
+  PEFT_KERNELS_DEVICE static void multiply_stages(const Ring& ring, Slot& slot, int stages, float (&sums)[kSums],
+                                                  bool onto, const Also& also) {
     mbarrier_wait(ring.loaded + slot.index, slot.parity);
-    multiply_stage(ring.stages + slot.index * kStageBytes, sums, onto);
+    multiply_stage(ring, slot, sums, onto, also);
     Mbarrier* previous = ring.read + slot.index;
     slot.advance();
     for (int stage = 1; stage < stages; ++stage, slot.advance()) {
       mbarrier_wait(ring.loaded + slot.index, slot.parity);
-      multiply_stage(ring.stages + slot.index * kStageBytes, sums, true);
+      multiply_stage(ring, slot, sums, true, also);
       wgmma_wait<1>(sums);
       release(previous);
       previous = ring.read + slot.index;
@@ -159,21 +188,50 @@ struct BoxProduct {
     release(previous);
   }
 
- private:
-  PEFT_KERNELS_DEVICE static void multiply_stage(const char* place, float (&sums)[kSums], bool onto) {
+  // sums = the product of rows in registers with the columns of the next stage, or + if `onto`; 16 of depth a step.
+  template <int kSteps>
+  PEFT_KERNELS_DEVICE static void multiply_registers(const Ring& ring, Slot& slot, const uint32_t (&rows)[kSteps][4],
+                                                     float (&sums)[kSums], bool onto) {
+    mbarrier_wait(ring.loaded + slot.index, slot.parity);
+    const uint64_t columns = right_operand(ring.stages + slot.index * kStageBytes);
     wgmma_fence();
     PEFT_KERNELS_UNROLL
-    for (int step = 0; step < kDepth / 16; ++step) multiply(place, step, sums, onto || step > 0);
+    for (int step = 0; step < kSteps; ++step) {
+      wgmma<T, kRightByFeature>(sums, rows[step], columns + step * kOperandStep<kRightByFeature>, onto || step > 0);
+    }
+    wgmma_commit();
+    wgmma_wait<0>(sums);
+    release(ring.read + slot.index);
+    slot.advance();
+  }
+
+ private:
+  static constexpr int kBoxBytes = kDepth * kBoxRowBytes;  // 64 features, either way
+
+  PEFT_KERNELS_DEVICE static uint64_t left_operand(const char* place) {
+    return operand_at<kLeftByFeature>(place + group() * kBoxBytes, kBoxBytes);
+  }
+  PEFT_KERNELS_DEVICE static uint64_t right_operand(const char* place) {
+    return operand_at<kRightByFeature>(place + kLeftBytes, kBoxBytes);
+  }
+
+  template <typename Also>
+  PEFT_KERNELS_DEVICE static void multiply_stage(const Ring& ring, const Slot& slot, float (&sums)[kSums], bool onto,
+                                                 const Also& also) {
+    const char* place = ring.stages + slot.index * kStageBytes;
+    wgmma_fence();
+    PEFT_KERNELS_UNROLL
+    for (int step = 0; step < kDepth / 16; ++step) {
+      multiply(place, step, sums, onto || step > 0);
+      also(slot.index, step, left_operand(place) + step * kOperandStep<kLeftByFeature>, onto || step > 0);
+    }
     wgmma_commit();
   }
 
   // sums += 16 of a stage's depth, from element 16·step on.
   PEFT_KERNELS_DEVICE static void multiply(const char* place, int step, float (&sums)[kSums], bool onto) {
-    constexpr int kBoxBytes = kDepth * kBoxRowBytes;  // 64 features, either way
-    const uint64_t left = operand_at<kLeftByFeature>(place + group() * kBoxBytes, kBoxBytes);
-    const uint64_t right = operand_at<kRightByFeature>(place + kLeftBytes, kBoxBytes);
-    wgmma<T, kLeftByFeature, kRightByFeature>(sums, left + step * kOperandStep<kLeftByFeature>,
-                                              right + step * kOperandStep<kRightByFeature>, onto);
+    wgmma<T, kLeftByFeature, kRightByFeature>(sums, left_operand(place) + step * kOperandStep<kLeftByFeature>,
+                                              right_operand(place) + step * kOperandStep<kRightByFeature>, onto);
   }
 
   // This warp has read a stage that every block of the cluster loads into.

@@ -5,10 +5,12 @@
 // no plain load or store.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <optional>
 
 namespace peft_kernels::emulator {
 
@@ -91,6 +93,9 @@ void box_load(void* to, const TensorMap& map, int row, int column, uint64_t* loa
 void box_store(const TensorMap& map, int row, int column, const void* from);
 void stores_wait(int pending);
 
+// Two rows of an operand in registers, 16 of depth.
+using Rows = std::array<std::array<float, 16>, 2>;
+
 // One thread's share of a wgmma: descriptors a and b, sums of [64, 2·count].
 struct Product {
   float* sums;
@@ -98,7 +103,21 @@ struct Product {
   uint64_t a, b;
   bool onto, a_by_feature, b_by_feature;
   float (*wide)(uint16_t);
+  std::optional<Rows> rows;  // in place of a
 };
+
+// This thread's rows, of which four lanes hold a quarter each.
+template <typename T>
+Rows gather(const uint32_t (&a)[4]) {
+  const Fragments* lanes = exchange({{a[0], a[1], a[2], a[3]}, {}});
+  Rows rows;
+  for (int i = 0; i < 2; ++i) {
+    for (int k = 0; k < 16; ++k) {
+      rows[i][k] = element<T>(lanes[thread_index() % 32 / 4 * 4 + k % 8 / 2].a, i + 2 * (k / 8), k % 2);
+    }
+  }
+  return rows;
+}
 
 void wgmma(const Product& product);
 void wgmma_commit();

@@ -57,7 +57,8 @@ void compute(const Product& product) {
   float a[2][16];
   for (int i = 0; i < 2; ++i) {
     for (int k = 0; k < 16; ++k) {
-      a[i][k] = product.wide(operand(shared, product.a, product.a_by_feature, row_0 + 8 * i, k));
+      a[i][k] = product.rows ? (*product.rows)[i][k]
+                             : product.wide(operand(shared, product.a, product.a_by_feature, row_0 + 8 * i, k));
     }
   }
   for (int j = 0; j < product.count / 4; ++j) {

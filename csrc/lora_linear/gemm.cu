@@ -86,13 +86,8 @@ Tensor lora_gemm(std::vector<Tensor> left, std::vector<Tensor> right, std::vecto
     check_same_device(*keep, "keep", like);
     args.keep = static_cast<const uint8_t*>(keep->const_data_ptr());
   }
-  if (bias) {
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == columns && bias->is_contiguous() &&
-                        bias->scalar_type() == like.scalar_type(),
-                    kOp, ": expected a contiguous bias [", columns, "] in left's dtype, got ", shape_of(*bias));
-    check_same_device(*bias, "bias", like);
-    args.bias = bias->const_data_ptr();
-  }
+  check_bias(kOp, bias, columns, like);
+  args.bias = bias ? bias->const_data_ptr() : nullptr;
 
   const int32_t device = like.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);

@@ -48,16 +48,6 @@ PEFT_KERNELS_HOST_DEVICE int stages_of(const Pair* pairs, int count, int stage) 
   return stages;
 }
 
-// Of a fragment's pair of columns, in float32; zeros beyond the last, and without a bias.
-template <typename T>
-PEFT_KERNELS_DEVICE void load_bias(const void* bias, int columns, int column, float (&pair)[2]) {
-  PEFT_KERNELS_UNROLL
-  for (int k = 0; k < 2; ++k) {
-    const bool there = bias != nullptr && column + k < columns;
-    pair[k] = there ? static_cast<float>(static_cast<const T*>(bias)[column + k]) : 0.0f;
-  }
-}
-
 // By the kernels for sm_90a, on the current device of `processors` SMs: compute capability 9.0 and a library built for it. rows,
 // columns and the first pair's depth are at least 1, columns a multiple of 8 (gemm_sm90.cuh).
 template <typename T, bool kByFeature>

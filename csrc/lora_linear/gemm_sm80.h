@@ -3,6 +3,7 @@
 
 #include "common/kernel_source.h"
 #include "common/product_sm80.h"
+#include "lora_linear/bias.h"
 #include "lora_linear/gemm.h"
 
 #include <cstdint>

@@ -4,7 +4,9 @@
 
 #include "common/kernel_source.h"
 #include "common/product_sm90.h"
+#include "lora_linear/bias.h"
 #include "lora_linear/gemm.h"
+#include "lora_linear/store_sm90.h"
 
 #include <climits>
 #include <cstdint>
@@ -32,10 +34,9 @@ struct BoxArguments {
 template <typename T, typename Tile, bool kByFeature>
 struct BoxGemm : private BoxProduct<T, Tile, true, kByFeature> {
   using Product = BoxProduct<T, Tile, true, kByFeature>;
-  using Product::group, Product::is_first, Product::lane, Product::row_of_group, Product::sync_group;
+  using Product::group, Product::is_first, Product::lane, Product::row_of_group;
   using Product::kDepth, Product::kGroupRows, Product::kSums, Product::kThreads;
-  static constexpr int kOutBytes = kGroupRows * kBoxRowBytes;  // a box of out; each warpgroup has two
-  static constexpr int kOut = Product::kStagesBytes, kBarriers = kOut + 2 * Product::kGroups * kOutBytes;
+  static constexpr int kOut = Product::kStagesBytes, kBarriers = kOut + kOutBytes<Product>;
   static constexpr int kSharedBytes = kBarriers + Product::kBarrierBytes;
   static constexpr bool kSplits = std::is_same_v<Tile, BoxSquare>;  // the other is taken where it fills the GPU
   static constexpr int kWords = Tile::kColumns / 32;  // of a row of the mask
@@ -86,7 +87,7 @@ struct BoxGemm : private BoxProduct<T, Tile, true, kByFeature> {
         if (kSplits && args.parts > 1) {
           store_part(args, part, row_0 + row_of_group(), column_0, sums);
         } else {
-          store(args, shared + kOut + 2 * group() * kOutBytes, row_0, column_0, sums);
+          store_tile<T, Product>(args.out, args.bias, args.columns, shared + kOut, row_0, column_0, sums);
         }
       });
       if (is_first()) stores_wait<0>();
@@ -145,36 +146,6 @@ struct BoxGemm : private BoxProduct<T, Tile, true, kByFeature> {
         const int64_t at = (static_cast<int64_t>(part) * args.rows + row + 8 * half) * args.columns + column;
         *reinterpret_cast<Pair*>(args.partials + at) = {{pair[0] + bias[0], pair[1] + bias[1]}};
       }
-    }
-  }
-
-  // By way of shared memory, 64 columns at a time. The engine stores them while the next ones are rounded, and while the
-  // next tile is multiplied.
-  PEFT_KERNELS_DEVICE static void store(const BoxArguments& args, char* boxes, int row_0, int column_0,
-                                        const float (&sums)[kSums]) {
-    PEFT_KERNELS_UNROLL
-    for (int part = 0; part < Tile::kColumns / kBoxColumns; ++part) {
-      char* box = boxes + part % 2 * kOutBytes;
-      if (is_first()) stores_wait<1>();
-      sync_group();  // the box has been read
-      PEFT_KERNELS_UNROLL
-      for (int j = 0; j < kBoxColumns / 8; ++j) {
-        const int fragment = part * kBoxColumns / 8 + j, column = column_0 + 8 * fragment + 2 * (lane() % 4);
-        float bias[2];
-        load_bias<T>(args.bias, args.columns, column, bias);
-        PEFT_KERNELS_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          struct alignas(4) Pair {
-            T values[2];
-          };
-          char* to = box + box_offset(row_of_group() + 8 * half, j) + 4 * (lane() % 4);
-          const float* pair = sums + 4 * fragment + 2 * half;
-          *reinterpret_cast<Pair*>(to) = {{T(pair[0] + bias[0]), T(pair[1] + bias[1])}};
-        }
-      }
-      publish_to_copies();
-      sync_group();
-      if (is_first()) store_box(args.out, row_0, column_0 + part * kBoxColumns, box);
     }
   }
 };

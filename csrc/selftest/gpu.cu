@@ -2,10 +2,12 @@
 // with 1 at a difference, with 77 where there is no GPU.
 
 #include "dropout/draw_mask_kernel.h"
+#include "lora_linear/forward_sm90.cuh"
 #include "lora_linear/gemm_sm80.cuh"
 #include "lora_linear/gemm_sm90.cuh"
 #include "lora_linear/outer_sm80.cuh"
 #include "lora_linear/shrink_sm80.cuh"
+#include "selftest/forward_problem.h"
 #include "selftest/gathered_problem.h"
 #include "selftest/gemm_problem.h"
 #include "selftest/pass_problems.h"
@@ -126,6 +128,35 @@ void box_gemms(const std::string& dtype, int all_processors) {
       gemm(problem, "gemm_sm90<" + dtype + ", BoxSquare>", by(TileName::kBoxSquare));
       if (problem.parts() < 2) continue;
       gemm(problem, "gemm_sm90<" + dtype + ", BoxSquare>, split", by(TileName::kBoxSquare), problem.parts());
+    }
+  }
+}
+
+// Twice, to the same bits; on two SMs too, so that a cluster has several tiles.
+template <typename T>
+void forward(const std::string& dtype, int all_processors) {
+  for (const ForwardProblem<T>& problem : forwards<T>(kLarge<T>)) {
+    const OnDevice<T> x(problem.x()), weight(problem.weight()), lora_A(problem.lora_A()), lora_B(problem.lora_B());
+    const OnDevice<T> bias(problem.bias());
+    const OnDevice<float> row_scale(problem.row_scale());
+    std::vector<T> first;
+    for (const int processors : {all_processors, 2}) {
+      const OnDevice<T> y(poisoned<T>(problem.y_size())), s(poisoned<T>(problem.s_size()));
+      check(lora_forward::launch_sm90<T>(
+                problem.arguments(x.get(), weight.get(), lora_A.get(), lora_B.get(), bias.get(), row_scale.get(),
+                                  y.get(), s.get()),
+                processors, nullptr),
+            "launching forward_sm90");
+      check(cudaDeviceSynchronize(), "forward_sm90");
+      const std::vector<T> found = y.host();
+      std::string complaint;
+      if (first.empty()) {
+        complaint = problem.complaint(found, s.host());
+        first = found;
+      } else if (std::memcmp(first.data(), found.data(), found.size() * sizeof(T)) != 0) {
+        complaint = "other bits on two SMs";
+      }
+      report("forward_sm90<" + dtype + ">, " + problem.text(), complaint);
     }
   }
 }
@@ -252,6 +283,8 @@ int main() {
   if (boxes) {
     box_gemms<__nv_bfloat16>("bfloat16", processors);
     box_gemms<__half>("float16", processors);
+    forward<__nv_bfloat16>("bfloat16", processors);
+    forward<__half>("float16", processors);
   }
   gathered<__nv_bfloat16>("bfloat16", processors, boxes);
   gathered<__half>("float16", processors, boxes);

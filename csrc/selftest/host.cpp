@@ -2,10 +2,12 @@
 // says where the first difference is.
 
 #include "dropout/draw_mask_kernel.h"
+#include "lora_linear/forward_sm90.h"
 #include "lora_linear/gemm_sm80.h"
 #include "lora_linear/gemm_sm90.h"
 #include "lora_linear/outer_sm80.h"
 #include "lora_linear/shrink_sm80.h"
+#include "selftest/forward_problem.h"
 #include "selftest/gathered_problem.h"
 #include "selftest/gemm_problem.h"
 #include "selftest/pass_problems.h"
@@ -118,6 +120,44 @@ void gemms(const std::string& dtype) {
     report("gemm_sm80<" + dtype + ", Small>, split, " + shape.text(),
            shape.by_feature ? gemm<T, Small, true>(problem, 1, problem.parts())
                             : gemm<T, Small, false>(problem, 1, problem.parts()));
+  }
+}
+
+// Of tiles taken `per_cluster` at a time.
+template <typename T, int kRanks>
+std::string forward(const ForwardProblem<T>& problem, unsigned order, int per_cluster) {
+  using Forward = lora_forward::BoxForward<T, kRanks>;
+  using Product = typename Forward::Product;
+  std::vector<T> y = poisoned<T>(problem.y_size() + kMargin), s = poisoned<T>(problem.s_size() + kMargin);
+  const lora_forward::Arguments args = problem.arguments(
+      problem.x().data(), problem.weight().data(), problem.lora_A().data(), problem.lora_B().data(),
+      problem.bias().data(), problem.row_scale().data(), y.data(), s.data());
+  const auto map = [](const lora_forward::Operand& operand, int height, int width, int box_height) {
+    return map_of(operand.start, operand.pitch, height, width, box_height);
+  };
+  const lora_forward::BoxArguments boxes{map(args.x, args.rows, args.depth, Product::kLeftBox),
+                                         map(args.weight, args.columns, args.depth, Product::kRightBox),
+                                         map(args.lora_A, args.rank, args.depth, kRanks),
+                                         map(args.lora_B, args.columns, args.rank, Product::kRightBox),
+                                         map_of(args.y, args.columns, args.rows, args.columns, Product::kGroupRows),
+                                         args.bias, args.row_scale, args.scale, args.s,
+                                         args.rows, args.columns, args.depth, args.rank, per_cluster};
+  const int clusters = tiles_of(Product::clusters_of(args.rows, args.columns), per_cluster);
+  emulator::launch(clusters * Product::kCluster, Forward::kThreads, Forward::kSharedBytes, order,
+                   [&](char* shared) { Forward::run(boxes, shared); }, Product::kCluster);
+  return margin_is_whole(y) && margin_is_whole(s) ? problem.complaint(y, s) : "written behind the end";
+}
+
+template <typename T>
+void forward(const std::string& dtype) {
+  for (const ForwardProblem<T>& problem : forwards<T>(false)) {
+    for (const unsigned order : {0u, 1u, 2u}) {
+      const int per_cluster = order == 0 ? 1 : order == 1 ? 4 : 5;
+      report("forward_sm90<" + dtype + ">, " + problem.text(),
+             problem.rank <= 16   ? forward<T, 16>(problem, order, per_cluster)
+             : problem.rank <= 32 ? forward<T, 32>(problem, order, per_cluster)
+                                  : forward<T, 64>(problem, order, per_cluster));
+    }
   }
 }
 
@@ -271,6 +311,8 @@ int main() try {
   gathered<__half>("float16");
   box_gemms<__nv_bfloat16>("bfloat16");
   box_gemms<__half>("float16");
+  forward<__nv_bfloat16>("bfloat16");
+  forward<__half>("float16");
   gemms<__nv_bfloat16>("bfloat16");
   gemms<__half>("float16");
   return finish();

@@ -96,6 +96,12 @@ CROSSOVERS = {
     "fused_from": Crossover(
         ("blas", "fused"), [(M, N, N) for M in (8192, 2048, 512) for N in (8192, 4096, 2048, 1024)], smallest_from
     ),
+    # M, N, K
+    "cuda_fused_from": Crossover(
+        ("cuda:passes", "cuda:fused"),
+        [(M, N, N) for M in (16384, 8192, 2048, 512) for N in (8192, 4096, 2048, 1024)],
+        smallest_from,
+    ),
     # M, N, K, with a smaller M than that of "fused_from": the depth is split there
     "cuda_from": Crossover(
         ("triton", "cuda"), [(M, N, N) for M in (8192, 2048, 512, 64) for N in (8192, 4096, 2048, 1024)], smallest_from

@@ -14,7 +14,7 @@ import torch
 
 from .. import _native
 from ..ops.common import dropout
-from ..ops.common.triton_host import architecture
+from ..ops.common.machine import architecture
 from ..ops.lora_linear import configs as lora_configs
 from ..ops.lora_linear import cuda, triton_backward, triton_forward
 from ..ops.lora_linear.reference import add_base
@@ -163,17 +163,42 @@ def _fused_from(inputs: Inputs, at, table, element_size) -> Problem:
     return Problem(launch, expression, (x, dy, s, dh, weight, lora_A, lora_B))
 
 
-def _cuda_from(inputs: Inputs, at, table, element_size) -> Problem:
-    """Output and every gradient of a layer without dropout, by each backend; Triton's tiles are those of the tables in
-    force."""
+def _cuda_fused_from(inputs: Inputs, at, table, element_size) -> Problem:
+    """Output and S of a layer without dropout, each way."""
     (M, N, K), R = at, _RANK
+    x, weight = inputs.normal(M, K), inputs.normal(N, K, scale=K**-0.5)
+    lora_A, lora_B = inputs.normal(R, K, scale=K**-0.5), inputs.normal(N, R, scale=R**-0.5)
+
+    def launch(backend):
+        if not _native.load():
+            raise RuntimeError(_native.why_not())
+        projection = [weight, None, lora_A, lora_B, None]
+        return tuple(cuda.forward(x, projection, [1.0], None, 0.0, False, [True], False, False, backend))
+
+    def expression(x, weight, lora_A, lora_B):
+        s = x @ lora_A.t()
+        return x @ weight.t() + s @ lora_B.t(), s
+
+    return Problem(launch, expression, (x, weight, lora_A, lora_B))
+
+
+def _cuda_from(inputs: Inputs, at, table, element_size) -> Problem:
+    """Output and every gradient of a layer without dropout, by each backend, the way that was found for it; Triton's
+    tiles are those of the tables in force."""
+    (M, N, K), R, arch = at, _RANK, architecture(inputs.device)
     x, dy, weight = inputs.normal(M, K), inputs.normal(M, N), inputs.normal(N, K, scale=K**-0.5)
     lora_A, lora_B = inputs.normal(R, K, scale=K**-0.5), inputs.normal(N, R, scale=R**-0.5)
 
     def launch(backend):
         if backend == "cuda" and not _native.load():
             raise RuntimeError(_native.why_not())
-        forward, backward = {"triton": (triton_forward, triton_backward), "cuda": (cuda, cuda)}[backend]
+        if backend == "cuda":
+            forward = backward = cuda
+            way = lora_configs.cuda_path(M, N, K, x.dtype, arch, backend, table)
+        else:
+            forward, backward = triton_forward, triton_backward
+            way = lora_configs.expand_path(M, N, K, R, x.dtype, arch, backend, table)
+        backend = f"{backend}:{way}"
         projection = [weight, None, lora_A, lora_B, None]
         y, s = forward.forward(x, projection, [1.0], None, 0.0, False, [True], False, False, backend)
         needs = [False, False, True, True]
@@ -270,6 +295,7 @@ _PROBLEMS: dict[tuple[str, str], Callable[..., Problem]] = {
     ("lora_linear", "x_pass_tile"): _x_pass,
     ("lora_linear", "gemm_tile"): _gemm,
     ("lora_linear", "fused_from"): _fused_from,
+    ("lora_linear", "cuda_fused_from"): _cuda_fused_from,
     ("lora_linear", "cuda_from"): _cuda_from,
     ("masked_linear", "gemm_tile"): _masked_gemm,
     ("masked_linear", "grad_tile"): _masked_grad,

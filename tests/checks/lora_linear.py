@@ -81,7 +81,7 @@ def check_subsets(backend: str, dropout_p: float = 0.25, **case_arguments) -> No
         if not any(trains.values()):
             assert not saved
             continue
-        rows, K, R, n = 20, 40, 3, 2
+        rows, K, R, n = 20, 40, 3, len(case.projections)
         element = case.x.element_size()
         expected = []
         if trains["lora_A"] or trains["weight"]:
@@ -102,7 +102,7 @@ def check_subsets(backend: str, dropout_p: float = 0.25, **case_arguments) -> No
 def check_runs(backend: str, device: str, monkeypatch, dtype: torch.dtype = torch.float32) -> None:
     """The backend asked for is the one that runs, backward included, also outside of the block."""
     modules = [reference]
-    if backend == "cuda":
+    if backend.startswith("cuda"):
         modules = [cuda]
     elif backend != "reference":
         from peft_kernels.ops.lora_linear import triton_backward, triton_forward
@@ -119,9 +119,11 @@ def check_runs(backend: str, device: str, monkeypatch, dtype: torch.dtype = torc
         assert {arguments[-1] for arguments in calls} == {backend}
 
 
-def check_layouts(backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+def check_layouts(
+    backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32, dropout_p: float = 0.2
+) -> None:
     """Strided x, a transposed weight (Conv1D), a bias and adapters that are views, a gradient of strides (0, 0)."""
-    case = make_case((6, 10), 48, (32,), 8, dtype=dtype, device=device, dropout_p=0.2)
+    case = make_case((6, 10), 48, (32,), 8, dtype=dtype, device=device, dropout_p=dropout_p)
     (weight, lora_A, lora_B, scaling, bias) = case.projections[0]
 
     def results(x, weight, lora_A, lora_B, bias):

@@ -64,6 +64,20 @@ def lora_gemm(lefts, rights, low_lefts, low_rights, keep, bias, by_feature):
     return out.to(dtype)
 
 
+def lora_forward(x, weight, lora_A, lora_B, row_scale, scale, bias):
+    """As csrc/lora_linear/forward.cu."""
+    (M, K), N, R, dtype = x.shape, weight.shape[0], lora_A.shape[0], x.dtype
+    assert K >= 1 and N >= 1 and N % 8 == 0 and 1 <= R <= 64
+    wide, lora_A = taken(x, M, K, dtype), taken(lora_A, R, K, dtype)
+    s = x.new_zeros(M, -(-R // 8) * 8)
+    s[:, :R] = split_reduce((wide @ lora_A.mT)[None], row_scale, scale, dtype)
+    y = wide @ taken(weight, N, K, dtype).mT + s[:, :R].float() @ taken(lora_B, N, R, dtype).mT
+    if bias is not None:
+        assert bias.shape == (N,) and bias.is_contiguous() and bias.dtype == dtype
+        y = y + bias
+    return y.to(dtype), s
+
+
 def lora_shrink(wide, narrow, seed, threshold, streams, mask, by_feature):
     (M, K), dtype = wide.shape, wide.dtype
     C = narrow.shape[0 if by_feature else 1]

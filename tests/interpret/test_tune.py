@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from peft_kernels import _native
+from peft_kernels.ops.lora_linear import cuda
 from peft_kernels.tune.measure import check
 from peft_kernels.tune.plan import CROSSOVERS, ROOMS, Job
 from peft_kernels.tune.problems import problem
-from tests.checks.native import lora_gemm, lora_outer, lora_shrink, split_reduce, standing_in
+from tests.checks.native import lora_forward, lora_gemm, lora_outer, lora_shrink, split_reduce, standing_in
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs a process of its own with TRITON_INTERPRET=1"
@@ -51,8 +52,11 @@ def test_both_ways_pass_the_check(op, choice, at):
 
 
 @pytest.mark.skipif(not _native.LIBRARY.exists(), reason="needs the native library")
-def test_both_backends_pass_the_check():
-    ways = CROSSOVERS["cuda_from"].ways
-    with standing_in(lora_gemm, lora_outer, lora_shrink, split_reduce):
-        prepared = problem(Job("lora_linear", "cuda_from", (2,), (40, 72, 48), ways), {}, "cpu", torch.float16)
+@pytest.mark.parametrize("choice", ["cuda_fused_from", "cuda_from"])
+@pytest.mark.parametrize("table", [{}, {("fused_from", 2): 0, ("cuda_fused_from", 2): 0}], ids=["untuned", "tuned"])
+def test_native_kernels_pass_the_check(choice, table, monkeypatch):
+    monkeypatch.setattr(cuda, "architecture", lambda _: 90)  # whose kernels the stand-ins are
+    ways = CROSSOVERS[choice].ways
+    with standing_in(lora_forward, lora_gemm, lora_outer, lora_shrink, split_reduce):
+        prepared = problem(Job("lora_linear", choice, (2,), (40, 72, 48), ways), table, "cpu", torch.float16)
         assert check(prepared, ways) == ["", ""]

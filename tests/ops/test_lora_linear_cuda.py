@@ -11,7 +11,7 @@ from peft_kernels.ops.lora_linear import configs, cuda, op
 from peft_kernels.testing import make_case
 from tests.checks import lora_linear as checks
 from tests.checks.common import record_calls
-from tests.checks.native import HALVES, lora_gemm, lora_outer, lora_shrink, split_reduce, standing_in
+from tests.checks.native import HALVES, lora_forward, lora_gemm, lora_outer, lora_shrink, split_reduce, standing_in
 
 pytestmark = pytest.mark.skipif(not _native.LIBRARY.exists(), reason="needs the native library")
 DTYPES = {
@@ -25,7 +25,7 @@ DTYPES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
-    with standing_in(lora_gemm, lora_shrink, lora_outer, split_reduce):
+    with standing_in(lora_forward, lora_gemm, lora_shrink, lora_outer, split_reduce):
         yield
 
 
@@ -56,8 +56,9 @@ def test_subsets(dropout_p):
     checks.check_subsets("cuda", dropout_p, dtype=torch.bfloat16)
 
 
-def test_runs(monkeypatch):
-    checks.check_runs("cuda", "cpu", monkeypatch, torch.bfloat16)
+@pytest.mark.parametrize("backend", ["cuda", "cuda:fused", "cuda:passes"])
+def test_runs(backend, monkeypatch):
+    checks.check_runs(backend, "cpu", monkeypatch, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -72,6 +73,71 @@ def test_empty():
 @pytest.mark.parametrize("dtype", HALVES)
 def test_same_mask(dtype):
     checks.check_same_mask("cuda", dtype=dtype)
+
+
+@pytest.fixture
+def in_one(monkeypatch):
+    """As on a GPU whose code the kernel of S and y is; the layers that it took, by their ranks."""
+    taken, in_one = [], cuda._in_one
+    monkeypatch.setattr(cuda, "architecture", lambda _: 90)
+    monkeypatch.setattr(cuda, "_in_one", lambda x, *rest: taken.append(len(rest[2])) or in_one(x, *rest))
+    return taken
+
+
+class TestOneKernelForTheForward:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("setting", ["plain", "no-bias", "dropout", "row-scaling"])
+    @pytest.mark.parametrize("shape", ["one-row", "no-leading-dims", "odd", "large-rank", "tiles", "qkv"])
+    def test_within_eager(self, dtype, setting, shape, in_one):
+        options = checks.SETTINGS[setting] | {"dropout_p": 0.25 if setting == "dropout" else 0.0}
+        checks.check_within_eager("cuda:fused", **checks.SHAPES[shape], **options, **DTYPES[dtype])
+        multiplied = dtype not in ("float32", "float32-adapters-high")
+        assert bool(in_one) == (
+            multiplied and setting != "dropout" and shape in ("one-row", "no-leading-dims", "tiles")
+        )
+
+    @settings(max_examples=15, deadline=None, derandomize=True)
+    @given(
+        rows=st.integers(1, 150),
+        in_features=st.integers(1, 150),
+        eighths=st.integers(1, 12),
+        rank=st.integers(1, 64),
+        row_scaling=st.booleans(),
+    )
+    def test_drawn_shapes(self, rows, in_features, eighths, rank, row_scaling):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda, "architecture", lambda _: 90)
+            checks.check_within_eager(
+                "cuda:fused", batch=(rows,), in_features=in_features, out_features=(8 * eighths,), rank=rank,
+                row_scaling=row_scaling, dtype=torch.bfloat16,
+            )  # fmt: skip
+
+    def test_subsets(self, in_one):
+        checks.check_subsets("cuda:fused", 0.0, out_features=(24,), dtype=torch.bfloat16)
+        assert in_one
+
+    def test_layouts(self, in_one):
+        checks.check_layouts("cuda:fused", dtype=torch.bfloat16, dropout_p=0.0)
+        assert len(in_one) == 1  # the other's weight is transposed
+
+    def test_empty(self, in_one):
+        checks.check_empty("cuda:fused", dtype=torch.bfloat16)
+
+    def test_taken_from_the_size_that_was_measured(self, in_one, monkeypatch):
+        case = make_case(batch=(40,), in_features=72, out_features=(48,), rank=8, dtype=torch.bfloat16)
+
+        def took(backend, least):
+            in_one.clear()
+            monkeypatch.setattr(configs, "tuned", lambda _: {("cuda_fused_from", 2): least})
+            with pk.use_backend(backend):
+                pk.lora_linear(case.x, *case.projections[0])
+            return bool(in_one)
+
+        assert took("cuda", 40 * 72 * 48)
+        assert not took("cuda", 40 * 72 * 48 + 1)
+        assert not took("cuda:passes", 0)
+        monkeypatch.setattr(cuda, "architecture", lambda _: 80)
+        assert not took("cuda:fused", 0)
 
 
 def test_auto_takes_it_from_the_size_that_was_measured(monkeypatch):

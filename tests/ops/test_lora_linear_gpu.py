@@ -11,7 +11,7 @@ from tests.checks import lora_linear as checks
 from tests.checks.common import captured
 
 pytestmark = pytest.mark.gpu
-BACKENDS = ["triton:fused", "triton:blas", "cuda", "reference"]
+BACKENDS = ["triton:fused", "triton:blas", "cuda:passes", "reference"]
 DTYPES = {
     "bfloat16": {"dtype": torch.bfloat16},
     "float16": {"dtype": torch.float16},
@@ -36,13 +36,22 @@ def test_within_eager(backend, dtype, setting, shape):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32-adapters"])
+@pytest.mark.parametrize("row_scaling", [False, True])
+@pytest.mark.parametrize("shape", ["one-row", "odd", "tiles", "large-rank", "large", "large-odd", "large-qkv"])
+def test_one_kernel_for_the_forward_within_eager(dtype, row_scaling, shape):
+    checks.check_within_eager(
+        "cuda:fused", device="cuda", **SHAPES[shape], row_scaling=row_scaling, **DTYPES[dtype]
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 def test_subsets(backend, dropout_p):
     checks.check_subsets(backend, dropout_p, device="cuda", dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton", "cuda", "cuda:fused"])
 def test_runs(backend, monkeypatch):
     checks.check_runs(backend, "cuda", monkeypatch, torch.bfloat16)
 
@@ -76,7 +85,7 @@ def test_same_mask_as_the_cpu():
     assert torch.equal(dropout.draw_mask(seed.cuda(), 100, 333, 0.3, 2).cpu(), on_cpu)
 
 
-@pytest.mark.parametrize("backend", ["triton:fused", "triton:blas", "cuda"])
+@pytest.mark.parametrize("backend", ["triton:fused", "triton:blas", "cuda:passes", "cuda:fused"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_cuda_graph(backend, dropout_p):
     """A captured forward and backward replays on new inputs, with a new mask at every replay."""
@@ -130,7 +139,7 @@ def test_more_than_2_to_the_31_elements():
     case = make_case((1,), K, (N,), 8, torch.bfloat16, device="cuda")
     weight, lora_A, lora_B, scaling, bias = case.projections[0]
     leaves = [x.requires_grad_(), lora_A.requires_grad_(), lora_B.requires_grad_()]
-    for backend in ("triton:fused", "triton:blas", "cuda"):
+    for backend in ("triton:fused", "triton:blas", "cuda:passes", "cuda:fused"):
         with pk.use_backend(backend):
             y = pk.lora_linear(x, weight, lora_A, lora_B, scaling, bias)
             tail = pk.lora_linear(x[-64:].clone(), weight, lora_A, lora_B, scaling, bias)
@@ -143,7 +152,7 @@ def test_more_than_2_to_the_31_elements():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("backend", ["triton:fused", "cuda"])
+@pytest.mark.parametrize("backend", ["triton:fused", "cuda:passes", "cuda:fused"])
 def test_another_device_than_the_current(backend):
     case = make_case((40,), 64, (48,), 8, torch.bfloat16, device="cuda:1")
     with torch.cuda.device(0), pk.use_backend(backend):

@@ -43,6 +43,9 @@ def padded(size: int) -> int:
 
 def reduced(partials: torch.Tensor, row_scaling: torch.Tensor | None, scale: float, dtype: torch.dtype) -> torch.Tensor:
     """scale · row_scaling · Σ_p partials[p], rounded once."""
-    if row_scaling is not None:
-        row_scaling = row_scaling.reshape(-1).expand(partials.shape[1]).float().contiguous()
-    return native().split_reduce(partials, row_scaling, scale, dtype)
+    return native().split_reduce(partials, by_row(row_scaling, partials.shape[1]), scale, dtype)
+
+
+def by_row(row_scaling: torch.Tensor | None, rows: int) -> torch.Tensor | None:
+    """float32 [rows], of one number or of a number a row."""
+    return None if row_scaling is None else row_scaling.reshape(-1).expand(rows).float().contiguous()

@@ -16,6 +16,7 @@ A table that does not fit, in whatever way, is ignored as a whole, with one warn
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -27,6 +28,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from .machine import architecture
 
 #: Raised where keys, tiles or kernels change their meaning: older tables are then ignored.
 FORMAT = 1
@@ -86,12 +89,10 @@ def with_rule_first(rule: Any, tiles: list) -> list:
 
 
 def gpu_of(device: torch.device) -> Gpu | None:
-    """The GPU and the Triton that a launch on `device` takes; None where that is no GPU."""
-    if device.type != "cuda":
+    """The GPU and the Triton that a launch on `device` takes; None where one is missing, as tables are of both."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return None
     import triton
-
-    from .triton_host import architecture
 
     return Gpu(torch.cuda.get_device_name(device), architecture(device), triton.__version__)
 

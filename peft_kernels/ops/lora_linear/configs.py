@@ -200,9 +200,14 @@ def gemm_candidates(
     return tuning.with_rule_first(rule, tiles)
 
 
-#: (architecture, element size) -> the smallest M·N·K from which the fused GEMM was measured to be faster than the
-#: vendor's with beta = 1. An architecture that is not here was not measured: the vendor's GEMM is taken.
+# (architecture, element size) -> the smallest M·N·K from which a way was measured to be the faster one. An architecture
+# that is not here was not measured.
+#: Triton's fused GEMM, faster than the vendor's with beta = 1.
 FUSED_FROM: dict[tuple[int, int], int] = {}
+#: The native CUDA kernels, faster than Triton's.
+CUDA_FROM: dict[tuple[int, int], int] = {}
+#: S and y by one native kernel, faster than a pass over x and the GEMM.
+CUDA_FUSED_FROM: dict[tuple[int, int], int] = {}
 
 
 def expand_path(
@@ -210,20 +215,25 @@ def expand_path(
 ) -> str:
     """ "fused" (the rank inside the GEMM) or "blas" (low-rank product first, then the vendor's GEMM added onto it)."""
     forced = backend.partition(":")[2]
-    if forced:
-        return forced
     smallest = table.get(("fused_from", dtype.itemsize), FUSED_FROM.get((arch, dtype.itemsize)))
-    return "fused" if smallest is not None and smallest <= M * N * K else "blas"
-
-
-#: (architecture, bytes of an element) → the least M·N·K from which the native CUDA kernels are faster.
-CUDA_FROM: dict[tuple[int, int], int] = {}
+    return forced or ("fused" if _reached(smallest, M, N, K) else "blas")
 
 
 def gpu_backend(M: int, N: int, K: int, dtype: torch.dtype, arch: int, table: Table = UNTUNED) -> str:
     """ "cuda" where its kernels were measured faster (N of all projections together), else "triton"."""
     smallest = table.get(("cuda_from", dtype.itemsize), CUDA_FROM.get((arch, dtype.itemsize)))
-    return "cuda" if smallest is not None and smallest <= M * N * K else "triton"
+    return "cuda" if _reached(smallest, M, N, K) else "triton"
+
+
+def cuda_path(M: int, N: int, K: int, dtype: torch.dtype, arch: int, backend: str, table: Table = UNTUNED) -> str:
+    """Forward by the native kernels: "fused" (S and y by one, which reads x once) or "passes" (a pass over x first)."""
+    forced = backend.partition(":")[2]
+    smallest = table.get(("cuda_fused_from", dtype.itemsize), CUDA_FUSED_FROM.get((arch, dtype.itemsize)))
+    return forced or ("fused" if _reached(smallest, M, N, K) else "passes")
+
+
+def _reached(smallest: float | None, M: int, N: int, K: int) -> bool:
+    return smallest is not None and smallest <= M * N * K
 
 
 CHOICES = {
@@ -232,6 +242,7 @@ CHOICES = {
     "x_pass_tile": tuning.Choice(("M", "K", "width", "element_size", "high"), x_pass_candidates),
     "gemm_tile": tuning.Choice(("M", "N", "R", "element_size", "tma", "masks", "high", "base"), gemm_candidates),
     "fused_from": tuning.Choice(("element_size",)),  # M·N·K
+    "cuda_fused_from": tuning.Choice(("element_size",)),  # M·N·K
     "cuda_from": tuning.Choice(("element_size",)),  # M·N·K
 }
 

@@ -1,5 +1,6 @@
 """LoRA linear by the native library's CUDA kernels (csrc/README.md): one pass over x for S and dropout's mask, one GEMM
-for y; one pass over dy for dH and dB, one over x for dA, one GEMM for dx: of all projections that share a mask.
+for y, or both by one kernel; one pass over dy for dH and dB, one over x for dA, one GEMM for dx: of all projections
+that share a mask.
 
 They multiply 16-bit operands whose rows start on 16 bytes. Low-rank matrices are filled up with zeros to a multiple of
 8 ranks, and a wide matrix whose rows lie otherwise is copied once. A weight that lies otherwise is left to the vendor's
@@ -14,12 +15,14 @@ from collections.abc import Iterator
 import torch
 
 from ..common import dropout
-from ..common.native import aligned, native, padded, reduced, takes, with_columns, with_rows
+from ..common.machine import architecture
+from ..common.native import aligned, by_row, native, padded, reduced, takes, with_columns, with_rows
 from ..common.tensors import flatten, unflatten
-from . import reference
+from . import configs, reference
 
 LARGEST_RANK_OF_PASS = 64  # of `lora_outer`; above, a pass for every 64 ranks
 LARGEST_NUMBER_OF_PAIRS = 3  # of `lora_gemm`
+LARGEST_RANK_OF_FORWARD = 64  # of `lora_forward`
 
 
 def forward(
@@ -40,6 +43,9 @@ def forward(
             x, projections, scalings, seed, dropout_p, shared_dropout, save_s, save_mask, high_precision
         )
     rows, num = flatten(x), len(scalings)
+    if num == 1 and seed is None and _in_one_kernel(rows, projections[0], projections[2].shape[0], backend):
+        y, s = _in_one(aligned(rows), *projections, scalings[0] * dropout.rescale(dropout_p))
+        return [unflatten(y, x), *([s.contiguous()] if save_s[0] else [])]
     (M, K), R = rows.shape, padded(max(lora_A.shape[0] for lora_A in projections[2::5]))
     streams = 1 if shared_dropout or seed is None else num
     masks = None
@@ -119,6 +125,35 @@ def backward(
         if needs_B[j]:
             grads.append(grads_B[j])
     return grads
+
+
+def fits_one_kernel(arch: int, out_features: int, rank: int) -> bool:
+    """Whether `lora_forward` takes such a layer (csrc/lora_linear/forward.cu)."""
+    return arch == 90 and out_features % 8 == 0 and rank <= LARGEST_RANK_OF_FORWARD
+
+
+def _in_one_kernel(x: torch.Tensor, weight: torch.Tensor, rank: int, backend: str) -> bool:
+    """Whether one kernel takes the forward, and is to."""
+    (M, K), N, device = x.shape, weight.shape[0], x.device
+    if not (fits_one_kernel(architecture(device), N, rank) and takes(weight) and M * N * K):
+        return False
+    return configs.cuda_path(M, N, K, x.dtype, 90, backend, configs.tuned(device)) == "fused"
+
+
+def _in_one(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    row_scaling: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y [M, N] and S [M, R]."""
+    adapters = aligned(lora_A.to(x.dtype)), aligned(lora_B.to(x.dtype))
+    bias = None if bias is None else bias.contiguous()
+    y, s = native().lora_forward(x, weight, *adapters, by_row(row_scaling, len(x)), scale, bias)
+    return y, s[:, : lora_A.shape[0]]
 
 
 def _expand(

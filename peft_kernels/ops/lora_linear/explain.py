@@ -9,7 +9,7 @@ import torch
 
 from ... import _native
 from ..common.tuning import UNTUNED, Table
-from . import configs
+from . import configs, cuda
 
 
 class Sizes(NamedTuple):
@@ -64,12 +64,25 @@ def explain(
     yield "dA, pass over x", _text(configs.x_pass_tile(M, K, R, size, False, table))
 
 
-def explain_native(sizes: Sizes, dtype: torch.dtype, arch: int, processors: int) -> Iterator[tuple[str, str]]:
+def explain_native(
+    sizes: Sizes, dtype: torch.dtype, arch: int, processors: int, table: Table = UNTUNED
+) -> Iterator[tuple[str, str]]:
     """The same of the backend "cuda", on a GPU of so many SMs."""
-    M, K, N, _ = sizes
-    if dtype.itemsize != 2:
+    M, K, N, R = sizes
+    size = dtype.itemsize
+    if size != 2:
         yield "backend cuda", "the reference: its kernels multiply 16-bit operands"
         return
+    least = table.get(("cuda_fused_from", size), configs.CUDA_FUSED_FROM.get((arch, size)))
+    if not cuda.fits_one_kernel(arch, N, R):
+        way = "a pass over x: one kernel for S and y takes sm_90, N of a multiple of 8 and a rank up to 64"
+    elif least is None:
+        way = f"a pass over x (no crossover to one kernel for S and y was measured on sm_{arch})"
+    else:
+        way = {"passes": "a pass over x", "fused": "in one kernel with y"}[
+            configs.cuda_path(M, N, K, dtype, arch, "cuda", table)
+        ] + f" (M·N·K = {M * N * K}, one kernel from {least} on)"
+    yield "backend cuda, S", way
     for product, columns in (("y", N), ("dx", K)):
         tile = _native.gemm_tile(M, columns, processors, arch == 90 and columns % 8 == 0)
         text = f"tile {tile[0]} × {tile[1]} of {tile[2]} on {processors} SMs" if tile else "not known to this Python"

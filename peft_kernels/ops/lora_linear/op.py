@@ -16,6 +16,7 @@ from torch.compiler import is_dynamo_compiling
 from ... import backends
 from ..common import dropout
 from ..common.library import LIBRARY, on_device_of, register
+from ..common.machine import architecture
 from ..common.tensors import autocast
 from . import configs, cuda, reference
 from .checks import check
@@ -302,7 +303,7 @@ def _forward(x, projections, *rest):
         if backend == "auto":
             features = sum(weight.shape[0] for weight in projections[0::5])
             backend = _faster(x, features, x.shape[-1], high_precision)
-        if backend == "cuda":
+        if backend.startswith("cuda"):
             return cuda.forward(x, projections, *options, high_precision, backend)
         from . import triton_forward  # needs Triton, which the package does not
 
@@ -319,7 +320,7 @@ def _backward(grad_ys, x, s, masks, projections, *rest):
             wide = next((one for one in (x, *projections[0::4], *projections[1::4]) if one is not None), None)
             # Where only dB is needed nothing has in_features. What is saved has the same form either way.
             backend = "triton" if wide is None else _faster(grad_ys[0], features, wide.shape[-1], high_precision)
-        if backend == "cuda":
+        if backend.startswith("cuda"):
             return cuda.backward(grad_ys, x, s, masks, projections, *options, high_precision, backend)
         from . import triton_backward
 
@@ -330,8 +331,6 @@ def _faster(rows: torch.Tensor, features: int, in_features: int, high_precision:
     """Of "triton" and "cuda", by what was measured on this GPU."""
     if high_precision or rows.element_size() != 2:  # what the native kernels do not multiply
         return "triton"
-    from ..common.triton_host import architecture
-
     M, device = math.prod(rows.shape[:-1]), rows.device
     table = configs.tuned(device)
     return configs.gpu_backend(M, features, in_features, rows.dtype, architecture(device), table)

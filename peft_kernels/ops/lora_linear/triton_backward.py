@@ -9,8 +9,9 @@ import triton.language as tl
 
 from ..common import dropout
 from ..common.device import dot, dot_high, load_mask
+from ..common.machine import architecture, sm_count
 from ..common.reduce import split_reduce
-from ..common.triton_host import architecture, dot_precision, sm_count
+from ..common.triton_host import dot_precision
 from ..common.triton_host import high_precision as high
 from . import configs
 from .triton_forward import flat, stack

@@ -11,9 +11,10 @@ import triton.language as tl
 
 from ..common import dropout
 from ..common.device import dot, dot_high, draw_mask_bytes, spread_mask_bytes
+from ..common.machine import architecture, sm_count
 from ..common.reduce import row_strides, scaling_of, split_reduce
 from ..common.tensors import unflatten
-from ..common.triton_host import architecture, dot_precision, sm_count
+from ..common.triton_host import dot_precision
 from ..common.triton_host import high_precision as high
 from . import configs
 from .reference import add_base

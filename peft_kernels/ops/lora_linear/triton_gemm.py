@@ -16,7 +16,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..common.device import dot, dot_high, load_mask, tile_of
-from ..common.triton_host import architecture, dot_precision, high_precision, sm_count
+from ..common.machine import architecture, sm_count
+from ..common.triton_host import dot_precision, high_precision
 from . import configs
 
 

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 
 from ..common.device import dot, tile_of
+from ..common.machine import architecture
 from ..common.tensors import flatten
-from ..common.triton_host import architecture, dot_precision
+from ..common.triton_host import dot_precision
 from . import configs
 from .triton_forward import aligned, masked_gemm, rounded_threshold
 

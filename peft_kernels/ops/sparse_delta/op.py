@@ -240,7 +240,7 @@ def _forward(x, weight, values, bias, layout, kind, tile, backend):
     if backend.startswith("triton"):
         from . import triton_forward as module  # needs Triton, which the package does not
     else:
-        module = _NATIVE.get(backend, reference)
+        module = _NATIVE.get(backend.partition(":")[0], reference)
     with on_device_of(x):
         return unflatten(module.forward(flatten(x), weight, values, bias, layout), x)
 
@@ -250,7 +250,7 @@ def _backward_of(dy, x, weight, values, layout, kind, tile, shape, needs, values
     if backend.startswith("triton"):
         from . import triton_backward as module
     else:
-        module = _NATIVE.get(backend, reference)
+        module = _NATIVE.get(backend.partition(":")[0], reference)
     with on_device_of(dy):
         return module.backward(dy, x, weight, values, layout, needs, values_dtype)
 

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 
 from ..common.device import dot, tile_of
+from ..common.machine import architecture, sm_count
 from ..common.reduce import split_reduce
-from ..common.triton_host import architecture, dot_precision, sm_count
+from ..common.triton_host import dot_precision
 from . import configs, reference
 from .layout import SparseLayout
 from .triton_forward import grad_x

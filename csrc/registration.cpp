@@ -8,7 +8,7 @@ STABLE_TORCH_LIBRARY(peft_kernels_native, m) {
       "lora_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? row_scale, float scale, "
       "Tensor? bias) -> (Tensor, Tensor)");
   m.def(
-      "lora_gemm(Tensor[] left, Tensor[] right, Tensor[] low_left, Tensor[] low_right, Tensor? keep, Tensor? bias, "
+      "lora_gemm(Tensor[] left, Tensor[] right, Tensor[] low_left, Tensor[] low_right, Tensor[] keep, Tensor? bias, "
       "bool by_feature) -> Tensor");
   m.def(
       "lora_shrink(Tensor wide, Tensor narrow, Tensor? seed, int threshold, int streams, Tensor(a!)? mask, "

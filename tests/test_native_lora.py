@@ -11,11 +11,12 @@ from peft_kernels.ops.common import dropout
 pytestmark = pytest.mark.skipif(not _native.LIBRARY.exists(), reason="needs the native library")
 
 
-def lora_gemm(left, right, low_left, low_right, *rest):
-    """Of one pair, or of lists."""
+def lora_gemm(left, right, low_left, low_right, keep, *rest):
+    """Of one pair, or of lists; of no mask, one, or a list."""
     assert _native.load(), _native.why_not()
     pairs = [given if isinstance(given, list) else [given] for given in (left, right, low_left, low_right)]
-    return torch.ops.peft_kernels_native.lora_gemm(*pairs, *rest)
+    masks = keep if isinstance(keep, list) else [] if keep is None else [keep]
+    return torch.ops.peft_kernels_native.lora_gemm(*pairs, masks, *rest)
 
 
 def lora_forward(*args):
@@ -141,13 +142,14 @@ def test_is_the_rounded_sum(shape, masked, by_feature, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("by_feature", [True, False])
 @pytest.mark.parametrize(("rows", "columns"), [(7, 72), (64, 4096), (1000, 1024), (2048, 4096)])
-def test_several_pairs(rows, columns, by_feature):
+@pytest.mark.parametrize("number", [1, 3], ids=["one-mask", "masks-apart"])
+def test_several_pairs(rows, columns, by_feature, number):
     """Of q, k and v: the sum of all, masked where it is low-rank."""
     sizes = [(4096, 16), (1024, 6), (200, 70)]
     pairs = [operands(rows, columns, depth, rank, by_feature) for depth, rank in sizes]
-    keep = torch.randint(256, (rows, columns // 8), dtype=torch.uint8, device="cuda")
-    out = lora_gemm(*map(list, zip(*pairs)), keep, None, by_feature)
-    wanted = sum(exact(*pair, keep, None, by_feature) for pair in pairs)
+    masks = list(torch.randint(256, (number, rows, columns // 8), dtype=torch.uint8, device="cuda"))
+    out = lora_gemm(*map(list, zip(*pairs)), masks, None, by_feature)
+    wanted = sum(exact(*pair, mask, None, by_feature) for pair, mask in zip(pairs, masks * (3 // number)))
     bound = torch.finfo(out.dtype).eps / 2 * wanted.abs() + sum(map(sum, sizes)) * 2**-23
     assert bool(((out.double() - wanted).abs() <= bound).all())
 
@@ -193,6 +195,7 @@ def test_runs_on_the_current_stream():
         (lambda t: t | {"low_left": t["low_left"].cpu()}, "expected low_left on CUDA device 0"),
         (lambda t: t | {"keep": t["keep"][:, :4]}, r"expected a contiguous keep, uint8 \[64, 8\]"),
         (lambda t: t | {"bias": t["bias"][:3]}, r"expected a contiguous bias \[64\]"),
+        (lambda t: t | {"keep": [t["keep"]] * 2}, "expected no mask, one, or 1, got 2"),
         (lambda t: t | {"right": [t["right"]] * 2}, "expected 1 to 3 operands of each kind, got 1, 2, 1 and 1"),
     ],
 )
@@ -364,11 +367,24 @@ def test_outer_transposed(shape, masked):
     rows, columns, width = shape
     torch.manual_seed(0)
     x, dh = matrix(rows, columns), matrix(rows, width)
-    keep = torch.randint(256, (rows, -(-columns // 8)), dtype=torch.uint8, device="cuda") if masked else None
+    keep = torch.randint(256, (1, rows, -(-columns // 8)), dtype=torch.uint8, device="cuda") if masked else None
     sums, shrunk = lora_outer(x, dh, None, keep, True)
-    kept = x.double() if keep is None else x.double() * dropout.unpack_mask(keep, columns, torch.float64)
+    kept = x.double() if keep is None else x.double() * dropout.unpack_mask(keep[0], columns, torch.float64)
     assert_summed(sums.double().sum(0), dh.double().mT @ kept, rows)
     assert not shrunk.numel()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 8, 8), (130, 71, 16), (2048, 4096, 64)], ids=str)
+def test_outer_with_masks_apart(shape):
+    rows, columns, width = shape
+    torch.manual_seed(0)
+    x, dh = matrix(rows, columns), matrix(rows, 3 * width)
+    keep = torch.randint(256, (3, rows, -(-columns // 8)), dtype=torch.uint8, device="cuda")
+    sums, _ = lora_outer(x, dh, None, keep, True)
+    for j, its_sums in enumerate(sums.double().sum(0).split(width)):
+        kept = x.double() * dropout.unpack_mask(keep[j], columns, torch.float64)
+        assert_summed(its_sums, dh[:, j * width : (j + 1) * width].double().mT @ kept, rows)
 
 
 @pytest.mark.gpu
@@ -386,3 +402,6 @@ def test_outer_says_what_it_expected():
         lora_outer(matrix(8, 16), matrix(8, 72), None, None, False)
     with pytest.raises(RuntimeError, match=r"lora_outer: expected narrow \[8, 8\], got \[4, 8\]"):
         lora_outer(matrix(8, 16), matrix(4, 8), None, None, False)
+    keep = torch.zeros(2, 8, 2, dtype=torch.uint8, device="cuda")
+    with pytest.raises(RuntimeError, match="expected one stream, or of several a multiple of 8 columns of narrow each"):
+        lora_outer(matrix(8, 16), matrix(8, 8), None, keep, True)

@@ -294,18 +294,12 @@ def cuda(layers: list[Layer], ceilings: Ceilings, path: str) -> Passes | None:
             elementwise("reduce dB", dB, one.B), elementwise("reduce dH", dH, one.S),
         ]  # fmt: skip
     products = [in_one(one.base_dx(), one.low_rank_dx(), kept=one.x) for one in layers]
-    dA = F32 * native_parts(math.ceil(l.K / 128), l.M, processors) * l.R * l.K
-    if l.p or n == 1:  # each projection has a mask of its own
-        for j, product in enumerate(products):
-            backward += [_reads(product, bits), *([elementwise("dx +", 2 * l.x, l.x)] if j else [])]
-        for _ in layers:
-            backward.append(Launch("x pass", 2 * l.M * l.K * l.R, l.x + l.S + bits, dA))
-            backward.append(elementwise("reduce dA", dA, l.A))
-    else:
-        dx = functools.reduce(lambda one, other: in_one(one, other, kept=l.x), products)
-        backward += [dx._replace(name="dx"), elementwise("cat of dH", n * l.S, n * l.S)]
-        backward.append(Launch("x pass", 2 * l.M * l.K * C, l.x + n * l.S, n * dA))
-        backward += [elementwise("reduce dA", dA, l.A)] * n
+    dx = functools.reduce(lambda one, other: in_one(one, other, kept=l.x), products)
+    backward.append(_reads(dx._replace(name="dx"), masks * bits))
+    backward += [elementwise("cat of dH", n * l.S, n * l.S)] if n > 1 else []
+    dA = F32 * native_parts(masks * math.ceil(l.K / 128), l.M, processors) * l.R * l.K
+    backward.append(Launch("x pass", 2 * l.M * l.K * C, l.x + n * l.S + masks * bits, n * dA))
+    backward += [elementwise("reduce dA", dA, l.A)] * n
     return Passes(forward, backward)
 
 

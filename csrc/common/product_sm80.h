@@ -87,32 +87,61 @@ struct WarpProduct {
   PEFT_KERNELS_DEVICE static void multiply(const char* place, int step, Sums& sums) {
     uint32_t a[kFragmentRows][4], b[kFragmentColumns / 2][4];
     PEFT_KERNELS_UNROLL
-    for (int i = 0; i < kFragmentRows; ++i) {
-      const int row = warp_row() + 16 * i;
-      if constexpr (kLeftByFeature) {
-        load_matrices<false>(a[i], place + Left::offset(row + lane() % 16, 2 * step + lane() / 16));
-      } else {
-        const int depth = 16 * step + lane() % 8 + lane() / 16 * 8;
-        load_matrices<true>(a[i], place + Left::offset(depth, row / kChunk + lane() / 8 % 2));
-      }
-    }
+    for (int i = 0; i < kFragmentRows; ++i) load_rows(a[i], place, step, i);
     PEFT_KERNELS_UNROLL
-    for (int j = 0; j < kFragmentColumns / 2; ++j) {  // two fragments of 8 columns at a time
-      const int column = warp_column() + 16 * j;
-      if constexpr (kRightByFeature) {
-        const int row = column + lane() % 8 + lane() / 16 * 8;
-        load_matrices<false>(b[j], place + Left::kBytes + Right::offset(row, 2 * step + lane() / 8 % 2));
-      } else {
-        const int depth = 16 * step + lane() % 16;
-        load_matrices<true>(b[j], place + Left::kBytes + Right::offset(depth, column / kChunk + lane() / 16));
-      }
-    }
+    for (int j = 0; j < kFragmentColumns / 2; ++j) load_columns(b[j], place, step, j);
     PEFT_KERNELS_UNROLL
     for (int i = 0; i < kFragmentRows; ++i) {
       PEFT_KERNELS_UNROLL
       for (int j = 0; j < kFragmentColumns; ++j) {
         mma_m16n8k16<T>(sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
       }
+    }
+  }
+
+  // The same of `steps` of a stage, fragment by fragment: take(i, j, sums of it). It keeps few registers, and loads fragments
+  // again and again.
+  template <typename Take>
+  PEFT_KERNELS_DEVICE static void multiply_by_fragments(const char* place, int steps, const Take& take) {
+    PEFT_KERNELS_UNROLL
+    for (int i = 0; i < kFragmentRows; ++i) {
+      PEFT_KERNELS_UNROLL
+      for (int j = 0; j < kFragmentColumns / 2; ++j) {
+        float sums[2][4] = {};
+        for (int step = 0; step < steps; ++step) {
+          uint32_t a[4], b[4];
+          load_rows(a, place, step, i);
+          load_columns(b, place, step, j);
+          mma_m16n8k16<T>(sums[0], a, b[0], b[1]);
+          mma_m16n8k16<T>(sums[1], a, b[2], b[3]);
+        }
+        take(i, 2 * j, sums[0]);
+        take(i, 2 * j + 1, sums[1]);
+      }
+    }
+  }
+
+ private:
+  // The fragment of sums[i], from element 16·step of a stage's depth on.
+  PEFT_KERNELS_DEVICE static void load_rows(uint32_t (&a)[4], const char* place, int step, int i) {
+    const int row = warp_row() + 16 * i;
+    if constexpr (kLeftByFeature) {
+      load_matrices<false>(a, place + Left::offset(row + lane() % 16, 2 * step + lane() / 16));
+    } else {
+      const int depth = 16 * step + lane() % 8 + lane() / 16 * 8;
+      load_matrices<true>(a, place + Left::offset(depth, row / kChunk + lane() / 8 % 2));
+    }
+  }
+
+  // Those of sums[..][2·j] and of its right neighbour.
+  PEFT_KERNELS_DEVICE static void load_columns(uint32_t (&b)[4], const char* place, int step, int j) {
+    const int column = warp_column() + 16 * j;
+    if constexpr (kRightByFeature) {
+      const int row = column + lane() % 8 + lane() / 16 * 8;
+      load_matrices<false>(b, place + Left::kBytes + Right::offset(row, 2 * step + lane() / 8 % 2));
+    } else {
+      const int depth = 16 * step + lane() % 16;
+      load_matrices<true>(b, place + Left::kBytes + Right::offset(depth, column / kChunk + lane() / 16));
     }
   }
 };

@@ -162,6 +162,29 @@ struct BoxProduct {
     slot.advance();
   }
 
+  // The same of 64 columns at a time: take(part, sums of these columns).
+  template <typename Take>
+  PEFT_KERNELS_DEVICE static void multiply_by_columns(const Ring& ring, Slot& slot, int depth, const Take& take) {
+    mbarrier_wait(ring.loaded + slot.index, slot.parity);
+    const char* place = ring.stages + slot.index * kStageBytes;
+    PEFT_KERNELS_UNROLL
+    for (int part = 0; part < Tile::kColumns / kBoxColumns; ++part) {
+      float sums[kBoxColumns / 2];
+      int step = 0;
+      do {
+        wgmma_fence();
+        wgmma<T, kLeftByFeature, kRightByFeature>(
+            sums, left_operand(place) + step * kOperandStep<kLeftByFeature>,
+            right_operand(place + part * kBoxBytes) + step * kOperandStep<kRightByFeature>, step > 0);
+        wgmma_commit();
+        wgmma_wait<0>(sums);
+      } while (++step < kDepth / 16 && 16 * step < depth);
+      take(part, sums);
+    }
+    release(ring.read + slot.index);
+    slot.advance();
+  }
+
   // The next stages, at least 1. One's products are under way while the next one's begin; its place is free when they are
   // done. sums = the product, or + if `onto`.
   PEFT_KERNELS_DEVICE static void multiply_stages(const Ring& ring, Slot& slot, int stages, float (&sums)[kSums],

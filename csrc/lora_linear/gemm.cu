@@ -1,8 +1,8 @@
 // The GEMM with a low-rank product (gemm.h) as an op: what it takes, then the tile, then the launch.
 //
-//   lora_gemm(left [M, K], right, low_left [M, R], low_right, keep?, bias? [N], by_feature) -> out [M, N]
+//   lora_gemm(left [M, K], right, low_left [M, R], low_right, keep, bias? [N], by_feature) -> out [M, N]
 //   each operand a list of one to three, K and R of their own; by_feature: right is [N, K] and low_right [N, R], otherwise
-//   [K, N] and [R, N]
+//   [K, N] and [R, N]; keep a list of no mask, of one for all, or of one for each
 //
 // bfloat16 or float16 on sm_80 and later; rows of unit stride that start on 16 bytes. Where out has few tiles the depth is
 // split, and the workspace is float32 [P, M, N], P up to 32; otherwise none. The tiles for sm_90a also take an N of a multiple
@@ -60,7 +60,7 @@ Pair pair_of(const Tensor& left, const Tensor& right, const char* left_name, con
 }
 
 Tensor lora_gemm(std::vector<Tensor> left, std::vector<Tensor> right, std::vector<Tensor> low_left,
-                 std::vector<Tensor> low_right, const std::optional<Tensor>& keep, const std::optional<Tensor>& bias,
+                 std::vector<Tensor> low_right, std::vector<Tensor> keep, const std::optional<Tensor>& bias,
                  bool by_feature) {
   const size_t pairs = left.size();
   STD_TORCH_CHECK(1 <= pairs && pairs <= kMostPairs && right.size() == pairs && low_left.size() == pairs &&
@@ -78,13 +78,15 @@ Tensor lora_gemm(std::vector<Tensor> left, std::vector<Tensor> right, std::vecto
     args.base[j] = pair_of(left[j], right[j], "left", "right", rows, columns, by_feature, like);
     args.low[j] = pair_of(low_left[j], low_right[j], "low_left", "low_right", rows, columns, by_feature, like);
   }
-  if (keep) {
-    STD_TORCH_CHECK(keep->dim() == 2 && keep->size(0) == rows && keep->size(1) == (columns + 7) / 8 &&
-                        keep->scalar_type() == ScalarType::Byte && keep->is_contiguous(),
+  STD_TORCH_CHECK(keep.size() <= 1 || keep.size() == pairs, kOp, ": expected no mask, one, or ", pairs, ", got ",
+                  keep.size());
+  for (const Tensor& mask : keep) {
+    STD_TORCH_CHECK(mask.dim() == 2 && mask.size(0) == rows && mask.size(1) == (columns + 7) / 8 &&
+                        mask.scalar_type() == ScalarType::Byte && mask.is_contiguous(),
                     kOp, ": expected a contiguous keep, uint8 [", rows, ", ", (columns + 7) / 8, "], got ",
-                    shape_of(*keep));
-    check_same_device(*keep, "keep", like);
-    args.keep = static_cast<const uint8_t*>(keep->const_data_ptr());
+                    shape_of(mask));
+    check_same_device(mask, "keep", like);
+    args.keep[args.masks++] = static_cast<const uint8_t*>(mask.const_data_ptr());
   }
   check_bias(kOp, bias, columns, like);
   args.bias = bias ? bias->const_data_ptr() : nullptr;

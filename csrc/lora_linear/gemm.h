@@ -1,11 +1,11 @@
 // A GEMM with a low-rank product added in the same accumulators (KERNELS: "K-extension"), over one pair of operands or several:
 //
-//   out = Σ_j left_j·right_j + keep∘(Σ_j low_left_j·low_right_j) + bias
+//   out = Σ_j left_j·right_j + Σ_j keep_j∘(low_left_j·low_right_j) + bias
 //
 // forward  y  = x·Wᵀ + S·Bᵀ + bias                    right and low_right by feature: W [N, K], B [N, R]
-// backward dx = Σ_j dy_j·W_j + D(Σ_j dH_j·A_j)        right and low_right by depth:   W [N, K], A [R, K]
+// backward dx = Σ_j dy_j·W_j + Σ_j D_j(dH_j·A_j)      right and low_right by depth:   W [N, K], A [R, K]
 //
-// The low-rank products come first: `keep` masks them in registers before the large ones are accumulated onto them.
+// The low-rank products come first: `keep_j` masks them in registers before the large ones are accumulated onto them.
 #pragma once
 
 #include "common/kernel_source.h"
@@ -31,7 +31,9 @@ struct Pair {
 struct Arguments {
   Pair low[kMostPairs], base[kMostPairs];  // of which `pairs` are there
   int pairs;
-  const uint8_t* keep;  // [rows, ceil(columns / 8)], a bit an element as dropout's mask has it, or null
+  // [rows, ceil(columns / 8)], a bit an element as dropout's mask has it: none, one for all pairs, or one a pair.
+  const uint8_t* keep[kMostPairs];
+  int masks;
   const void* bias;     // [columns], or null
   void* out;            // [rows, columns], contiguous, starting on 16 bytes
   int rows, columns;
@@ -40,6 +42,9 @@ struct Arguments {
   float* partials;
   int parts, part;
 };
+
+// Which mask is a pair's.
+PEFT_KERNELS_HOST_DEVICE int mask_of(int masks, int pair) { return masks > 1 ? pair : 0; }
 
 // Stages of `stage` elements that all of `pairs` take.
 PEFT_KERNELS_HOST_DEVICE int stages_of(const Pair* pairs, int count, int stage) {

@@ -25,7 +25,8 @@ struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
   static constexpr int kOutPitch = Tile::kColumns + kChunk;  // so that neighbouring rows lie in different banks
   static constexpr int kOutBytes = Tile::kRows * kOutPitch * 2;
   static constexpr int kKeep = Product::kStagesBytes > kOutBytes ? Product::kStagesBytes : kOutBytes;  // where it lies
-  static constexpr int kSharedBytes = kKeep + Tile::kRows * kKeepPitch;
+  static constexpr int kKeepBytes = Tile::kRows * kKeepPitch;
+  static constexpr int kSharedBytes = kKeep + kMostPairs * kKeepBytes;
 
   PEFT_KERNELS_DEVICE static void run(const Arguments& args, char* shared) {
     const int tiles = tiles_of(args.rows, Tile::kRows) * tiles_of(args.columns, Tile::kColumns);
@@ -38,11 +39,14 @@ struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
     if (kSplits && stages > args.part) stages = args.part;
     Sums sums = {};
 
-    if (low_stages > 0 && args.keep != nullptr) fetch_mask(args, shared + kKeep, row_0, column_0);
+    for (int mask = 0; low_stages > 0 && mask < args.masks; ++mask) {
+      fetch_mask(args, args.keep[mask], shared + kKeep + mask * kKeepBytes, row_0, column_0);
+    }
     const auto fetch = [&](int stage, char* place) {  // operands are chosen by the stage and copied by the same code
       const bool low = stage < low_stages;
       int depth_0 = low ? stage : first + stage - low_stages;
-      const Pair& pair = pair_of(low ? args.low : args.base, args.pairs, depth_0);
+      const Pair* pairs = low ? args.low : args.base;
+      const Pair& pair = pairs[pair_of(pairs, args.pairs, depth_0)];
       const Operands operands{pair.left, pair.left_pitch, pair.right,  pair.right_pitch,
                               args.rows, args.columns,    pair.depth};
       Product::fetch(place, operands, row_0, column_0, depth_0);
@@ -53,12 +57,14 @@ struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
         for (int step = 0; step < kSteps; ++step) Product::multiply(place, step, sums);
       } else {  // few steps where the rank is small
         int depth_0 = stage;
-        const Pair& pair = pair_of(args.low, args.pairs, depth_0);
-        const int left_over = tiles_of(pair.depth - depth_0, kFragment);
-        for (int step = 0; step < (left_over < kSteps ? left_over : kSteps); ++step) {
-          Product::multiply(place, step, sums);
+        const int pair = pair_of(args.low, args.pairs, depth_0);
+        const int left_over = tiles_of(args.low[pair].depth - depth_0, kFragment);
+        const int steps = left_over < kSteps ? left_over : kSteps;
+        if (args.masks > 0) {
+          multiply_kept(place, steps, shared + kKeep + mask_of(args.masks, pair) * kKeepBytes, sums);
+        } else {
+          for (int step = 0; step < steps; ++step) Product::multiply(place, step, sums);
         }
-        if (stage == low_stages - 1 && args.keep != nullptr) mask(shared + kKeep, sums);
       }
     };
     Product::each_stage(shared, low_stages + stages, fetch, use);
@@ -71,25 +77,26 @@ struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
 
  private:
   // Whose stage it is; `stage`, counted over all pairs, becomes the pair's first element of depth.
-  PEFT_KERNELS_DEVICE static const Pair& pair_of(const Pair* pairs, int count, int& stage) {
+  PEFT_KERNELS_DEVICE static int pair_of(const Pair* pairs, int count, int& stage) {
     int j = 0;
     for (; j < count - 1 && stage >= tiles_of(pairs[j].depth, Tile::kDepth); ++j) {
       stage -= tiles_of(pairs[j].depth, Tile::kDepth);
     }
     stage *= Tile::kDepth;
-    return pairs[j];
+    return j;
   }
 
   // The tile's bits, with the copies of the first stage where rows start on 8 bytes.
-  PEFT_KERNELS_DEVICE static void fetch_mask(const Arguments& args, char* bits, int row_0, int column_0) {
+  PEFT_KERNELS_DEVICE static void fetch_mask(const Arguments& args, const uint8_t* all, char* bits, int row_0,
+                                             int column_0) {
     const int64_t pitch = (args.columns + 7) / 8;
-    const auto* keep = args.keep + row_0 * pitch + column_0 / 8;
+    const auto* keep = all + row_0 * pitch + column_0 / 8;
     const int height = args.rows - row_0, width = static_cast<int>(pitch - column_0 / 8);  // of the rest of the mask
-    if ((reinterpret_cast<uintptr_t>(args.keep) | pitch) % 8 == 0) {
+    if ((reinterpret_cast<uintptr_t>(all) | pitch) % 8 == 0) {
       for (int item = thread_index(); item < Tile::kRows * kKeepPitch / 8; item += kThreads) {
         const int row = item / (kKeepPitch / 8), byte = item % (kKeepPitch / 8) * 8;
         const bool inside = row < height && byte < width;
-        copy_async<8>(bits + item * 8, inside ? keep + row * pitch + byte : args.keep, inside ? 8 : 0);
+        copy_async<8>(bits + item * 8, inside ? keep + row * pitch + byte : all, inside ? 8 : 0);
       }
     } else {
       for (int item = thread_index(); item < Tile::kRows * kKeepPitch; item += kThreads) {
@@ -99,23 +106,17 @@ struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
     }
   }
 
-  // Zero where there is no bit. By words of shared memory: as bytes of global memory they took more registers than there
-  // are, all loaded at once.
-  PEFT_KERNELS_DEVICE static void mask(const char* bits, Sums& sums) {
-    PEFT_KERNELS_UNROLL
-    for (int i = 0; i < kFragmentRows; ++i) {
+  // sums += a stage's product where there is a bit.
+  PEFT_KERNELS_DEVICE static void multiply_kept(const char* place, int steps, const char* bits, Sums& sums) {
+    Product::multiply_by_fragments(place, steps, [&](int i, int j, const float (&product)[4]) {
       PEFT_KERNELS_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const int row = row_of(i, half);
-        const auto* words = reinterpret_cast<const uint32_t*>(bits + row * kKeepPitch + warp_column() / 8);
-        PEFT_KERNELS_UNROLL
-        for (int j = 0; j < kFragmentColumns; ++j) {
-          const uint32_t pair = words[j / 4] >> (j % 4 * 8 + lane() % 4 * 2);
-          if (!(pair & 1)) sums[i][j][2 * half] = 0.0f;
-          if (!(pair & 2)) sums[i][j][2 * half + 1] = 0.0f;
-        }
+        const auto* words = reinterpret_cast<const uint32_t*>(bits + row_of(i, half) * kKeepPitch + warp_column() / 8);
+        const uint32_t pair = words[j / 4] >> (j % 4 * 8 + lane() % 4 * 2);
+        if (pair & 1) sums[i][j][2 * half] += product[2 * half];
+        if (pair & 2) sums[i][j][2 * half + 1] += product[2 * half + 1];
       }
-    }
+    });
   }
 
   // As float32, from the registers.

@@ -27,7 +27,8 @@ cudaError_t launch_sm90(const Arguments& args, int processors, cudaStream_t stre
   using Gemm = BoxGemm<T, Tile, kByFeature>;
   using Product = typename Gemm::Product;
   BoxArguments boxes{};
-  boxes.pairs = args.pairs, boxes.keep = args.keep, boxes.bias = args.bias;
+  boxes.pairs = args.pairs, boxes.masks = args.masks, boxes.bias = args.bias;
+  std::copy_n(args.keep, kMostPairs, boxes.keep);
   boxes.rows = args.rows, boxes.columns = args.columns;
   boxes.partials = args.partials, boxes.parts = args.parts, boxes.part = args.part;
   cudaError_t status = cudaSuccess;

@@ -24,7 +24,8 @@ struct BoxArguments {
   BoxPair low[kMostPairs], base[kMostPairs];
   int pairs;
   TensorMap out;
-  const uint8_t* keep;
+  const uint8_t* keep[kMostPairs];
+  int masks;
   const void* bias;
   int rows, columns;
   float* partials;
@@ -73,16 +74,17 @@ struct BoxGemm : private BoxProduct<T, Tile, true, kByFeature> {
       Product::each_tile(args.rows, args.columns, args.parts, [&](int row_0, int column_0, int part) {
         row_0 += group() * kGroupRows;
         float sums[kSums];
-        uint32_t bits[2][kWords];
-        const bool masked = part == 0 && args.keep != nullptr;
-        if (masked) load_mask(args, row_0 + row_of_group(), column_0, bits);
         bool onto = false;
-        for (int j = 0; part == 0 && j < args.pairs; ++j) {
-          for (int depth = 0; depth < args.low[j].depth; depth += kDepth, onto = true) {
-            Product::multiply_part(ring, slot, args.low[j].depth - depth, sums, onto);  // few steps where it is small
+        if (part == 0 && args.masks > 0) {
+          multiply_kept(args, ring, slot, row_0 + row_of_group(), column_0, sums);
+          onto = true;
+        } else if (part == 0) {
+          for (int j = 0; j < args.pairs; ++j) {
+            for (int depth = 0; depth < args.low[j].depth; depth += kDepth, onto = true) {
+              Product::multiply_part(ring, slot, args.low[j].depth - depth, sums, onto);  // few steps where it is small
+            }
           }
         }
-        if (masked) mask(bits, sums);
         Product::multiply_stages(ring, slot, stages_of(part), sums, onto);
         if (kSplits && args.parts > 1) {
           store_part(args, part, row_0 + row_of_group(), column_0, sums);
@@ -96,13 +98,35 @@ struct BoxGemm : private BoxProduct<T, Tile, true, kByFeature> {
   }
 
  private:
+  // sums = the low-rank products, each where its mask has a bit.
+  PEFT_KERNELS_DEVICE static void multiply_kept(const BoxArguments& args, const typename Product::Ring& ring,
+                                                typename Product::Slot& slot, int row, int column_0,
+                                                float (&sums)[kSums]) {
+    PEFT_KERNELS_UNROLL
+    for (int at = 0; at < kSums; ++at) sums[at] = 0.0f;
+    for (int j = 0; j < args.pairs; ++j) {
+      uint32_t bits[2][kWords];
+      load_mask(args, args.keep[mask_of(args.masks, j)], row, column_0, bits);
+      for (int depth = 0; depth < args.low[j].depth; depth += kDepth) {
+        Product::multiply_by_columns(ring, slot, args.low[j].depth - depth, [&](int part, const float (&product)[32]) {
+          PEFT_KERNELS_UNROLL
+          for (int at = 0; at < 32; ++at) {
+            const int fragment = at / 4, bit = fragment % 4 * 8 + lane() % 4 * 2 + at % 2;
+            if (bits[at / 2 % 2][2 * part + fragment / 4] >> bit & 1) sums[32 * part + at] += product[at];
+          }
+        });
+      }
+    }
+  }
+
   // The tile's bits of this thread's two rows, before the products that they wait for.
-  PEFT_KERNELS_DEVICE static void load_mask(const BoxArguments& args, int row, int column_0, uint32_t (&bits)[2][kWords]) {
+  PEFT_KERNELS_DEVICE static void load_mask(const BoxArguments& args, const uint8_t* keep, int row, int column_0,
+                                            uint32_t (&bits)[2][kWords]) {
     const int pitch = args.columns / 8;
-    const bool words = (reinterpret_cast<uintptr_t>(args.keep) | pitch) % 4 == 0;
+    const bool words = (reinterpret_cast<uintptr_t>(keep) | pitch) % 4 == 0;
     PEFT_KERNELS_UNROLL
     for (int i = 0; i < 2; ++i) {
-      const uint8_t* from = args.keep + static_cast<int64_t>(row + 8 * i) * pitch + column_0 / 8;
+      const uint8_t* from = keep + static_cast<int64_t>(row + 8 * i) * pitch + column_0 / 8;
       const int bytes = row + 8 * i < args.rows ? pitch - column_0 / 8 : 0;  // of the rest of the row
       PEFT_KERNELS_UNROLL
       for (int word = 0; word < kWords; ++word) {
@@ -116,15 +140,6 @@ struct BoxGemm : private BoxProduct<T, Tile, true, kByFeature> {
           }
         }
       }
-    }
-  }
-
-  // Zero where there is no bit.
-  PEFT_KERNELS_DEVICE static void mask(const uint32_t (&bits)[2][kWords], float (&sums)[kSums]) {
-    PEFT_KERNELS_UNROLL
-    for (int at = 0; at < kSums; ++at) {
-      const int fragment = at / 4, bit = fragment % 4 * 8 + lane() % 4 * 2 + at % 2;
-      if (!(bits[at / 2 % 2][fragment / 4] >> bit & 1)) sums[at] = 0.0f;
     }
   }
 

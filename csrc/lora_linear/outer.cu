@@ -1,9 +1,10 @@
 // The outer products (outer.h) as an op: what it takes, then in how many parts, then the launch.
 //
-//   lora_outer(wide [M, F], narrow [M, R], right? [F, R], keep? uint8 [M, ceil(F / 8)], transposed)
+//   lora_outer(wide [M, F], narrow [M, R], right? [F, R], keep? uint8 [streams, M, ceil(F / 8)], transposed)
 //     -> sums float32 [P, F, R], or [P, R, F] where transposed; shrunk float32 [ceil(F / 128), M, R], empty without right
+//   of several streams narrow has R / streams columns each, a multiple of 8, and sums are transposed
 //
-// bfloat16 or float16 on sm_80 and later, R up to 64; rows of unit stride that start on 16 bytes. P is at most 32. The
+// bfloat16 or float16 on sm_80 and later, R up to 64 a stream; rows of unit stride that start on 16 bytes. P is at most 32. The
 // results are all that is allocated.
 
 #include "common/checks.h"
@@ -42,16 +43,22 @@ std::tuple<Tensor, Tensor> lora_outer(const Tensor& wide, const Tensor& narrow, 
                                       const std::optional<Tensor>& keep, bool transposed) {
   check_16_bit(kOp, wide, "wide");
   STD_TORCH_CHECK(narrow.dim() == 2, kOp, ": expected narrow of two dimensions, got ", shape_of(narrow));
-  const int64_t rows = wide.size(0), columns = wide.size(1), width = narrow.size(1);
+  const int64_t rows = wide.size(0), columns = wide.size(1), all = narrow.size(1);
   check_sizes(kOp, {rows, columns});
+  STD_TORCH_CHECK(!keep || keep->dim() == 3, kOp, ": expected keep of three dimensions, got ", shape_of(*keep));
+  const int64_t streams = keep ? keep->size(0) : 1;
+  STD_TORCH_CHECK(streams == 1 || (streams > 1 && transposed && all % (8 * streams) == 0), kOp,
+                  ": expected one stream, or of several a multiple of 8 columns of narrow each and transposed sums, got ",
+                  streams, " of ", all);
+  const int64_t width = all / streams;
   STD_TORCH_CHECK(width <= kLargestWidth, kOp, ": expected a rank of at most ", kLargestWidth, ", got ", width);
   check_operand(kOp, wide, "wide", rows, columns, wide);
-  check_operand(kOp, narrow, "narrow", rows, width, wide);
+  check_operand(kOp, narrow, "narrow", rows, all, wide);
   if (right) check_operand(kOp, *right, "right", columns, width, wide);
   if (keep) {
-    STD_TORCH_CHECK(!right && keep->dim() == 2 && keep->size(0) == rows && keep->size(1) == (columns + 7) / 8 &&
+    STD_TORCH_CHECK(!right && keep->size(1) == rows && keep->size(2) == (columns + 7) / 8 &&
                         keep->scalar_type() == ScalarType::Byte && keep->is_contiguous(),
-                    kOp, ": expected a contiguous keep, uint8 [", rows, ", ", (columns + 7) / 8,
+                    kOp, ": expected a contiguous keep, uint8 [", streams, ", ", rows, ", ", (columns + 7) / 8,
                     "], and no right, got ", shape_of(*keep));
     check_same_device(*keep, "keep", wide);
   }
@@ -61,9 +68,9 @@ std::tuple<Tensor, Tensor> lora_outer(const Tensor& wide, const Tensor& narrow, 
   const bool empty = rows == 0 || columns == 0 || width == 0;
   const int slices = tiles_of(columns, kSlice);
   // No parts add up to zeros.
-  const int split = empty ? 0 : parts_of(rows, kRows, slices, processors_of(device));
+  const int split = empty ? 0 : parts_of(rows, kRows, slices * streams, processors_of(device));
   Tensor sums = torch::stable::new_empty(
-      wide, {split, transposed ? width : columns, transposed ? columns : width}, ScalarType::Float);
+      wide, {split, transposed ? all : columns, transposed ? columns : all}, ScalarType::Float);
   Tensor shrunk = torch::stable::new_empty(
       wide, {right ? slices : 0, rows, width}, ScalarType::Float);
   if (empty) return {sums, shrunk};
@@ -73,7 +80,7 @@ std::tuple<Tensor, Tensor> lora_outer(const Tensor& wide, const Tensor& narrow, 
       right ? right->const_data_ptr() : nullptr, right ? pitch_of(*right) : 0,
       keep ? static_cast<const uint8_t*>(keep->const_data_ptr()) : nullptr,
       static_cast<float*>(sums.mutable_data_ptr()), static_cast<float*>(shrunk.mutable_data_ptr()),
-      static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(width), split,
+      static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(width), static_cast<int>(streams), split,
       part_of(rows, split, kRows), transposed,
   };
   blocks_for(blocks_of(args), 1);  // they fit

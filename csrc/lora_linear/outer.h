@@ -1,7 +1,8 @@
 // One pass over wide rows for the gradient of a low-rank matrix, in parts of the rows that split_reduce adds up; with dy also
 // for dH:
 //
-//   sums[p]    = D(wide)ᵀ·narrow    over the p-th part of the rows: dB of dyᵀ·S [N, R], dA of (D(x)ᵀ·dH)ᵀ [R, K]
+//   sums[p]    = D(wide)ᵀ·narrow    over the p-th part of the rows: dB of dyᵀ·S [N, R], dA of (D(x)ᵀ·dH)ᵀ [R, K], and of
+//                                   several projections with masks of their own one behind another
 //   shrunk[s]  = wide·right         over the s-th slice of the columns: dH of dy·B [M, R]
 #pragma once
 
@@ -13,14 +14,14 @@ namespace peft_kernels::lora_outer {
 struct Arguments {
   const void* wide;    // [rows, columns]
   int64_t wide_pitch;  // from one row to the next
-  const void* narrow;  // [rows, width]
+  const void* narrow;  // [rows, streams·width], of several streams a multiple of 8 each
   int64_t narrow_pitch;
   const void* right;  // [columns, width], or null: no shrunk
   int64_t right_pitch;
-  const uint8_t* keep;  // of wide [rows, ceil(columns / 8)], a bit an element, or null
-  float* sums;          // [parts, columns, width], or [parts, width, columns] where transposed
+  const uint8_t* keep;  // of wide [streams, rows, ceil(columns / 8)], a bit an element, or null
+  float* sums;          // [parts, streams, columns, width], or [parts, streams, width, columns] where transposed
   float* shrunk;        // [slices of kSlice columns, rows, width]
-  int rows, columns, width, parts;
+  int rows, columns, width, streams, parts;
   int part;  // of the rows, a multiple of kRows
   bool transposed;
 };

@@ -1,5 +1,6 @@
 // Device code of the outer products for sm_80 and later: cp.async in several stages, ldmatrix, mma. Bound by the bandwidth
-// of reading `wide` once. A block owns kSlice columns, all ranks, and one part of the rows, which it reads kRows at a time.
+// of reading `wide` once. A block owns kSlice columns, all ranks of a stream, and one part of the rows, which it reads kRows at a
+// time; blocks of the same columns follow one another, and meet in the L2 cache.
 #pragma once
 
 #include "common/copy_async.h"
@@ -19,7 +20,7 @@ constexpr int kThreads = 128;
 constexpr int kWarpColumns = kSlice / 4;  // of sums; of shrunk a warp has 16 rows
 
 PEFT_KERNELS_HOST_DEVICE int64_t blocks_of(const Arguments& args) {
-  return static_cast<int64_t>(args.parts) * tiles_of(args.columns, kSlice);
+  return static_cast<int64_t>(args.parts) * args.streams * tiles_of(args.columns, kSlice);
 }
 
 // kWidth: the rank, rounded up. kShrinks: shrunk too.
@@ -34,7 +35,8 @@ struct Outer {
 
   PEFT_KERNELS_DEVICE static void run(const Arguments& args, char* shared) {
     const int slices = tiles_of(args.columns, kSlice);
-    const int slice = block_index() % slices, part = block_index() / slices;
+    const int stream = block_index() % args.streams, slice = block_index() / args.streams % slices;
+    const int part = block_index() / args.streams / slices;
     const int column_0 = slice * kSlice, row_0 = part * args.part;
     const int end = args.rows - row_0 < args.part ? args.rows : row_0 + args.part;
     const int stages = tiles_of(end - row_0, kRows);
@@ -45,20 +47,20 @@ struct Outer {
       Right::template copy<kThreads>(right, args.right, args.right_pitch, column_0, args.columns, 0, args.width);
     }
     PEFT_KERNELS_UNROLL
-    for (int stage = 0; stage < kStages - 1; ++stage) fetch(args, shared, stage, stages, row_0, end, column_0);
+    for (int stage = 0; stage < kStages - 1; ++stage) fetch(args, shared, stage, stages, stream, row_0, end, column_0);
     for (int stage = 0; stage < stages; ++stage) {
       copy_async_wait<kStages - 2>();
       sync_block();  // this stage has arrived, and the one before it is read: its place is free
-      fetch(args, shared, stage + kStages - 1, stages, row_0, end, column_0);
+      fetch(args, shared, stage + kStages - 1, stages, stream, row_0, end, column_0);
       char* tile = shared + stage % kStages * kStageBytes;
       if (args.keep != nullptr) {
-        mask(args, tile, row_0 + stage * kRows, column_0);
+        mask(args, tile, stream, row_0 + stage * kRows, column_0);
         sync_block();
       }
       if constexpr (kShrinks) shrink(args, tile, right, slice, row_0 + stage * kRows, end);
       multiply(tile, sums);
     }
-    store(args, part, column_0, sums);
+    store(args, part * args.streams + stream, column_0, sums);
   }
 
  private:
@@ -66,26 +68,28 @@ struct Outer {
   PEFT_KERNELS_DEVICE static int warp() { return thread_index() / 32; }
 
   // Starts the copies of a stage; past the last one an empty group, so that waiting counts alike.
-  PEFT_KERNELS_DEVICE static void fetch(const Arguments& args, char* shared, int stage, int stages, int row_0, int end,
-                                        int column_0) {
+  PEFT_KERNELS_DEVICE static void fetch(const Arguments& args, char* shared, int stage, int stages, int stream,
+                                        int row_0, int end, int column_0) {
     if (stage < stages) {
       char* tile = shared + stage % kStages * kStageBytes;
       const int row = row_0 + stage * kRows;
       Wide::template copy<kThreads>(tile, args.wide, args.wide_pitch, row, end, column_0, args.columns);
-      Narrow::template copy<kThreads>(tile + Wide::kBytes, args.narrow, args.narrow_pitch, row, end, 0, args.width);
+      Narrow::template copy<kThreads>(tile + Wide::kBytes, args.narrow, args.narrow_pitch, row, end,
+                                      stream * args.width, (stream + 1) * args.width);
     }
     copy_async_commit();
   }
 
   // Zero what dropout dropped, eight neighbours of a row at a time.
-  PEFT_KERNELS_DEVICE static void mask(const Arguments& args, char* tile, int row_0, int column_0) {
+  PEFT_KERNELS_DEVICE static void mask(const Arguments& args, char* tile, int stream, int row_0, int column_0) {
     const int64_t bytes = (args.columns + 7) / 8;
+    const uint8_t* keep = args.keep + static_cast<int64_t>(stream) * args.rows * bytes;
     PEFT_KERNELS_UNROLL_BY_4
     for (int i = 0; i < kRows * Wide::kChunks / kThreads; ++i) {
       const int item = i * kThreads + thread_index(), row = item / Wide::kChunks, chunk = item % Wide::kChunks;
       const int64_t byte = column_0 / kChunk + chunk;
       if (row_0 + row >= args.rows || byte >= bytes) continue;
-      keep_in_chunk(tile + Wide::offset(row, chunk), args.keep[(row_0 + row) * bytes + byte]);
+      keep_in_chunk(tile + Wide::offset(row, chunk), keep[(row_0 + row) * bytes + byte]);
     }
   }
 
@@ -150,8 +154,8 @@ struct Outer {
     }
   }
 
-  PEFT_KERNELS_DEVICE static void store(const Arguments& args, int part, int column_0, const Sums& sums) {
-    float* to = args.sums + static_cast<int64_t>(part) * args.columns * args.width;
+  PEFT_KERNELS_DEVICE static void store(const Arguments& args, int place, int column_0, const Sums& sums) {
+    float* to = args.sums + static_cast<int64_t>(place) * args.columns * args.width;
     const int64_t by_column = args.transposed ? 1 : args.width, by_rank = args.transposed ? args.columns : 1;
     PEFT_KERNELS_UNROLL
     for (int i = 0; i < kWarpColumns / 16; ++i) {

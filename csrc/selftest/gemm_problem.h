@@ -15,7 +15,9 @@ namespace peft_kernels::selftest {
 
 struct Shape {
   int rows, columns, depth, rank;
-  bool by_feature, masked, with_bias;
+  bool by_feature;
+  int masks;  // none, one, or one a pair
+  bool with_bias;
   int pairs = 1;
 
   // Each pair has its own, the first those above.
@@ -23,7 +25,7 @@ struct Shape {
   int rank_of(int pair) const { return rank + 5 * pair; }
   std::string text() const {
     return std::to_string(rows) + " x " + std::to_string(columns) + " x " + std::to_string(depth) + " + " +
-           std::to_string(rank) + (by_feature ? ", by feature" : ", by depth") + (masked ? ", masked" : "") +
+           std::to_string(rank) + (by_feature ? ", by feature" : ", by depth") + (masks ? ", masked" + std::string(masks > 1 ? " apart" : "") : "") +
            (with_bias ? ", bias" : "") + (pairs > 1 ? ", " + std::to_string(pairs) + " pairs" : "");
   }
 };
@@ -44,6 +46,10 @@ inline std::vector<Shape> shapes(bool large) {
       found.push_back({17, 24, 0, 4, by_feature, masked, true});
       found.push_back({70, 136, 130, 0, by_feature, masked, true, 3});
       found.push_back({5, 72, 0, 60, by_feature, masked, false, 2});
+      if (masked) {
+        found.push_back({70, 136, 130, 0, by_feature, 3, true, 3});
+        found.push_back({66, 71, 40, 100, by_feature, 2, false, 2});
+      }
       if (large && masked) {
         found.push_back({512, 1000, 1024, 16, by_feature, masked, true});
         found.push_back({333, 1032, 520, 130, by_feature, masked, true});
@@ -64,6 +70,8 @@ inline std::vector<Shape> box_shapes(bool large) {
       found.push_back({300, 520, 72, 100, by_feature, masked, false});
       found.push_back({140, 320, 600, 0, by_feature, masked, false});
       found.push_back({140, 320, 60, 60, by_feature, masked, true, 3});
+      if (masked) found.push_back({140, 320, 60, 60, by_feature, 3, true, 3});
+      if (masked) found.push_back({5, 72, 100, 0, by_feature, 2, false, 2});
       if (large && masked) found.push_back({1030, 1000, 1024, 16, by_feature, masked, true});
     }
   }
@@ -89,18 +97,20 @@ class Problem {
   std::mt19937 random;
   std::vector<Operands> base, low;
   const Matrix<T> bias;
-  std::vector<uint8_t> keep;
+  std::vector<std::vector<uint8_t>> keep;
 
   explicit Problem(const Shape& s)
       : shape(s),
         random(s.rows * 31 + s.columns * 17 + s.depth),
         bias(1, s.columns, random, 1.0),
-        keep(static_cast<size_t>(s.rows) * ((s.columns + 7) / 8)) {
+        keep(s.masks, std::vector<uint8_t>(static_cast<size_t>(s.rows) * ((s.columns + 7) / 8))) {
     for (int pair = 0; pair < s.pairs; ++pair) {
       base.emplace_back(s, s.depth_of(pair), 0.1, random);
       low.emplace_back(s, s.rank_of(pair), 0.3, random);
     }
-    for (uint8_t& byte : keep) byte = static_cast<uint8_t>(random());
+    for (std::vector<uint8_t>& mask : keep) {
+      for (uint8_t& byte : mask) byte = static_cast<uint8_t>(random());
+    }
     expect();
   }
 
@@ -112,7 +122,7 @@ class Problem {
       args.low[j] = low[j].at(low[j].left.values.data(), low[j].right.values.data());
     }
     args.pairs = shape.pairs;
-    args.keep = shape.masked ? keep.data() : nullptr;
+    for (const std::vector<uint8_t>& mask : keep) args.keep[args.masks++] = mask.data();
     args.bias = shape.with_bias ? bias.values.data() : nullptr;
     args.out = out;
     args.rows = shape.rows, args.columns = shape.columns;
@@ -162,21 +172,22 @@ class Problem {
     constexpr double kRounding = std::is_same_v<T, __half> ? 0x1p-11 : 0x1p-8;
     int terms = 0;
     for (int pair = 0; pair < shape.pairs; ++pair) terms += shape.depth_of(pair) + shape.rank_of(pair);
-    const auto add = [this](const std::vector<Operands>& operands, int row, int column, double& sum, double& size) {
-      for (const auto& [left, right] : operands) {
-        for (int k = 0; k < left.width; ++k) {
-          const double term = wide(left.at(row, k)) * wide(shape.by_feature ? right.at(column, k) : right.at(k, column));
-          sum += term, size += std::abs(term);
-        }
+    const auto add = [this](const Operands& operands, int row, int column, double& sum, double& size) {
+      const auto& [left, right] = operands;
+      for (int k = 0; k < left.width; ++k) {
+        const double term = wide(left.at(row, k)) * wide(shape.by_feature ? right.at(column, k) : right.at(k, column));
+        sum += term, size += std::abs(term);
       }
     };
     for (int row = 0; row < shape.rows; ++row) {
       for (int column = 0; column < shape.columns; ++column) {
         double sum = 0.0, size = 0.0;
-        add(low, row, column, sum, size);
-        const uint8_t bits = keep[static_cast<size_t>(row) * ((shape.columns + 7) / 8) + column / 8];
-        if (shape.masked && !(bits >> column % 8 & 1)) sum = 0.0;
-        add(base, row, column, sum, size);
+        for (int pair = 0; pair < shape.pairs; ++pair) {
+          const size_t byte = static_cast<size_t>(row) * ((shape.columns + 7) / 8) + column / 8;
+          const bool kept = !shape.masks || keep[lora_gemm::mask_of(shape.masks, pair)][byte] >> column % 8 & 1;
+          if (kept) add(low[pair], row, column, sum, size);
+          add(base[pair], row, column, sum, size);
+        }
         if (shape.with_bias) sum += wide(bias.at(0, column));
         expected_.push_back(sum);
         allowed_.push_back(kRounding * std::abs(sum) + terms * 0x1p-24 * size + 0x1p-24);

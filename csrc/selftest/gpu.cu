@@ -69,7 +69,7 @@ void gemm(const Problem<T>& problem, const std::string& name, const Launch& laun
   lora_gemm::Pair base[lora_gemm::kMostPairs], low[lora_gemm::kMostPairs];
   for (int j = 0; j < shape.pairs; ++j) base[j] = on_device(problem.base[j]), low[j] = on_device(problem.low[j]);
   const OnDevice<T> bias(problem.bias.values);
-  const OnDevice<uint8_t> keep(problem.keep);
+  std::deque<OnDevice<uint8_t>> keep(problem.keep.begin(), problem.keep.end());
   std::vector<T> first;
   std::string complaint;
   for (int repeat = 0; repeat < 3 && complaint.empty(); ++repeat) {
@@ -78,7 +78,8 @@ void gemm(const Problem<T>& problem, const std::string& name, const Launch& laun
     lora_gemm::Arguments args = problem.arguments(out.get(), partials.get(), parts);
     std::copy_n(base, shape.pairs, args.base);
     std::copy_n(low, shape.pairs, args.low);
-    args.keep = args.keep ? keep.get() : nullptr, args.bias = args.bias ? bias.get() : nullptr;
+    for (int mask = 0; mask < args.masks; ++mask) args.keep[mask] = keep[mask].get();
+    args.bias = args.bias ? bias.get() : nullptr;
     check(launch(args), ("launching " + name).c_str());
     check(cudaDeviceSynchronize(), name.c_str());
     const std::vector<T> found = parts > 1 ? problem.reduced(partials.host(), parts) : out.host();

@@ -15,6 +15,7 @@
 #include "sparse_delta/gathered_sm80.h"
 #include "sparse_delta/gathered_sm90.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <exception>
 
@@ -77,7 +78,8 @@ std::string box_gemm(const Problem<T>& problem, unsigned order, int parts = 1) {
   for (int j = 0; j < args.pairs; ++j) add(boxes.base[j], args.base[j]), add(boxes.low[j], args.low[j]);
   boxes.pairs = args.pairs;
   boxes.out = map_of(args.out, args.columns, args.rows, args.columns, Product::kGroupRows);
-  boxes.keep = args.keep, boxes.bias = args.bias;
+  std::copy_n(args.keep, lora_gemm::kMostPairs, boxes.keep);
+  boxes.masks = args.masks, boxes.bias = args.bias;
   boxes.rows = args.rows, boxes.columns = args.columns;
   boxes.partials = args.partials, boxes.parts = args.parts, boxes.part = args.part;
   // Fewer clusters than tiles, so that each has several.

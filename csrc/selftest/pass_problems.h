@@ -146,8 +146,9 @@ class OuterProblem {
  public:
   const int rows, columns, width, parts;
   const bool shrinks, masked, transposed;
+  const int streams;
 
-  OuterProblem(int rows, int columns, int width, int parts, bool shrinks, bool masked, bool transposed)
+  OuterProblem(int rows, int columns, int width, int parts, bool shrinks, bool masked, bool transposed, int streams = 1)
       : rows(rows),
         columns(columns),
         width(width),
@@ -155,24 +156,25 @@ class OuterProblem {
         shrinks(shrinks),
         masked(masked),
         transposed(transposed),
+        streams(streams),
         random_(rows + columns * 3),
         wide_(rows, columns, random_, 1.0),
-        narrow_(rows, width, random_, 1.0),
+        narrow_(rows, streams * width, random_, 1.0),
         right_(columns, width, random_, 1.0),
-        keep_(static_cast<size_t>(rows) * pitch()) {
+        keep_(static_cast<size_t>(streams) * rows * pitch()) {
     for (uint8_t& byte : keep_) byte = static_cast<uint8_t>(random_());
   }
 
   std::string text() const {
     return std::to_string(rows) + " x " + std::to_string(columns) + " x " + std::to_string(width) + " in " +
            std::to_string(parts) + (shrinks ? ", shrinks" : "") + (masked ? ", masked" : "") +
-           (transposed ? ", transposed" : "");
+           (transposed ? ", transposed" : "") + (streams > 1 ? ", " + std::to_string(streams) + " streams" : "");
   }
   const std::vector<T>& wide_values() const { return wide_.values; }
   const std::vector<T>& narrow_values() const { return narrow_.values; }
   const std::vector<T>& right_values() const { return right_.values; }
   const std::vector<uint8_t>& keep() const { return keep_; }
-  size_t sums() const { return static_cast<size_t>(parts) * columns * width; }
+  size_t sums() const { return static_cast<size_t>(parts) * streams * columns * width; }
   size_t shrunk() const {
     return shrinks ? static_cast<size_t>(tiles_of(columns, lora_outer::kSlice)) * rows * width : 0;
   }
@@ -191,23 +193,28 @@ class OuterProblem {
             rows,
             columns,
             width,
+            streams,
             parts,
             part(),
             transposed};
   }
 
   std::string complaint(const std::vector<float>& sums, const std::vector<float>& shrunk) const {
-    for (int p = 0; p < parts; ++p) {
+    for (int place = 0; place < parts * streams; ++place) {
+      const int p = place / streams, stream = place % streams;
       for (int column = 0; column < columns; ++column) {
         for (int rank = 0; rank < width; ++rank) {
           double sum = 0.0, size = 0.0;
           for (int row = p * part(); row < std::min(rows, (p + 1) * part()); ++row) {
-            if (masked && !(keep_[static_cast<size_t>(row) * pitch() + column / 8] >> column % 8 & 1)) continue;
-            const double term = selftest::wide(wide_.at(row, column)) * selftest::wide(narrow_.at(row, rank));
+            const size_t byte = (static_cast<size_t>(stream) * rows + row) * pitch() + column / 8;
+            if (masked && !(keep_[byte] >> column % 8 & 1)) continue;
+            const double term =
+                selftest::wide(wide_.at(row, column)) * selftest::wide(narrow_.at(row, stream * width + rank));
             sum += term, size += std::abs(term);
           }
           const int at = transposed ? rank * columns + column : column * width + rank;
-          const std::string wrong = differs(sums[static_cast<size_t>(p) * columns * width + at], sum, size, part());
+          const std::string wrong =
+              differs(sums[static_cast<size_t>(place) * columns * width + at], sum, size, part());
           if (!wrong.empty()) return "sums of column " + std::to_string(column) + wrong;
         }
       }
@@ -246,6 +253,7 @@ std::vector<OuterProblem<T>> outers(int width) {
   }
   found.emplace_back(70, 200, width, 1, false, true, true);
   found.emplace_back(300, 71, width - 3, 3, false, true, true);
+  found.emplace_back(140, 200, width - 8, 2, false, true, true, 3);
   return found;
 }
 

@@ -48,16 +48,18 @@ def lora_gemm(lefts, rights, low_lefts, low_rights, keep, bias, by_feature):
     assert 1 <= len(lefts) == len(rights) == len(low_lefts) == len(low_rights) <= 3
     M, N, dtype = lefts[0].shape[0], rights[0].shape[0 if by_feature else 1], lefts[0].dtype
 
+    assert len(keep) in (0, 1, len(lefts))
+
     def product(left, right):
         K = left.shape[1]
         right = taken(right, *((N, K) if by_feature else (K, N)), dtype)
         return taken(left, M, K, dtype) @ (right.mT if by_feature else right)
 
-    out = sum(map(product, low_lefts, low_rights))
-    if keep is not None:
-        assert keep.shape == (M, dropout.mask_bytes(N)) and keep.is_contiguous()
-        out = out * dropout.unpack_mask(keep, N, torch.float32)
-    out = out + sum(map(product, lefts, rights))
+    low = [product(left, right) for left, right in zip(low_lefts, low_rights)]
+    for j, mask in enumerate(keep * len(low) if len(keep) == 1 else keep):
+        assert mask.shape == (M, dropout.mask_bytes(N)) and mask.is_contiguous()
+        low[j] = low[j] * dropout.unpack_mask(mask, N, torch.float32)
+    out = sum(low) + sum(map(product, lefts, rights))
     if bias is not None:
         assert bias.shape == (N,) and bias.is_contiguous() and bias.dtype == dtype
         out = out + bias
@@ -96,14 +98,17 @@ def lora_shrink(wide, narrow, seed, threshold, streams, mask, by_feature):
 
 
 def lora_outer(wide, narrow, right, keep, transposed):
-    (M, F), R, dtype = wide.shape, narrow.shape[1], wide.dtype
-    assert R <= 64
-    wide, narrow = taken(wide, M, F, dtype), taken(narrow, M, R, dtype)
+    (M, F), all_ranks, dtype = wide.shape, narrow.shape[1], wide.dtype
+    streams = 1 if keep is None else len(keep)
+    R = all_ranks // streams
+    assert R <= 64 and (streams == 1 or (transposed and all_ranks % (8 * streams) == 0))
+    wide, narrow = taken(wide, M, F, dtype), taken(narrow, M, all_ranks, dtype)
     shrunk = wide.new_empty(0, M, R) if right is None else parts(wide, taken(right, F, R, dtype), 3)
+    kept = [wide]
     if keep is not None:
-        assert right is None and keep.shape == (M, dropout.mask_bytes(F)) and keep.is_contiguous()
-        wide = wide * dropout.unpack_mask(keep, F, torch.float32)
-    sums = parts(wide.mT, narrow, 2)
+        assert right is None and keep.shape == (streams, M, dropout.mask_bytes(F)) and keep.is_contiguous()
+        kept = [wide * dropout.unpack_mask(mask, F, torch.float32) for mask in keep]
+    sums = torch.cat([parts(one.mT, part, 2) for one, part in zip(kept, narrow.split(max(R, 1), dim=1))], dim=2)
     return sums.mT.contiguous() if transposed else sums, shrunk
 
 

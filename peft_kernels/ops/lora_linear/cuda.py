@@ -1,6 +1,6 @@
 """LoRA linear by the native library's CUDA kernels (csrc/README.md): one pass over x for S and dropout's mask, one GEMM
-for y, or both by one kernel; one pass over dy for dH and dB, one over x for dA, one GEMM for dx: of all projections
-that share a mask.
+for y, or both by one kernel; one pass over dy for dH and dB, one over x for dA, one GEMM for dx of all projections that
+share x.
 
 They multiply 16-bit operands whose rows start on 16 bytes. Low-rank matrices are filled up with zeros to a multiple of
 8 ranks, and a wide matrix whose rows lie otherwise is copied once. A weight that lies otherwise is left to the vendor's
@@ -107,14 +107,13 @@ def backward(
         dh, grad_B = _pass_over_dy(dy, right, kept_s, row_scalings[j], scale, adapter_dtype)
         dhs.append(dh)
         grads_B.append(grad_B)
-    one_mask = masks is None or len(masks) == 1  # or none
-    keeps = [None if masks is None else masks[0 if one_mask else j] for j in range(len(dys))]
     grads = []
     if needs_x:
-        parts = _grad_x(dys, weights, dhs, [lora_A.to(dtype) for lora_A in lora_As], keeps, one_mask)
+        parts = _grad_x(dys, weights, dhs, [lora_A.to(dtype) for lora_A in lora_As], masks)
         grads.append(unflatten(functools.reduce(torch.Tensor.add_, parts), grad_ys[0]))
     with_A = [j for j, needed in enumerate(needs_A) if needed]
-    grads_A = _grads_A(rows, [dhs[j] for j in with_A], [keeps[j] for j in with_A], one_mask, adapter_dtype)
+    its_masks = masks if masks is None or len(with_A) == len(dys) or len(masks) == 1 else masks[with_A]
+    grads_A = _grads_A(rows, [dhs[j] for j in with_A], its_masks, adapter_dtype)
     for j, dy in enumerate(dys):
         if needs_weight[j]:
             grads.append(dy.t().mm(rows))
@@ -162,9 +161,9 @@ def _expand(
     """x·Wᵀ + S·Bᵀ + bias [M, N]."""
     bias = None if bias is None else bias.contiguous()
     if takes(weight):
-        return native().lora_gemm([x], [weight], [s], [aligned(lora_B)], None, bias, True)
+        return native().lora_gemm([x], [weight], [s], [aligned(lora_B)], [], bias, True)
     if takes(weight.t()):
-        return native().lora_gemm([x], [weight.t()], [s], [aligned(lora_B.t())], None, bias, False)
+        return native().lora_gemm([x], [weight.t()], [s], [aligned(lora_B.t())], [], bias, False)
     return reference.add_base(s, lora_B, x, weight, bias)
 
 
@@ -173,51 +172,59 @@ def _grad_x(
     weights: list[torch.Tensor],
     dhs: list[torch.Tensor],
     lora_As: list[torch.Tensor],
-    keeps: list[torch.Tensor | None],
-    one_mask: bool,
+    masks: torch.Tensor | None,
 ) -> Iterator[torch.Tensor]:
-    """What adds up to Σ_j dy_j·W_j + D_j(dH_j·A_j) [M, K]: one GEMM for what shares a mask (or has none) and a way to
-    lie."""
-    together: dict[tuple[bool, int], list[int]] = {}
+    """What adds up to Σ_j dy_j·W_j + D_j(dH_j·A_j) [M, K]: one GEMM for what lies the same way."""
+    one_mask = masks is None or len(masks) == 1  # or none
+
+    def masks_of(projections: list[int]) -> list[torch.Tensor]:
+        if masks is None:
+            return []
+        return [masks[0]] if one_mask else [masks[j] for j in projections]
+
+    together: dict[bool, list[int]] = {}
     for j, weight in enumerate(weights):
         if takes(weight) or takes(weight.t()):
-            together.setdefault((not takes(weight), 0 if one_mask else j), []).append(j)
+            together.setdefault(not takes(weight), []).append(j)
         else:
-            yield _grad_x_by_vendor(dys[j], weight, dhs[j], lora_As[j], keeps[j])
-    for (by_feature, _), members in together.items():
+            yield _grad_x_by_vendor(dys[j], weight, dhs[j], lora_As[j], masks_of([j]))
+    for by_feature, members in together.items():
         for start in range(0, len(members), LARGEST_NUMBER_OF_PAIRS):
             some = members[start : start + LARGEST_NUMBER_OF_PAIRS]
             right = [weights[j].t() if by_feature else weights[j] for j in some]
             low_right = [aligned(lora_As[j].t() if by_feature else lora_As[j]) for j in some]
             left, low_left = [dys[j] for j in some], [dhs[j] for j in some]
-            yield native().lora_gemm(left, right, low_left, low_right, keeps[some[0]], None, by_feature)
+            yield native().lora_gemm(left, right, low_left, low_right, masks_of(some), None, by_feature)
 
 
 def _grad_x_by_vendor(
-    dy: torch.Tensor, weight: torch.Tensor, dh: torch.Tensor, lora_A: torch.Tensor, keep: torch.Tensor | None
+    dy: torch.Tensor, weight: torch.Tensor, dh: torch.Tensor, lora_A: torch.Tensor, masks: list[torch.Tensor]
 ) -> torch.Tensor:
     """dy·W + D(dH·A) [M, K]."""
     low_rank = dh.mm(lora_A)
-    if keep is not None:
-        low_rank.mul_(dropout.unpack_mask(keep, lora_A.shape[1], dh.dtype))
+    for mask in masks:
+        low_rank.mul_(dropout.unpack_mask(mask, lora_A.shape[1], dh.dtype))
     return low_rank.addmm_(dy, weight)
 
 
 def _grads_A(
-    x: torch.Tensor | None,
-    dhs: list[torch.Tensor],
-    keeps: list[torch.Tensor | None],
-    one_mask: bool,
-    dtype: torch.dtype,
+    x: torch.Tensor | None, dhs: list[torch.Tensor], masks: torch.Tensor | None, dtype: torch.dtype
 ) -> Iterator[torch.Tensor]:
-    """dA_j = dH_jᵀ·D_j(x) [R_j, K]: by one pass over x where projections share a mask, or have none, and ranks fit."""
+    """dA_j = dH_jᵀ·D_j(x) [R_j, K]: by one pass over x where ranks fit; with a mask each its tiles are read once a
+    projection, by blocks that meet in the L2 cache."""
     ranks = [dh.shape[1] for dh in dhs]
-    if not one_mask or len(dhs) < 2 or sum(ranks) > LARGEST_RANK_OF_PASS:
-        yield from (_outer(x, dh, keep, True, dtype) for dh, keep in zip(dhs, keeps))
+    one_mask = masks is None or len(masks) == 1  # or none
+    widths = ranks if one_mask else [padded(max(ranks))] * len(ranks)
+    if len(dhs) < 2 or (sum(widths) if one_mask else widths[0]) > LARGEST_RANK_OF_PASS:
+        for j, dh in enumerate(dhs):
+            yield _outer(x, dh, masks if one_mask else masks[j : j + 1], True, dtype)
         return
-    sums, _ = native().lora_outer(x, with_columns(_joined(dhs, dim=1), padded(sum(ranks))), None, keeps[0], True)
-    for part in sums[:, : sum(ranks)].split(ranks, dim=1):
-        yield reduced(part, None, 1.0, dtype)
+    narrow = _joined([dh if one_mask else with_columns(dh, widths[0]) for dh in dhs], dim=1)
+    sums, _ = native().lora_outer(x, with_columns(narrow, padded(sum(widths))), None, masks, True)
+    first = 0
+    for rank, width in zip(ranks, widths):
+        yield reduced(sums[:, first : first + rank], None, 1.0, dtype)
+        first += width
 
 
 def _pass_over_dy(

@@ -104,7 +104,7 @@ selftest: $(ENV_STAMP)
 	  { echo "no self-test of the CUDA sources: nvcc was not found"; exit 0; }; \
 	PATH="$(abspath $(VENV))/bin:$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin"; \
 	cmake -S csrc/selftest -B $(SELFTEST) -G Ninja -DCMAKE_BUILD_TYPE=Release >/dev/null && \
-	cmake --build $(SELFTEST) -- --quiet && ctest --test-dir $(SELFTEST) --output-on-failure
+	cmake --build $(SELFTEST) -- --quiet && ctest --test-dir $(SELFTEST) --parallel 2 --output-on-failure
 
 aot-all: setup $(TRITON_STAMP)
 	$(call stage,every configuration by the newest Triton,PEFT_KERNELS_AOT=all $(XDIST) tests/aot)

@@ -69,7 +69,6 @@ struct Block;
 
 struct Fibre {
   ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[kStackBytes]};
   Block* block = nullptr;
   int index = 0, turn = 0;
   bool done = false;

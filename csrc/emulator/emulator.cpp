@@ -11,6 +11,13 @@ Cluster* running = nullptr;
 
 namespace {
 
+// One a fibre, kept from launch to launch: pages that are there already are what makes small launches fast.
+char* stack_of(size_t fibre) {
+  static std::vector<std::unique_ptr<char[]>> stacks;
+  while (stacks.size() <= fibre) stacks.emplace_back(new char[kStackBytes]);
+  return stacks[fibre].get();
+}
+
 void leave() { swapcontext(&running->current->context, &running->scheduler); }
 
 void enter() {
@@ -55,11 +62,12 @@ void run(Cluster& cluster) {
       for (size_t i = 0; i < block->fibres.size(); ++i) of_fibre(*block, block->fibres[i], static_cast<int>(i));
     }
   };
-  each([](Block& block, Fibre& fibre, int index) {
+  size_t fibres = 0;
+  each([&fibres](Block& block, Fibre& fibre, int index) {
     fibre.block = &block;
     fibre.index = index;
     getcontext(&fibre.context);
-    fibre.context.uc_stack.ss_sp = fibre.stack.get();
+    fibre.context.uc_stack.ss_sp = stack_of(fibres++);
     fibre.context.uc_stack.ss_size = kStackBytes;
     fibre.context.uc_link = nullptr;
     makecontext(&fibre.context, &enter, 0);

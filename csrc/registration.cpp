@@ -15,6 +15,7 @@ STABLE_TORCH_LIBRARY(peft_kernels_native, m) {
       "bool by_feature) -> Tensor");
   m.def(
       "lora_outer(Tensor wide, Tensor narrow, Tensor? right, Tensor? keep, bool transposed) -> (Tensor, Tensor)");
+  m.def("has_boxes(int device) -> bool");
   m.def("draw_mask(Tensor seed, int rows, int columns, int threshold, int streams) -> Tensor");
   m.def(
       "sparse_patched(Tensor weight, Tensor values, Tensor row_starts, Tensor columns, int row_begin, int row_end, "

@@ -16,7 +16,7 @@ struct Tile {
   static constexpr int kThreads = kRows / kWarpRows * (kColumns / kWarpColumns) * 32;
 };
 
-// By size, in 64 to 76 KiB of shared memory: sm_86 and sm_89 have 99 KiB, sm_80 twice as much for two blocks.
+// By size, in 66 to 84 KiB of shared memory: sm_86 and sm_89 have 99 KiB, sm_80 twice as much for two blocks.
 using Wide = Tile<128, 256, 32, 64, 64, 3>;
 using Square = Tile<128, 128, 32, 64, 64, 4>;
 using Small = Tile<64, 64, 64, 32, 32, 4>;

@@ -82,8 +82,15 @@ std::tuple<Tensor, Tensor> lora_forward(const Tensor& x, const Tensor& weight, c
   return {y, s};
 }
 
+bool runs_on(int64_t device) { return has_boxes(static_cast<int32_t>(device)); }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(peft_kernels_native, CUDA, m) { m.impl("lora_forward", TORCH_BOX(&lora_forward)); }
+
+// Asked without a tensor: whether `lora_forward` runs on that CUDA device, by this library.
+STABLE_TORCH_LIBRARY_IMPL(peft_kernels_native, CompositeExplicitAutograd, m) {
+  m.impl("has_boxes", TORCH_BOX(&runs_on));
+}
 
 }  // namespace peft_kernels::lora_forward

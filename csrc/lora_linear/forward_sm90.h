@@ -102,7 +102,7 @@ struct BoxForward : private BoxProduct<T, BoxWide, true, true> {
     }
   }
 
-  // S of rows `row` and row + 8.
+  // S of rows `row` and row + 8, zero behind the last rank whatever x is.
   PEFT_KERNELS_DEVICE static void round(const BoxArguments& args, int row, const float (&low)[kRanks / 2],
                                         uint32_t (&s)[kSteps][4]) {
     float factor[2];
@@ -113,7 +113,9 @@ struct BoxForward : private BoxProduct<T, BoxWide, true, true> {
     }
     PEFT_KERNELS_UNROLL
     for (int at = 0; at < kRanks / 4; ++at) {
-      const T pair[2] = {T(low[2 * at] * factor[at % 2]), T(low[2 * at + 1] * factor[at % 2])};
+      const int column = 8 * (at / 2) + 2 * (lane() % 4);
+      const T pair[2] = {T(column < args.rank ? low[2 * at] * factor[at % 2] : 0.0f),
+                         T(column + 1 < args.rank ? low[2 * at + 1] * factor[at % 2] : 0.0f)};
       std::memcpy(&s[at / 4][at % 4], pair, sizeof(pair));
     }
   }

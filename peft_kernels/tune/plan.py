@@ -42,7 +42,7 @@ class Job(NamedTuple):
 
 def jobs(ops: list[str], architecture: int) -> list[Job]:
     """All of them for the rooms named, large shapes first; crossovers last, as they are taken with the best tiles."""
-    return [job for op in ops for job in (*_tiles(op, architecture), *_crossovers(op))]
+    return [job for op in ops for job in (*_tiles(op, architecture), *_crossovers(op, architecture))]
 
 
 def best(jobs: Iterable[Job], rows: Mapping[Job, list[float | str]]) -> dict[tuple, Any]:
@@ -89,6 +89,7 @@ class Crossover(NamedTuple):
     ways: tuple[str, str]
     sizes: list[tuple]
     of: Callable[[list[tuple[float, bool]]], float]
+    only_on: int | None = None  # an architecture
 
 
 CROSSOVERS = {
@@ -101,6 +102,7 @@ CROSSOVERS = {
         ("cuda:passes", "cuda:fused"),
         [(M, N, N) for M in (16384, 8192, 2048, 512) for N in (8192, 4096, 2048, 1024)],
         smallest_from,
+        only_on=90,
     ),
     # M, N, K, with a smaller M than that of "fused_from": the depth is split there
     "cuda_from": Crossover(
@@ -120,9 +122,9 @@ def _tiles(op: str, architecture: int) -> Iterator[Job]:
             yield Job(op, choice, key, (), tuple(candidates))
 
 
-def _crossovers(op: str) -> Iterator[Job]:
+def _crossovers(op: str, architecture: int) -> Iterator[Job]:
     for choice in ROOMS[op].CHOICES:
-        if choice in CROSSOVERS:
+        if choice in CROSSOVERS and CROSSOVERS[choice].only_on in (None, architecture):
             for at in CROSSOVERS[choice].sizes:
                 yield Job(op, choice, (2,), at, CROSSOVERS[choice].ways)
 

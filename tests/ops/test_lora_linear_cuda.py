@@ -56,6 +56,32 @@ def test_subsets(dropout_p):
     checks.check_subsets("cuda", dropout_p, dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize("trained", [(), (0,), (0, 2), (1, 2)], ids=str)
+@pytest.mark.parametrize("shared_dropout", [False, True])
+def test_some_of_several_train_A(trained, shared_dropout):
+    """The gradients of all, by the masks of their own."""
+    case = make_case(
+        (50,), 72, (48, 24, 24), 6, torch.bfloat16, dropout_p=0.25, shared_dropout=shared_dropout, frozen=("weight",)
+    )
+
+    def results(projections):
+        leaves = [case.x, *(p.lora_A for p in projections if p.lora_A.requires_grad)]
+        torch.manual_seed(case.seed)
+        with pk.use_backend("cuda"):
+            ys = pk.lora_linear_shared_input(
+                case.x, projections, dropout_p=case.dropout_p, training=True, shared_dropout=shared_dropout
+            )
+        return torch.autograd.grad(ys, leaves, case.grad_ys)
+
+    case.x.requires_grad_()
+    everything = results([p._replace(lora_A=p.lora_A.detach().requires_grad_()) for p in case.projections])
+    some = results(
+        [p._replace(lora_A=p.lora_A.detach().requires_grad_(j in trained)) for j, p in enumerate(case.projections)]
+    )
+    for one, other in zip(some, [everything[0], *(everything[1 + j] for j in trained)]):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("backend", ["cuda", "cuda:fused", "cuda:passes"])
 def test_runs(backend, monkeypatch):
     checks.check_runs(backend, "cpu", monkeypatch, torch.bfloat16)
@@ -79,7 +105,7 @@ def test_same_mask(dtype):
 def in_one(monkeypatch):
     """As on a GPU whose code the kernel of S and y is; the layers that it took, by their ranks."""
     taken, in_one = [], cuda._in_one
-    monkeypatch.setattr(cuda, "architecture", lambda _: 90)
+    monkeypatch.setattr(cuda, "has_boxes", lambda _: True)
     monkeypatch.setattr(cuda, "_in_one", lambda x, *rest: taken.append(len(rest[2])) or in_one(x, *rest))
     return taken
 
@@ -106,7 +132,7 @@ class TestOneKernelForTheForward:
     )
     def test_drawn_shapes(self, rows, in_features, eighths, rank, row_scaling):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cuda, "architecture", lambda _: 90)
+            patch.setattr(cuda, "has_boxes", lambda _: True)
             checks.check_within_eager(
                 "cuda:fused", batch=(rows,), in_features=in_features, out_features=(8 * eighths,), rank=rank,
                 row_scaling=row_scaling, dtype=torch.bfloat16,
@@ -136,7 +162,7 @@ class TestOneKernelForTheForward:
         assert took("cuda", 40 * 72 * 48)
         assert not took("cuda", 40 * 72 * 48 + 1)
         assert not took("cuda:passes", 0)
-        monkeypatch.setattr(cuda, "architecture", lambda _: 80)
+        monkeypatch.setattr(cuda, "has_boxes", lambda _: False)
         assert not took("cuda:fused", 0)
 
 

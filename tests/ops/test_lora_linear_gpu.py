@@ -112,6 +112,22 @@ def test_cuda_graph(backend, dropout_p):
             assert torch.equal(one, eager)
 
 
+@pytest.mark.parametrize("backend", ["triton:fused", "triton:blas", "cuda"])
+def test_cuda_graph_of_projections_of_which_some_train_A(backend):
+    case = make_case((64,), 128, (96, 32, 32), 8, torch.bfloat16, device="cuda")
+    given = [p._replace(lora_A=p.lora_A.requires_grad_(j != 1)) for j, p in enumerate(case.projections)]
+    x = case.x.requires_grad_()
+
+    def step():
+        with pk.use_backend(backend):
+            ys = pk.lora_linear_shared_input(x, given, dropout_p=0.3, training=True)
+        return torch.autograd.grad(ys, (x, given[0].lora_A, given[2].lora_A), case.grad_ys)
+
+    graph, results = captured(step)
+    graph.replay()
+    assert all(torch.isfinite(value).all() for value in results)
+
+
 def test_compile():
     torch._dynamo.reset()
     case = make_case((33,), 128, (96, 32), 8, torch.bfloat16, device="cuda")

@@ -3,6 +3,8 @@ bytes."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch.nn.functional import pad
 
@@ -10,6 +12,12 @@ from torch.nn.functional import pad
 def native():
     """The library's ops."""
     return torch.ops.peft_kernels_native
+
+
+@functools.cache
+def has_boxes(device: torch.device) -> bool:
+    """Whether the kernels for sm_90a run there: compute capability 9.0, and a library built for it."""
+    return device.type == "cuda" and native().has_boxes(device.index)
 
 
 def takes(matrix: torch.Tensor) -> bool:

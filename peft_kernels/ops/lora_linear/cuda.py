@@ -16,7 +16,7 @@ import torch
 
 from ..common import dropout
 from ..common.machine import architecture
-from ..common.native import aligned, by_row, native, padded, reduced, takes, with_columns, with_rows
+from ..common.native import aligned, by_row, has_boxes, native, padded, reduced, takes, with_columns, with_rows
 from ..common.tensors import flatten, unflatten
 from . import configs, reference
 
@@ -112,8 +112,9 @@ def backward(
         parts = _grad_x(dys, weights, dhs, [lora_A.to(dtype) for lora_A in lora_As], masks)
         grads.append(unflatten(functools.reduce(torch.Tensor.add_, parts), grad_ys[0]))
     with_A = [j for j, needed in enumerate(needs_A) if needed]
-    its_masks = masks if masks is None or len(with_A) == len(dys) or len(masks) == 1 else masks[with_A]
-    grads_A = _grads_A(rows, [dhs[j] for j in with_A], its_masks, adapter_dtype)
+    if masks is not None and len(masks) > 1 and 0 < len(with_A) < len(dys):
+        masks = torch.stack([masks[j] for j in with_A])  # an index from the host could not be captured in a graph
+    grads_A = _grads_A(rows, [dhs[j] for j in with_A], masks, adapter_dtype)
     for j, dy in enumerate(dys):
         if needs_weight[j]:
             grads.append(dy.t().mm(rows))
@@ -126,17 +127,18 @@ def backward(
     return grads
 
 
-def fits_one_kernel(arch: int, out_features: int, rank: int) -> bool:
-    """Whether `lora_forward` takes such a layer (csrc/lora_linear/forward.cu)."""
-    return arch == 90 and out_features % 8 == 0 and rank <= LARGEST_RANK_OF_FORWARD
-
-
 def _in_one_kernel(x: torch.Tensor, weight: torch.Tensor, rank: int, backend: str) -> bool:
     """Whether one kernel takes the forward, and is to."""
     (M, K), N, device = x.shape, weight.shape[0], x.device
-    if not (fits_one_kernel(architecture(device), N, rank) and takes(weight) and M * N * K):
+    if not (fits_one_kernel(N, rank) and takes(weight) and M * N * K and has_boxes(device)):
         return False
-    return configs.cuda_path(M, N, K, x.dtype, 90, backend, configs.tuned(device)) == "fused"
+    arch = architecture(device)
+    return configs.cuda_path(M, N, K, x.dtype, arch, backend, configs.tuned(device)) == "fused"
+
+
+def fits_one_kernel(out_features: int, rank: int) -> bool:
+    """Whether `lora_forward` takes such a layer (csrc/lora_linear/forward.cu)."""
+    return out_features % 8 == 0 and rank <= LARGEST_RANK_OF_FORWARD
 
 
 def _in_one(

@@ -74,8 +74,8 @@ def explain_native(
         yield "backend cuda", "the reference: its kernels multiply 16-bit operands"
         return
     least = table.get(("cuda_fused_from", size), configs.CUDA_FUSED_FROM.get((arch, size)))
-    if not cuda.fits_one_kernel(arch, N, R):
-        way = "a pass over x: one kernel for S and y takes sm_90, N of a multiple of 8 and a rank up to 64"
+    if arch != 90 or K % 8 or not cuda.fits_one_kernel(N, R):
+        way = "a pass over x: one kernel for S and y takes sm_90, K and N of multiples of 8, ranks up to 64"
     elif least is None:
         way = f"a pass over x (no crossover to one kernel for S and y was measured on sm_{arch})"
     else:

@@ -21,7 +21,7 @@ SELFTEST     := build/selftest
 TRITON_STAMP := $(VENV)/.stamp-triton-$(OLDEST_TRITON)
 OLD_TRITON   := $(VENV)/triton-$(basename $(OLDEST_TRITON))
 
-.PHONY: help setup demo test selftest bench lint format gpu aot-all clean
+.PHONY: help setup demo test selftest sanitize bench lint format gpu aot-all clean
 .NOTPARALLEL:
 # Ahead-of-time compilation fails under the interpreter: only the stage that wants it gets it.
 unexport TRITON_INTERPRET
@@ -32,6 +32,7 @@ help:
 	@echo "make test          the whole suite on this machine"
 	@echo "make bench         every provider on every op, and a report: about seven minutes"
 	@echo "make selftest      the CUDA sources on the CPU, thread by thread, and on a GPU where there is one"
+	@echo "make sanitize      the CUDA kernels under compute-sanitizer, on a GPU, once make selftest has built them"
 	@echo "make lint          ruff: rules and format"
 	@echo "make format        ruff: put both right"
 	@echo "make aot-all       compile every configuration of every kernel, for every architecture"
@@ -105,6 +106,15 @@ selftest: $(ENV_STAMP)
 	PATH="$(abspath $(VENV))/bin:$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin"; \
 	cmake -S csrc/selftest -B $(SELFTEST) -G Ninja -DCMAKE_BUILD_TYPE=Release >/dev/null && \
 	cmake --build $(SELFTEST) -- --quiet && ctest --test-dir $(SELFTEST) --parallel 2 --output-on-failure
+
+# Needs no .venv: where the GPU is there may be none.
+sanitize:
+	@for program in compute-sanitizer $(SELFTEST)/selftest_gpu; do \
+	  command -v $$program >/dev/null || { echo "expected $$program (make selftest builds the self-test), got none"; exit 1; }; \
+	done
+	@for tool in memcheck racecheck synccheck initcheck; do \
+	  echo "== $$tool"; compute-sanitizer --tool $$tool --error-exitcode 2 $(SELFTEST)/selftest_gpu small || exit; \
+	done
 
 aot-all: setup $(TRITON_STAMP)
 	$(call stage,every configuration by the newest Triton,PEFT_KERNELS_AOT=all $(XDIST) tests/aot)

@@ -94,8 +94,8 @@ void gemm(const Problem<T>& problem, const std::string& name, const Launch& laun
 }
 
 template <typename T>
-void gemms(const std::string& dtype) {
-  for (const Shape& shape : shapes(kLarge<T>)) {
+void gemms(const std::string& dtype, bool large) {
+  for (const Shape& shape : shapes(large && kLarge<T>)) {
     const Problem<T> problem(shape);
     for (const auto& [tile, name] : {std::pair{TileName::kWide, ", Wide>"}, {TileName::kSquare, ", Square>"},
                                      {TileName::kSmall, ", Small>"}}) {
@@ -115,8 +115,8 @@ void gemms(const std::string& dtype) {
 
 // On two SMs too, so that a block has several tiles.
 template <typename T>
-void box_gemms(const std::string& dtype, int all_processors) {
-  for (const Shape& shape : box_shapes(kLarge<T>)) {
+void box_gemms(const std::string& dtype, int all_processors, bool large) {
+  for (const Shape& shape : box_shapes(large && kLarge<T>)) {
     const Problem<T> problem(shape);
     for (const int processors : {all_processors, 2}) {
       const auto by = [&](TileName tile) {
@@ -135,8 +135,8 @@ void box_gemms(const std::string& dtype, int all_processors) {
 
 // Twice, to the same bits; on two SMs too, so that a cluster has several tiles.
 template <typename T>
-void forward(const std::string& dtype, int all_processors) {
-  for (const ForwardProblem<T>& problem : forwards<T>(kLarge<T>)) {
+void forward(const std::string& dtype, int all_processors, bool large) {
+  for (const ForwardProblem<T>& problem : forwards<T>(large && kLarge<T>)) {
     const OnDevice<T> x(problem.x()), weight(problem.weight()), lora_A(problem.lora_A()), lora_B(problem.lora_B());
     const OnDevice<T> bias(problem.bias());
     const OnDevice<float> row_scale(problem.row_scale());
@@ -257,8 +257,10 @@ void reduce(const char* name) {
 }  // namespace
 }  // namespace peft_kernels::selftest
 
-int main() {
+// With the argument "small" without the large problems, which take compute-sanitizer minutes.
+int main(int count, char** arguments) {
   using namespace peft_kernels::selftest;
+  const bool large = count < 2 || arguments[1] != std::string("small");
   int devices = 0;
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
     std::printf("no GPU\n");
@@ -275,17 +277,17 @@ int main() {
   shrink<__half>("float16");
   outer<__nv_bfloat16>("bfloat16");
   outer<__half>("float16");
-  gemms<__nv_bfloat16>("bfloat16");
-  gemms<__half>("float16");
+  gemms<__nv_bfloat16>("bfloat16", large);
+  gemms<__half>("float16", large);
   cudaDeviceProp properties{};
   check(cudaGetDeviceProperties(&properties, 0), "cudaGetDeviceProperties");
   const bool boxes = properties.major == 9 && properties.minor == 0;
   const int processors = properties.multiProcessorCount;
   if (boxes) {
-    box_gemms<__nv_bfloat16>("bfloat16", processors);
-    box_gemms<__half>("float16", processors);
-    forward<__nv_bfloat16>("bfloat16", processors);
-    forward<__half>("float16", processors);
+    box_gemms<__nv_bfloat16>("bfloat16", processors, large);
+    box_gemms<__half>("float16", processors, large);
+    forward<__nv_bfloat16>("bfloat16", processors, large);
+    forward<__half>("float16", processors, large);
   }
   gathered<__nv_bfloat16>("bfloat16", processors, boxes);
   gathered<__half>("float16", processors, boxes);

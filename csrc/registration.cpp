@@ -23,5 +23,6 @@ STABLE_TORCH_LIBRARY(peft_kernels_native, m) {
   m.def("sparse_gathered(Tensor dy, Tensor x, Tensor? row_starts, Tensor columns, int n, int m) -> Tensor");
   m.def("sparse_sampled(Tensor dy, Tensor x, Tensor row_starts, Tensor columns) -> Tensor");
   m.def("sparse_write(Tensor(a!) weight, Tensor base, Tensor values, Tensor row_starts, Tensor columns) -> ()");
-  m.def("split_reduce(Tensor partials, Tensor? row_scale, float scale, ScalarType out_dtype) -> Tensor");
+  m.def(
+      "split_reduce(Tensor[] partials, Tensor?[] row_scale, float[] scale, ScalarType out_dtype) -> Tensor[]");
 }

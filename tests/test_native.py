@@ -20,8 +20,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def split_reduce(*args):
-    return torch.ops.peft_kernels_native.split_reduce(*args)
+def split_reduce(partials, row_scale, scale, out_dtype):
+    """Of one."""
+    return torch.ops.peft_kernels_native.split_reduce([partials], [row_scale], [scale], out_dtype)[0]
 
 
 def draw_mask(*args):
@@ -36,8 +37,8 @@ def library():
 
 def test_schema():
     assert str(torch.ops.peft_kernels_native.split_reduce.default._schema) == (
-        "peft_kernels_native::split_reduce(Tensor partials, Tensor? row_scale, float scale, "
-        "ScalarType out_dtype) -> Tensor"
+        "peft_kernels_native::split_reduce(Tensor[] partials, Tensor?[] row_scale, float[] scale, "
+        "ScalarType out_dtype) -> Tensor[]"
     )
 
 
@@ -322,6 +323,22 @@ def test_split_reduce_says_what_it_expected(arguments, message):
 def test_split_reduce_refuses_strided_partials():
     with pytest.raises(RuntimeError, match=r"expected every partial \[M, R\] contiguous"):
         split_reduce(torch.ones(2, 3, 4, device="cuda").mT, None, 1.0, torch.float32)
+    with pytest.raises(RuntimeError, match="or of an R of a multiple of 4 with adjacent columns"):
+        split_reduce(torch.ones(2, 3, 8, device="cuda")[:, :, :6], None, 1.0, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+def test_split_reduce_of_several_is_that_of_each(out_dtype):
+    """More than a launch takes; of one size or another, with rows apart, empty, without 16 bytes' alignment."""
+    torch.manual_seed(0)
+    wide = torch.randn(3, 100, 48, device="cuda")
+    partials = [*wide.split(16, dim=2), wide[:, :33], wide[:, :0], torch.randn(5, 7, 3, device="cuda")] * 2
+    row_scale = [torch.randn(len(one[0]), device="cuda") if j % 3 else None for j, one in enumerate(partials)]
+    scale = [0.5 + j for j in range(len(partials))]
+    found = torch.ops.peft_kernels_native.split_reduce(partials, row_scale, scale, out_dtype)
+    for one, *given in zip(found, partials, row_scale, scale):
+        assert torch.equal(one, split_reduce(given[0].contiguous(), *given[1:], out_dtype))
 
 
 @pytest.mark.gpu

@@ -278,28 +278,26 @@ def cuda(layers: list[Layer], ceilings: Ceilings, path: str) -> Passes | None:
     forward = [elementwise("seed", 0, INDEX)] if l.p else []
     forward += [elementwise("cat of the As", n * l.A, n * l.A)] if n > 1 else []
     forward.append(Launch("shrink", 2 * l.M * l.K * C, l.x + n * l.A, S + masks * bits, draws))
-    for one in layers:
-        forward += [elementwise("its part of S", S // n, S // n)] if n > 1 else []
-        forward += [elementwise("reduce S", S // n, one.S), in_one(one.base(), one.expand(), kept=one.y)]
+    forward.append(elementwise("reduce S", S, n * l.S))
+    forward += [in_one(one.base(), one.expand(), kept=one.y) for one in layers]
     forward += [elementwise("cat of S", n * l.S, n * l.S)] if n > 1 else []
     if path == "fused" and n == 1 and not l.p and l.R <= LARGEST_RANK_OF_FORWARD:
         forward = [in_one(in_one(l.base(), l.shrink(), shared=l.x), l.expand(), shared=l.S, kept=l.y)]
 
-    backward = []
+    backward, partials = [], 0
     for one in layers:
         slices = math.ceil(one.N / 128)
         dH, dB = F32 * slices * one.M * one.R, F32 * native_parts(slices, one.M, processors) * one.N * one.R
-        backward += [
-            Launch("dy pass", 4 * one.M * one.N * one.R, one.y + one.B + one.S, dH + dB),
-            elementwise("reduce dB", dB, one.B), elementwise("reduce dH", dH, one.S),
-        ]  # fmt: skip
+        backward.append(Launch("dy pass", 4 * one.M * one.N * one.R, one.y + one.B + one.S, dH + dB))
+        partials += dH + dB
+    backward.append(elementwise("reduce dH and dB", partials, sum(one.S + one.B for one in layers)))
     products = [in_one(one.base_dx(), one.low_rank_dx(), kept=one.x) for one in layers]
     dx = functools.reduce(lambda one, other: in_one(one, other, kept=l.x), products)
     backward.append(_reads(dx._replace(name="dx"), masks * bits))
     backward += [elementwise("cat of dH", n * l.S, n * l.S)] if n > 1 else []
     dA = F32 * native_parts(masks * math.ceil(l.K / 128), l.M, processors) * l.R * l.K
     backward.append(Launch("x pass", 2 * l.M * l.K * C, l.x + n * l.S + masks * bits, n * dA))
-    backward += [elementwise("reduce dA", dA, l.A)] * n
+    backward.append(elementwise("reduce dA", n * dA, n * l.A))
     return Passes(forward, backward)
 
 

@@ -121,7 +121,7 @@ Tensor lora_gemm(std::vector<Tensor> left, std::vector<Tensor> right, std::vecto
                         ? (by_feature ? &launch<__half, true> : &launch<__half, false>)
                         : (by_feature ? &launch<__nv_bfloat16, true> : &launch<__nv_bfloat16, false>);
   check_cuda(call(args, tile, processors, current_stream(device)), "launching lora_gemm");
-  return split ? split_reduce(out, std::nullopt, 1.0, like.scalar_type()) : out;
+  return split ? split_reduce(out, 1.0, like.scalar_type()) : out;
 }
 
 }  // namespace

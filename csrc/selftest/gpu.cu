@@ -241,16 +241,22 @@ void masks() {
 
 template <typename Out, int kWidth>
 void reduce(const char* name) {
-  for (const Reduction<Out>& problem : reductions<Out>()) {
-    const OnDevice<float> values(problem.values), row_scale(problem.row_scale);
-    const OnDevice<Out> out(poisoned<Out>(problem.numel()));
-    const reduction::Arguments args = problem.arguments(values.get(), row_scale.get(), out.get());
-    const int64_t threads = args.numel / kWidth + args.numel % kWidth;
-    const int blocks = static_cast<int>((threads + reduction::kThreads - 1) / reduction::kThreads);
-    reduction::kernel<Out, kWidth><<<blocks, reduction::kThreads>>>(args);
-    check(cudaGetLastError(), "launching split_reduce");
-    check(cudaDeviceSynchronize(), "split_reduce");
-    report(std::string("split_reduce<") + name + ">", problem.complaint(out.host()));
+  const std::vector<Reduction<Out>> problems = reductions<Out>();
+  std::deque<OnDevice<float>> inputs;
+  std::deque<OnDevice<Out>> outs;
+  reduction::Arguments args{};
+  int blocks = 0;
+  for (const Reduction<Out>& problem : problems) {
+    const OnDevice<float>& values = inputs.emplace_back(problem.values);
+    const OnDevice<float>& row_scale = inputs.emplace_back(problem.row_scale);
+    const OnDevice<Out>& out = outs.emplace_back(poisoned<Out>(problem.numel()));
+    blocks = append<kWidth>(args, problem.sum(values.get(), row_scale.get(), out.get()));
+  }
+  reduction::kernel<Out, kWidth><<<blocks, reduction::kThreads>>>(args);
+  check(cudaGetLastError(), "launching split_reduce");
+  check(cudaDeviceSynchronize(), "split_reduce");
+  for (size_t j = 0; j < problems.size(); ++j) {
+    report(std::string("split_reduce<") + name + ">", problems[j].complaint(outs[j].host()));
   }
 }
 

@@ -280,14 +280,18 @@ void masks() {
 
 template <typename Out, int kWidth>
 void reduce(const char* name) {
-  for (const Reduction<Out>& problem : reductions<Out>()) {
-    std::vector<Out> out = poisoned<Out>(problem.numel() + kMargin);
-    const auto args = problem.arguments(problem.values.data(), problem.row_scale.data(), out.data());
-    const int64_t threads = args.numel / kWidth + args.numel % kWidth;
-    const int blocks = static_cast<int>((threads + reduction::kThreads - 1) / reduction::kThreads);
-    emulator::launch(blocks, reduction::kThreads, 0, 1, [&](char*) { reduction::kernel<Out, kWidth>(args); });
+  const std::vector<Reduction<Out>> problems = reductions<Out>();
+  std::vector<std::vector<Out>> outs;
+  for (const Reduction<Out>& problem : problems) outs.push_back(poisoned<Out>(problem.numel() + kMargin));
+  reduction::Arguments args{};
+  int blocks = 0;
+  for (size_t j = 0; j < problems.size(); ++j) {
+    blocks = append<kWidth>(args, problems[j].sum(problems[j].values.data(), problems[j].row_scale.data(), outs[j].data()));
+  }
+  emulator::launch(blocks, reduction::kThreads, 0, 1, [&](char*) { reduction::kernel<Out, kWidth>(args); });
+  for (size_t j = 0; j < problems.size(); ++j) {
     report(std::string("split_reduce<") + name + ">",
-           margin_is_whole(out) ? problem.complaint(out) : "written behind the end of out");
+           margin_is_whole(outs[j]) ? problems[j].complaint(outs[j]) : "written behind the end of out");
   }
 }
 

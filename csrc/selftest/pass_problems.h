@@ -263,10 +263,11 @@ template <typename Out>
 struct Reduction {
   int partials, rows, rank;
   bool scaled;
+  int pitch;  // of a row
   std::vector<float> values, row_scale;
 
-  Reduction(int partials, int rows, int rank, bool scaled)
-      : partials(partials), rows(rows), rank(rank), scaled(scaled), row_scale(rows) {
+  Reduction(int partials, int rows, int rank, bool scaled, int apart = 0)
+      : partials(partials), rows(rows), rank(rank), scaled(scaled), pitch(rank + apart), row_scale(rows) {
     std::mt19937 random(partials);
     std::normal_distribution<float> normal;
     values.resize(static_cast<size_t>(partials) * stride());
@@ -275,15 +276,15 @@ struct Reduction {
   }
 
   int64_t numel() const { return static_cast<int64_t>(rows) * rank; }
-  int64_t stride() const { return (numel() + 3) / 4 * 4; }  // every partial on 16 bytes
-  reduction::Arguments arguments(const float* on_values, const float* on_scale, Out* out) const {
-    return {on_values, stride(), partials, scaled ? on_scale : nullptr, 0.5f, numel(), rank, out};
+  int64_t stride() const { return (static_cast<int64_t>(rows) * pitch + 3) / 4 * 4; }  // every partial on 16 bytes
+  reduction::Sum sum(const float* on_values, const float* on_scale, Out* out) const {
+    return {on_values, stride(), partials, pitch, scaled ? on_scale : nullptr, 0.5f, numel(), rank, out};
   }
   // In float32 and in ascending order: the same bits.
   std::string complaint(const std::vector<Out>& out) const {
     for (int64_t i = 0; i < numel(); ++i) {
       float sum = 0.0f;
-      for (int p = 0; p < partials; ++p) sum += values[p * stride() + i];
+      for (int p = 0; p < partials; ++p) sum += values[p * stride() + i / rank * pitch + i % rank];
       const Out wanted = static_cast<Out>(sum * (scaled ? 0.5f * row_scale[i / rank] : 0.5f));
       if (std::memcmp(&wanted, &out[i], sizeof(Out)) != 0) return "other bits at " + std::to_string(i);
     }
@@ -293,7 +294,17 @@ struct Reduction {
 
 template <typename Out>
 std::vector<Reduction<Out>> reductions() {
-  return {{1, 1, 1, false}, {5, 33, 6, true}, {3, 130, 16, false}, {16, 41, 3, true}};
+  return {{1, 1, 1, false},  {5, 33, 6, true},     {3, 130, 16, false},
+          {16, 41, 3, true}, {2, 70, 8, true, 24}, {3, 9, 12, false, 4}};
+}
+
+// All by one launch: adds a sum's share of threads, and says how many blocks there are now.
+template <int kWidth>
+int append(reduction::Arguments& args, const reduction::Sum& sum) {
+  const int64_t before = args.count ? args.ends[args.count - 1] : 0;
+  args.sums[args.count] = sum;
+  args.ends[args.count++] = before + reduction::threads_of<kWidth>(sum);
+  return static_cast<int>((args.ends[args.count - 1] + reduction::kThreads - 1) / reduction::kThreads);
 }
 
 }  // namespace peft_kernels::selftest

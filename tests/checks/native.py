@@ -72,7 +72,7 @@ def lora_forward(x, weight, lora_A, lora_B, row_scale, scale, bias):
     assert K >= 1 and N >= 1 and N % 8 == 0 and 1 <= R <= 64
     wide, lora_A = taken(x, M, K, dtype), taken(lora_A, R, K, dtype)
     s = x.new_zeros(M, -(-R // 8) * 8)
-    s[:, :R] = split_reduce((wide @ lora_A.mT)[None], row_scale, scale, dtype)
+    s[:, :R] = _split_reduce((wide @ lora_A.mT)[None], row_scale, scale, dtype)
     y = wide @ taken(weight, N, K, dtype).mT + s[:, :R].float() @ taken(lora_B, N, R, dtype).mT
     if bias is not None:
         assert bias.shape == (N,) and bias.is_contiguous() and bias.dtype == dtype
@@ -130,9 +130,16 @@ def sparse_gathered(dy, x, row_starts, columns, n, m):
 
 
 def split_reduce(partials, row_scale, scale, out_dtype):
+    assert len(partials) == len(row_scale) == len(scale) >= 1
+    return [_split_reduce(*one, out_dtype) for one in zip(partials, row_scale, scale)]
+
+
+def _split_reduce(partials, row_scale, scale, out_dtype):
     _, M, R = partials.shape
     assert partials.dtype == torch.float32
-    assert not partials.numel() or ((R == 1 or partials.stride(2) == 1) and (M == 1 or partials.stride(1) == R))
+    if partials.numel():
+        assert R == 1 or partials.stride(2) == 1
+        assert M == 1 or partials.stride(1) == R or (partials.stride(1) > R and R % 4 == 0)
     total = partials.sum(0) * scale
     if row_scale is not None:
         assert row_scale.shape == (M,) and row_scale.is_contiguous() and row_scale.dtype == torch.float32

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 import peft_kernels as pk
 from peft_kernels import _native, backends
+from peft_kernels.ops.common import native
 from peft_kernels.ops.lora_linear import configs, cuda, op
-from peft_kernels.testing import make_case
+from peft_kernels.testing import make_case, run
 from tests.checks import lora_linear as checks
 from tests.checks.common import record_calls
 from tests.checks.native import HALVES, lora_forward, lora_gemm, lora_outer, lora_shrink, split_reduce, standing_in
@@ -54,6 +55,34 @@ def test_drawn_shapes(rows, in_features, out_features, rank, dropout_p):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 def test_subsets(dropout_p):
     checks.check_subsets("cuda", dropout_p, dtype=torch.bfloat16)
+
+
+class Recorder:
+    """The native ops, and the names of those that are called."""
+
+    def __init__(self):
+        self.names = []
+
+    def __getattr__(self, name):
+        self.names.append(name)
+        return getattr(torch.ops.peft_kernels_native, name)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+@pytest.mark.parametrize("projections", [1, 3])
+def test_launches(projections, dropout_p, monkeypatch):
+    """By the room's README: what several projections share, with masks of their own too."""
+    case = make_case(
+        (40,), 72, (48, 24, 24)[:projections], 8, torch.bfloat16, dropout_p=dropout_p, frozen=("weight", "bias")
+    )
+    recorder = Recorder()
+    for module in (cuda, native):
+        monkeypatch.setattr(module, "native", lambda: recorder)
+    with pk.use_backend("cuda"):
+        run(case)
+    forward = ["lora_shrink", "split_reduce"] + ["lora_gemm"] * projections
+    backward = ["lora_outer"] * projections + ["split_reduce", "lora_gemm", "lora_outer", "split_reduce"]
+    assert recorder.names == forward + backward
 
 
 @pytest.mark.parametrize("trained", [(), (0,), (0, 2), (1, 2)], ids=str)

@@ -4,6 +4,7 @@ bytes."""
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -49,9 +50,25 @@ def padded(size: int) -> int:
     return -(-size // 8) * 8
 
 
-def reduced(partials: torch.Tensor, row_scaling: torch.Tensor | None, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """scale · row_scaling · Σ_p partials[p], rounded once."""
-    return native().split_reduce(partials, by_row(row_scaling, partials.shape[1]), scale, dtype)
+class Sum(NamedTuple):
+    """scale · row_scaling · Σ_p partials[p] [M, R] in `dtype`, of float32 partials [P, M, R]."""
+
+    partials: torch.Tensor
+    dtype: torch.dtype
+    row_scaling: torch.Tensor | None = None
+    scale: float = 1.0
+
+
+def reduced(sums: list[Sum]) -> list[torch.Tensor]:
+    """Each, rounded once; those of a dtype by one launch."""
+    found: dict[int, torch.Tensor] = {}
+    for dtype in dict.fromkeys(one.dtype for one in sums):
+        numbers = [number for number, one in enumerate(sums) if one.dtype == dtype]
+        some = [sums[number] for number in numbers]
+        row_scalings = [by_row(one.row_scaling, one.partials.shape[1]) for one in some]
+        partials, scales = [one.partials for one in some], [one.scale for one in some]
+        found.update(zip(numbers, native().split_reduce(partials, row_scalings, scales, dtype)))
+    return [found[number] for number in range(len(sums))]
 
 
 def by_row(row_scaling: torch.Tensor | None, rows: int) -> torch.Tensor | None:

@@ -16,7 +16,7 @@ import torch
 
 from ..common import dropout
 from ..common.machine import architecture
-from ..common.native import aligned, by_row, has_boxes, native, padded, reduced, takes, with_columns, with_rows
+from ..common.native import Sum, aligned, by_row, has_boxes, native, padded, reduced, takes, with_columns, with_rows
 from ..common.tensors import flatten, unflatten
 from . import configs, reference
 
@@ -55,15 +55,16 @@ def forward(
     threshold = 0 if seed is None else dropout.threshold(dropout_p)
     wide = aligned(rows)
     partials = native().lora_shrink(wide, aligned(stacked), seed, threshold, streams, masks, True)
+    scales = [scaling * dropout.rescale(dropout_p) for scaling in scalings]
+    parts = partials.split(R, dim=2)
+    ss = reduced([Sum(*one) for one in zip(parts, [x.dtype] * num, projections[4::5], scales)])  # [M, R] each
     ys, kept_s = [], []
-    for j, scaling in enumerate(scalings):
-        weight, bias, lora_A, lora_B, row_scaling = projections[5 * j : 5 * j + 5]
-        part = partials if num == 1 else partials[:, :, j * R : (j + 1) * R].contiguous()
-        s = reduced(part, row_scaling, scaling * dropout.rescale(dropout_p), x.dtype)  # [M, R]
-        rank = lora_A.shape[0]
-        ys.append(unflatten(_expand(wide, weight, s[:, :rank], lora_B.to(x.dtype), bias), x))
+    for j, s in enumerate(ss):
+        weight, bias, lora_A, lora_B, _ = projections[5 * j : 5 * j + 5]
+        s = s[:, : lora_A.shape[0]]
+        ys.append(unflatten(_expand(wide, weight, s, lora_B.to(x.dtype), bias), x))
         if save_s[j]:
-            kept_s.append(s[:, :rank])
+            kept_s.append(s)
     if kept_s:
         ys.append(_joined(kept_s, dim=1).contiguous())
     if masks is not None:
@@ -96,7 +97,7 @@ def backward(
     weights, lora_As, lora_Bs, row_scalings = (projections[i::4] for i in range(4))
     needs_weight, needs_bias, needs_A, needs_B = (needs[i::4] for i in range(4))
     dys = [aligned(flatten(grad_y)) for grad_y in grad_ys]
-    dhs, grads_B, column = [], [], 0
+    pending, column = [], 0
     for j, dy in enumerate(dys):
         kept_s = None
         if needs_B[j]:
@@ -104,9 +105,13 @@ def backward(
             column += ranks[j]
         right = lora_Bs[j].to(dtype) if needs_x or needs_A[j] else None
         scale = scalings[j] * dropout.rescale(dropout_p)
-        dh, grad_B = _pass_over_dy(dy, right, kept_s, row_scalings[j], scale, adapter_dtype)
-        dhs.append(dh)
-        grads_B.append(grad_B)
+        pending.append(_pass_over_dy(dy, right, kept_s, row_scalings[j], scale, adapter_dtype))
+    results = iter(reduced([one for dh, grad_B in pending for one in (*dh, *grad_B)]))
+    dhs, grads_B = [], []
+    for (dh, grad_B), rank in zip(pending, ranks):
+        dhs.append(next(results)[:, :rank] if dh else None)
+        pieces = [next(results) for _ in grad_B]
+        grads_B.append(_joined(pieces, dim=1)[:, :rank].contiguous() if pieces else None)
     grads = []
     if needs_x:
         parts = _grad_x(dys, weights, dhs, [lora_A.to(dtype) for lora_A in lora_As], masks)
@@ -218,15 +223,14 @@ def _grads_A(
     one_mask = masks is None or len(masks) == 1  # or none
     widths = ranks if one_mask else [padded(max(ranks))] * len(ranks)
     if len(dhs) < 2 or (sum(widths) if one_mask else widths[0]) > LARGEST_RANK_OF_PASS:
-        for j, dh in enumerate(dhs):
-            yield _outer(x, dh, masks if one_mask else masks[j : j + 1], True, dtype)
-        return
-    narrow = _joined([dh if one_mask else with_columns(dh, widths[0]) for dh in dhs], dim=1)
-    sums, _ = native().lora_outer(x, with_columns(narrow, padded(sum(widths))), None, masks, True)
-    first = 0
-    for rank, width in zip(ranks, widths):
-        yield reduced(sums[:, first : first + rank], None, 1.0, dtype)
-        first += width
+        of_each = [_outer(x, dh, masks if one_mask else masks[j : j + 1], True, dtype) for j, dh in enumerate(dhs)]
+    else:
+        narrow = _joined([dh if one_mask else with_columns(dh, widths[0]) for dh in dhs], dim=1)
+        sums, _ = native().lora_outer(x, with_columns(narrow, padded(sum(widths))), None, masks, True)
+        of_each = [[Sum(part, dtype)] for part in sums[:, : sum(widths)].split(widths, dim=1)]
+    results = iter(reduced([one for sums in of_each for one in sums]))
+    for sums, rank in zip(of_each, ranks):
+        yield _joined([next(results) for _ in sums], dim=0)[:rank]
 
 
 def _pass_over_dy(
@@ -236,33 +240,31 @@ def _pass_over_dy(
     row_scaling: torch.Tensor | None,
     scale: float,
     adapter_dtype: torch.dtype,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """dH = scale · dy·B [M, R] where lora_B is given, dB = dyᵀ·S [N, R] where s is: of both, by one pass."""
+) -> tuple[list[Sum], list[Sum]]:
+    """Of dH = scale · dy·B [M, R] where lora_B is given, and of dB = dyᵀ·S [N, R] where s is, by one pass: the sums
+    whose first R columns, side by side, they are."""
     if lora_B is None:
-        return None, None if s is None else _outer(dy, s, None, False, adapter_dtype)
-    rank = lora_B.shape[1]
-    R = padded(rank)
+        return [], [] if s is None else _outer(dy, s, None, False, adapter_dtype)
+    R = padded(lora_B.shape[1])
     right = with_columns(lora_B, R)
     if s is None or R > LARGEST_RANK_OF_PASS:
         shrunk = native().lora_shrink(dy, right, None, 0, 1, None, False)
-        grad_B = None if s is None else _outer(dy, s, None, False, adapter_dtype)
+        grad_B = [] if s is None else _outer(dy, s, None, False, adapter_dtype)
     else:
         sums, shrunk = native().lora_outer(dy, with_columns(s, R), right, None, False)
-        grad_B = reduced(sums, None, 1.0, adapter_dtype)[:, :rank].contiguous()
-    return reduced(shrunk, row_scaling, scale, dy.dtype)[:, :rank], grad_B
+        grad_B = [Sum(sums, adapter_dtype)]
+    return [Sum(shrunk, dy.dtype, row_scaling, scale)], grad_B
 
 
 def _outer(
     wide: torch.Tensor, narrow: torch.Tensor, keep: torch.Tensor | None, transposed: bool, dtype: torch.dtype
-) -> torch.Tensor:
-    """D(wide)ᵀ·narrow [F, R], or its transpose."""
-    found = []
-    for ranks in narrow.split(LARGEST_RANK_OF_PASS, dim=1):
-        rank = ranks.shape[1]
-        sums, _ = native().lora_outer(wide, with_columns(ranks, padded(rank)), None, keep, transposed)
-        total = reduced(sums, None, 1.0, dtype)
-        found.append(total[:rank] if transposed else total[:, :rank])
-    return _joined(found, dim=0 if transposed else 1).contiguous()
+) -> list[Sum]:
+    """Of D(wide)ᵀ·narrow [F, R], or of its transpose: the sums whose first R columns, or rows, one behind another, it
+    is."""
+    return [
+        Sum(native().lora_outer(wide, with_columns(some, padded(some.shape[1])), None, keep, transposed)[0], dtype)
+        for some in narrow.split(LARGEST_RANK_OF_PASS, dim=1)
+    ]
 
 
 def _joined(matrices: list[torch.Tensor], dim: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..common.native import aligned, native, reduced
+from ..common.native import Sum, aligned, native, reduced
 from . import reference
 from .layout import SparseLayout
 
@@ -28,7 +28,8 @@ def grad_values(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: 
     )
     if len(partials) == 1 and dtype == torch.float32:
         return partials[0]
-    return reduced(partials.unsqueeze(1), None, 1.0, dtype)[0]
+    (values,) = reduced([Sum(partials.unsqueeze(1), dtype)])
+    return values[0]
 
 
 def patched_bands(

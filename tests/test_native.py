@@ -40,6 +40,9 @@ def test_schema():
         "peft_kernels_native::split_reduce(Tensor[] partials, Tensor?[] row_scale, float[] scale, "
         "ScalarType out_dtype) -> Tensor[]"
     )
+    assert str(torch.ops.peft_kernels_native.has_boxes.default._schema) == (
+        "peft_kernels_native::has_boxes(int device) -> bool"
+    )
 
 
 def test_links_torch_cpu_and_the_system_only():

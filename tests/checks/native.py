@@ -137,7 +137,7 @@ def split_reduce(partials, row_scale, scale, out_dtype):
 def _split_reduce(partials, row_scale, scale, out_dtype):
     _, M, R = partials.shape
     assert partials.dtype == torch.float32
-    if partials.numel():
+    if M * R:
         assert R == 1 or partials.stride(2) == 1
         assert M == 1 or partials.stride(1) == R or (partials.stride(1) > R and R % 4 == 0)
     total = partials.sum(0) * scale

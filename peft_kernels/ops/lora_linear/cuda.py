@@ -97,29 +97,24 @@ def backward(
     weights, lora_As, lora_Bs, row_scalings = (projections[i::4] for i in range(4))
     needs_weight, needs_bias, needs_A, needs_B = (needs[i::4] for i in range(4))
     dys = [aligned(flatten(grad_y)) for grad_y in grad_ys]
-    pending, column = [], 0
-    for j, dy in enumerate(dys):
-        kept_s = None
-        if needs_B[j]:
-            kept_s = s[:, column : column + ranks[j]]
-            column += ranks[j]
-        right = lora_Bs[j].to(dtype) if needs_x or needs_A[j] else None
-        scale = scalings[j] * dropout.rescale(dropout_p)
-        pending.append(_pass_over_dy(dy, right, kept_s, row_scalings[j], scale, adapter_dtype))
-    results = iter(reduced([one for dh, grad_B in pending for one in (*dh, *grad_B)]))
-    dhs, grads_B = [], []
-    for (dh, grad_B), rank in zip(pending, ranks):
-        dhs.append(next(results)[:, :rank] if dh else None)
-        pieces = [next(results) for _ in grad_B]
-        grads_B.append(_joined(pieces, dim=1)[:, :rank].contiguous() if pieces else None)
+    kept_s = iter(() if s is None else s.split([rank for rank, needed in zip(ranks, needs_B) if needed], dim=1))
+    dhs, grads_B = _passes_over_dys(
+        dys,
+        [lora_B.to(dtype) if needs_x or needs_A[j] else None for j, lora_B in enumerate(lora_Bs)],
+        [next(kept_s) if needed else None for needed in needs_B],
+        row_scalings,
+        [scaling * dropout.rescale(dropout_p) for scaling in scalings],
+        ranks,
+        adapter_dtype,
+    )
     grads = []
     if needs_x:
         parts = _grad_x(dys, weights, dhs, [lora_A.to(dtype) for lora_A in lora_As], masks)
         grads.append(unflatten(functools.reduce(torch.Tensor.add_, parts), grad_ys[0]))
     with_A = [j for j, needed in enumerate(needs_A) if needed]
-    if masks is not None and len(masks) > 1 and 0 < len(with_A) < len(dys):
+    if with_A and masks is not None and len(masks) > 1 and len(with_A) < len(dys):
         masks = torch.stack([masks[j] for j in with_A])  # an index from the host could not be captured in a graph
-    grads_A = _grads_A(rows, [dhs[j] for j in with_A], masks, adapter_dtype)
+    grads_A = iter(_grads_A(rows, [dhs[j] for j in with_A], masks, adapter_dtype) if with_A else ())
     for j, dy in enumerate(dys):
         if needs_weight[j]:
             grads.append(dy.t().mm(rows))
@@ -216,7 +211,7 @@ def _grad_x_by_vendor(
 
 def _grads_A(
     x: torch.Tensor | None, dhs: list[torch.Tensor], masks: torch.Tensor | None, dtype: torch.dtype
-) -> Iterator[torch.Tensor]:
+) -> list[torch.Tensor]:
     """dA_j = dH_jᵀ·D_j(x) [R_j, K]: by one pass over x where ranks fit; with a mask each its tiles are read once a
     projection, by blocks that meet in the L2 cache."""
     ranks = [dh.shape[1] for dh in dhs]
@@ -228,9 +223,25 @@ def _grads_A(
         narrow = _joined([dh if one_mask else with_columns(dh, widths[0]) for dh in dhs], dim=1)
         sums, _ = native().lora_outer(x, with_columns(narrow, padded(sum(widths))), None, masks, True)
         of_each = [[Sum(part, dtype)] for part in sums[:, : sum(widths)].split(widths, dim=1)]
-    results = iter(reduced([one for sums in of_each for one in sums]))
-    for sums, rank in zip(of_each, ranks):
-        yield _joined([next(results) for _ in sums], dim=0)[:rank]
+    return [grad_A[:rank] for grad_A, rank in zip(_added(of_each, dim=0), ranks)]
+
+
+def _passes_over_dys(
+    dys: list[torch.Tensor],
+    lora_Bs: list[torch.Tensor | None],
+    ss: list[torch.Tensor | None],
+    row_scalings: list[torch.Tensor | None],
+    scales: list[float],
+    ranks: list[int],
+    adapter_dtype: torch.dtype,
+) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
+    """dH_j [M, R_j] and dB_j [N_j, R_j] of each projection, None where B_j or S_j is. The float32 partials of all of
+    them are held until they are added up: for dH 4·M·R bytes every 128 columns of dy."""
+    rest = [adapter_dtype] * len(dys)
+    passes = [_pass_over_dy(*one) for one in zip(dys, lora_Bs, ss, row_scalings, scales, rest)]
+    found = _added([sums for both in passes for sums in both], dim=1)
+    dhs = [None if dh is None else dh[:, :rank] for dh, rank in zip(found[0::2], ranks)]
+    return dhs, [None if grad_B is None else grad_B[:, :rank].contiguous() for grad_B, rank in zip(found[1::2], ranks)]
 
 
 def _pass_over_dy(
@@ -265,6 +276,12 @@ def _outer(
         Sum(native().lora_outer(wide, with_columns(some, padded(some.shape[1])), None, keep, transposed)[0], dtype)
         for some in narrow.split(LARGEST_RANK_OF_PASS, dim=1)
     ]
+
+
+def _added(of_each: list[list[Sum]], dim: int) -> list[torch.Tensor | None]:
+    """Each list's sums side by side, None of an empty one; all of a dtype are added up by one launch."""
+    results = iter(reduced([one for sums in of_each for one in sums]))
+    return [_joined([next(results) for _ in sums], dim) if sums else None for sums in of_each]
 
 
 def _joined(matrices: list[torch.Tensor], dim: int) -> torch.Tensor:

@@ -211,16 +211,16 @@ struct BoxProduct {
     release(previous);
   }
 
-  // sums = the product of rows in registers with the columns of the next stage, or + if `onto`; 16 of depth a step.
+  // sums += the product of rows in registers with the columns of the next stage; 16 of depth a step.
   template <int kSteps>
   PEFT_KERNELS_DEVICE static void multiply_registers(const Ring& ring, Slot& slot, const uint32_t (&rows)[kSteps][4],
-                                                     float (&sums)[kSums], bool onto) {
+                                                     float (&sums)[kSums]) {
     mbarrier_wait(ring.loaded + slot.index, slot.parity);
     const uint64_t columns = right_operand(ring.stages + slot.index * kStageBytes);
     wgmma_fence();
     PEFT_KERNELS_UNROLL
     for (int step = 0; step < kSteps; ++step) {
-      wgmma<T, kRightByFeature>(sums, rows[step], columns + step * kOperandStep<kRightByFeature>, onto || step > 0);
+      wgmma<T, kRightByFeature>(sums, rows[step], columns + step * kOperandStep<kRightByFeature>, true);
     }
     wgmma_commit();
     wgmma_wait<0>(sums);

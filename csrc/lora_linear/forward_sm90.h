@@ -81,7 +81,7 @@ struct BoxForward : private BoxProduct<T, BoxWide, true, true> {
         } else {
           Product::multiply_stages(ring, slot, stages, sums, false);
         }
-        Product::multiply_registers(ring, slot, s, sums, true);
+        Product::multiply_registers(ring, slot, s, sums);
         store_tile<T, Product>(args.y, args.bias, args.columns, shared + kOut, row_0, column_0, sums);
       });
       if (is_first()) stores_wait<0>();

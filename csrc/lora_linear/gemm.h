@@ -1,4 +1,4 @@
-// A GEMM with a low-rank product added in the same accumulators (KERNELS: "K-extension"), over one pair of operands or several:
+// A GEMM with a low-rank product added in the same accumulators ("K-extension"), over one pair of operands or several:
 //
 //   out = Σ_j left_j·right_j + Σ_j keep_j∘(low_left_j·low_right_j) + bias
 //

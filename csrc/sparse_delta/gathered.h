@@ -1,5 +1,5 @@
 // The gradient of a sparse delta's values: dW = dyᵀ·x a tile at a time on the tensor cores, of which only the entries leave
-// the block (KERNELS: "gather in the GEMM's epilogue").
+// the block: the gather is in the GEMM's epilogue.
 //
 //   partials[p][i] = Σ dy[m, row_i]·x[m, column_i] over the p-th part of the tokens, float32
 //

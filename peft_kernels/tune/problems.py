@@ -190,9 +190,9 @@ def _cuda_from(inputs: Inputs, at, table, element_size) -> Problem:
     lora_A, lora_B = inputs.normal(R, K, scale=K**-0.5), inputs.normal(N, R, scale=R**-0.5)
 
     def launch(backend):
-        if backend == "cuda" and not _native.load():
-            raise RuntimeError(_native.why_not())
         if backend == "cuda":
+            if not _native.load():
+                raise RuntimeError(_native.why_not())
             forward = backward = cuda
             way = lora_configs.cuda_path(M, N, K, x.dtype, arch, backend, table)
         else:

@@ -129,7 +129,7 @@ def check_empty(backend: str, device: str = "cpu", dtype: torch.dtype = torch.fl
 
 def check_runs(backend: str, device: str, monkeypatch) -> None:
     """The backend asked for is the one that runs, backward included, also outside of the block."""
-    modules = [{"cpu": cpu, "cuda": cuda}.get(backend, reference)]
+    modules = [{"cpu": cpu, "cuda": cuda}.get(backend.partition(":")[0], reference)]
     if backend == "triton":
         from peft_kernels.ops.sparse_delta import triton_backward, triton_forward
 

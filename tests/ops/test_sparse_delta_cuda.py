@@ -59,8 +59,9 @@ def test_empty():
     checks.check_empty("cuda", dtype=torch.bfloat16)
 
 
-def test_runs(monkeypatch):
-    checks.check_runs("cuda", "cpu", monkeypatch)
+@pytest.mark.parametrize("backend", ["cuda", "cuda:fused"])
+def test_runs(backend, monkeypatch):
+    checks.check_runs(backend, "cpu", monkeypatch)
 
 
 @pytest.mark.parametrize("kind", checks.KINDS)

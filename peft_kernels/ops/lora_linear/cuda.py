@@ -57,7 +57,7 @@ def forward(
     partials = native().lora_shrink(wide, aligned(stacked), seed, threshold, streams, masks, True)
     scales = [scaling * dropout.rescale(dropout_p) for scaling in scalings]
     parts = partials.split(R, dim=2)
-    ss = reduced([Sum(*one) for one in zip(parts, [x.dtype] * num, projections[4::5], scales)])  # [M, R] each
+    ss = reduced([Sum(part, x.dtype, *one) for part, *one in zip(parts, projections[4::5], scales)])  # [M, R] each
     ys, kept_s = [], []
     for j, s in enumerate(ss):
         weight, bias, lora_A, lora_B, _ = projections[5 * j : 5 * j + 5]
@@ -237,8 +237,7 @@ def _passes_over_dys(
 ) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
     """dH_j [M, R_j] and dB_j [N_j, R_j] of each projection, None where B_j or S_j is. The float32 partials of all of
     them are held until they are added up: for dH 4·M·R bytes every 128 columns of dy."""
-    rest = [adapter_dtype] * len(dys)
-    passes = [_pass_over_dy(*one) for one in zip(dys, lora_Bs, ss, row_scalings, scales, rest)]
+    passes = [_pass_over_dy(*one, adapter_dtype) for one in zip(dys, lora_Bs, ss, row_scalings, scales)]
     found = _added([sums for both in passes for sums in both], dim=1)
     dhs = [None if dh is None else dh[:, :rank] for dh, rank in zip(found[0::2], ranks)]
     return dhs, [None if grad_B is None else grad_B[:, :rank].contiguous() for grad_B, rank in zip(found[1::2], ranks)]

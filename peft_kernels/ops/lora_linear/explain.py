@@ -79,9 +79,9 @@ def explain_native(
     elif least is None:
         way = f"a pass over x (no crossover to one kernel for S and y was measured on sm_{arch})"
     else:
-        way = {"passes": "a pass over x", "fused": "in one kernel with y"}[
-            configs.cuda_path(M, N, K, dtype, arch, "cuda", table)
-        ] + f" (M·N·K = {M * N * K}, one kernel from {least} on)"
+        fused = configs.cuda_path(M, N, K, dtype, arch, "cuda", table) == "fused"
+        way = "in one kernel with y" if fused else "a pass over x"
+        way += f" (M·N·K = {M * N * K}, one kernel from {least} on)"
     yield "backend cuda, S", way
     for product, columns in (("y", N), ("dx", K)):
         tile = _native.gemm_tile(M, columns, processors, arch == 90 and columns % 8 == 0)

@@ -14,6 +14,9 @@ STABLE_TORCH_LIBRARY(peft_kernels_native, m) {
       "lora_shrink(Tensor wide, Tensor narrow, Tensor? seed, int threshold, int streams, Tensor(a!)? mask, "
       "bool by_feature) -> Tensor");
   m.def(
+      "lora_grads(Tensor[] left, Tensor[] right, Tensor[] low_left, Tensor[] low_right, Tensor[] keep, "
+      "bool by_feature, Tensor wide, Tensor narrow, Tensor? wide_keep) -> (Tensor, Tensor)");
+  m.def(
       "lora_outer(Tensor wide, Tensor narrow, Tensor? right, Tensor? keep, bool transposed) -> (Tensor, Tensor)");
   m.def("has_boxes(int device) -> bool");
   m.def("draw_mask(Tensor seed, int rows, int columns, int threshold, int streams) -> Tensor");

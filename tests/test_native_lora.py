@@ -34,6 +34,13 @@ def lora_outer(*args):
     return torch.ops.peft_kernels_native.lora_outer(*args)
 
 
+def lora_grads(left, right, low_left, low_right, keep, *rest):
+    """Of one pair, and of no mask or one."""
+    assert _native.load(), _native.why_not()
+    masks = [] if keep is None else [keep]
+    return torch.ops.peft_kernels_native.lora_grads([left], [right], [low_left], [low_right], masks, *rest)
+
+
 def matrix(height, width, dtype=torch.bfloat16, device="cuda", scale=1.0):
     """Rows that start on 16 bytes, whatever their length."""
     return (torch.randn(height, -(-width // 8) * 8, device=device) * scale).to(dtype)[:, :width]
@@ -61,6 +68,8 @@ def test_refuses_cpu_tensors():
         lora_outer(x, x, None, None, False)
     with pytest.raises(NotImplementedError, match="CPU"):
         lora_forward(x, x, lora_A, lora_A, None, 1.0, None)
+    with pytest.raises(NotImplementedError, match="CPU"):
+        lora_grads(*operands(4, 8, 8, 2, False, device="cpu"), None, False, x, x, None)
 
 
 @pytest.fixture(scope="module")
@@ -405,3 +414,66 @@ def test_outer_says_what_it_expected():
     keep = torch.zeros(2, 8, 2, dtype=torch.uint8, device="cuda")
     with pytest.raises(RuntimeError, match="expected one stream, or of several a multiple of 8 columns of narrow each"):
         lora_outer(matrix(8, 16), matrix(8, 8), None, keep, True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 8, 8, 1),
+        (130, 71, 40, 6),  # by sm_80's tiles
+        (64, 4096, 4096, 16),  # the GEMM's depth is split
+        (1000, 1024, 1536, 64),
+        (8192, 4096, 4096, 16),
+    ],
+    ids=str,
+)
+def test_grads_are_those_of_both(shape, masked, dtype):
+    """Bit for bit, whatever of the pass over x has run before the GEMM has ended: and with memory that was freed just
+    before, which the allocator hands out again."""
+    rows, columns, _, rank = shape
+    given, x, dh = operands(*shape, False, dtype), matrix(rows, columns, dtype), matrix(rows, rank, dtype)
+    keep = torch.randint(256, (rows, -(-columns // 8)), dtype=torch.uint8, device="cuda") if masked else None
+    over_x = None if keep is None else keep[None]
+    out, (sums, _) = lora_gemm(*given, keep, None, False), lora_outer(x, dh, None, over_x, True)
+    for _ in range(50):
+        copies = [one._base.clone()[:, : one.shape[1]] for one in (*given, x, dh)]  # rows start as they did
+        found = lora_grads(*copies[:4], keep, False, *copies[4:], over_x)
+        del copies
+        assert torch.equal(found[0], out) and torch.equal(found[1], sums)
+
+
+@pytest.mark.gpu
+def test_grads_of_nothing():
+    for rows, columns in ((0, 8), (8, 0)):
+        out, sums = lora_grads(
+            *operands(rows, columns, 8, 2, False), None, False, matrix(rows, columns), matrix(rows, 2), None
+        )
+        assert out.shape == (rows, columns) and not sums.sum(0).any()
+
+
+@pytest.mark.gpu
+def test_grads_say_what_they_expected():
+    given = operands(8, 16, 16, 8, False)
+    with pytest.raises(RuntimeError, match=r"lora_outer: expected narrow \[8, 8\], got \[4, 8\]"):
+        lora_grads(*given, None, False, matrix(8, 16), matrix(4, 8), None)
+    with pytest.raises(RuntimeError, match="lora_gemm: expected every operand in one dtype"):
+        lora_grads(given[0], given[1].half(), *given[2:], None, False, matrix(8, 16), matrix(8, 8), None)
+    with pytest.raises(RuntimeError, match="expected wide on CUDA device 0, got a tensor that is not on CUDA"):
+        lora_grads(*given, None, False, matrix(8, 16, device="cpu"), matrix(8, 8), None)
+
+
+@pytest.mark.gpu
+def test_grads_in_a_graph():
+    given, x, dh = operands(300, 520, 72, 16, False), matrix(300, 520), matrix(300, 16)
+    out, sums = lora_grads(*given, None, False, x, dh, None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = lora_grads(*given, None, False, x, dh, None)
+    for one in found:
+        one.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(found[0], out) and torch.equal(found[1], sums)

@@ -9,7 +9,8 @@ A launch is taken to read what the one before it has written: that comes from th
 this one writes. `--launches PROVIDER` shows the list.
 
 Not in it: the host, whose launching rules at small M; the tiles and waves of a product, and how far below the matmul
-rate it stays; kernels that overlap; what torch.compile fuses; a CPU's caches and its generator of random numbers.
+rate it stays; kernels that overlap, but for a pair of ours; what torch.compile fuses; a CPU's caches and its generator
+of random numbers.
 """
 
 from .ceilings import ceilings_of_file, ceilings_of_gpu

@@ -261,7 +261,8 @@ def _dy_pass(l: Layer, wide: int, processors: int) -> list[Launch]:
 
 def cuda(layers: list[Layer], ceilings: Ceilings, path: str) -> Passes | None:
     """By the native kernels, as `cuda.py` calls them: 16-bit operands. The GEMM's partial sums of few tokens, and the
-    launch that adds them, are left out.
+    launch that adds them, are left out. dx and the pass over x are two launches that count as one: it is taken to fit
+    beside the last tiles.
 
     Args:
         path: "passes", or "fused" where one kernel computes S and y.
@@ -293,10 +294,10 @@ def cuda(layers: list[Layer], ceilings: Ceilings, path: str) -> Passes | None:
     backward.append(elementwise("reduce dH and dB", partials, sum(one.S + one.B for one in layers)))
     products = [in_one(one.base_dx(), one.low_rank_dx(), kept=one.x) for one in layers]
     dx = functools.reduce(lambda one, other: in_one(one, other, kept=l.x), products)
-    backward.append(_reads(dx._replace(name="dx"), masks * bits))
     backward += [elementwise("cat of dH", n * l.S, n * l.S)] if n > 1 else []
     dA = F32 * native_parts(masks * math.ceil(l.K / 128), l.M, processors) * l.R * l.K
-    backward.append(Launch("x pass", 2 * l.M * l.K * C, l.x + n * l.S + masks * bits, n * dA))
+    x_pass = Launch("x pass", 2 * l.M * l.K * C, l.x + n * l.S + masks * bits, n * dA)
+    backward.append(in_one(_reads(dx._replace(name="dx"), masks * bits), x_pass))
     backward.append(elementwise("reduce dA", n * dA, n * l.A))
     return Passes(forward, backward)
 

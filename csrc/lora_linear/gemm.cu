@@ -13,6 +13,7 @@
 #include "common/launch.h"
 #include "common/operands.h"
 #include "common/split_reduce.h"
+#include "lora_linear/calls.h"
 #include "lora_linear/gemm_sm80.cuh"
 
 #include <torch/csrc/stable/accelerator.h>
@@ -43,7 +44,7 @@ const KernelEntry kEntries[] = {ENTRIES(__nv_bfloat16), ENTRIES(__half)};
 constexpr const char* kOp = "lora_gemm";
 
 template <typename T, bool kByFeature>
-cudaError_t launch(const Arguments& args, TileName tile, int processors, cudaStream_t stream) {
+cudaError_t launch_tile(const Arguments& args, TileName tile, int processors, cudaStream_t stream) {
   return of_boxes(tile) ? launch_sm90<T, kByFeature>(args, tile, processors, stream)
                         : launch_sm80<T, kByFeature>(args, tile, stream);
 }
@@ -59,9 +60,12 @@ Pair pair_of(const Tensor& left, const Tensor& right, const char* left_name, con
   return {left.const_data_ptr(), pitch_of(left), right.const_data_ptr(), pitch_of(right), static_cast<int>(depth)};
 }
 
-Tensor lora_gemm(std::vector<Tensor> left, std::vector<Tensor> right, std::vector<Tensor> low_left,
-                 std::vector<Tensor> low_right, std::vector<Tensor> keep, const std::optional<Tensor>& bias,
-                 bool by_feature) {
+}  // namespace
+
+Call::Call(const std::vector<Tensor>& left, const std::vector<Tensor>& right, const std::vector<Tensor>& low_left,
+           const std::vector<Tensor>& low_right, const std::vector<Tensor>& keep, const std::optional<Tensor>& bias,
+           bool by_feature)
+    : by_feature_(by_feature) {
   const size_t pairs = left.size();
   STD_TORCH_CHECK(1 <= pairs && pairs <= kMostPairs && right.size() == pairs && low_left.size() == pairs &&
                       low_right.size() == pairs,
@@ -72,11 +76,10 @@ Tensor lora_gemm(std::vector<Tensor> left, std::vector<Tensor> right, std::vecto
   STD_TORCH_CHECK(right[0].dim() == 2, kOp, ": expected right of two dimensions, got ", shape_of(right[0]));
   const int64_t rows = like.size(0), columns = right[0].size(by_feature ? 0 : 1);
   check_sizes(kOp, {rows, columns});
-  Arguments args{};
-  args.pairs = static_cast<int>(pairs);
+  args_.pairs = static_cast<int>(pairs);
   for (size_t j = 0; j < pairs; ++j) {
-    args.base[j] = pair_of(left[j], right[j], "left", "right", rows, columns, by_feature, like);
-    args.low[j] = pair_of(low_left[j], low_right[j], "low_left", "low_right", rows, columns, by_feature, like);
+    args_.base[j] = pair_of(left[j], right[j], "left", "right", rows, columns, by_feature, like);
+    args_.low[j] = pair_of(low_left[j], low_right[j], "low_left", "low_right", rows, columns, by_feature, like);
   }
   STD_TORCH_CHECK(keep.size() <= 1 || keep.size() == pairs, kOp, ": expected no mask, one, or ", pairs, ", got ",
                   keep.size());
@@ -86,42 +89,58 @@ Tensor lora_gemm(std::vector<Tensor> left, std::vector<Tensor> right, std::vecto
                     kOp, ": expected a contiguous keep, uint8 [", rows, ", ", (columns + 7) / 8, "], got ",
                     shape_of(mask));
     check_same_device(mask, "keep", like);
-    args.keep[args.masks++] = static_cast<const uint8_t*>(mask.const_data_ptr());
+    args_.keep[args_.masks++] = static_cast<const uint8_t*>(mask.const_data_ptr());
   }
   check_bias(kOp, bias, columns, like);
-  args.bias = bias ? bias->const_data_ptr() : nullptr;
+  args_.bias = bias ? bias->const_data_ptr() : nullptr;
+  args_.rows = static_cast<int>(rows), args_.columns = static_cast<int>(columns), args_.parts = 1;
+  dtype_ = like.scalar_type(), device_ = like.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device_);
+  if (rows == 0 || columns == 0) {
+    out_ = torch::stable::new_empty(like, {rows, columns});
+    return;
+  }
 
-  const int32_t device = like.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  if (rows == 0 || columns == 0) return torch::stable::new_empty(like, {rows, columns});
-
-  const int processors = processors_of(device);
-  const bool boxes = columns % 8 == 0 && args.base[0].depth > 0 && has_boxes(device);
-  const TileName tile = choose(rows, columns, processors, boxes);
+  processors_ = processors_of(device_);
+  const bool boxes = columns % 8 == 0 && args_.base[0].depth > 0 && has_boxes(device_);
+  tile_ = choose(rows, columns, processors_, boxes);
   const int64_t small_tiles = static_cast<int64_t>(tiles_of(rows, Small::kRows)) * tiles_of(columns, Small::kColumns);
-  const int stages = stages_of(args.base, args.pairs, Small::kDepth);
-  args.parts = 1;
-  if (tile == TileName::kSmall) args.parts = parts_of(stages, 1, small_tiles, processors);
-  if (tile == TileName::kBoxSquare) {  // one block an SM
+  const int stages = stages_of(args_.base, args_.pairs, Small::kDepth);
+  if (tile_ == TileName::kSmall) args_.parts = parts_of(stages, 1, small_tiles, processors_);
+  if (tile_ == TileName::kBoxSquare) {  // one block an SM
     const int64_t tiles = static_cast<int64_t>(tiles_of(rows, BoxSquare::kRows)) * tiles_of(columns, BoxSquare::kColumns);
-    args.parts = parts_of(stages, 1, tiles, processors / 2);
+    args_.parts = parts_of(stages, 1, tiles, processors_ / 2);
   }
-  args.part = part_of(stages, args.parts, 1);
-  blocks_for(small_tiles * args.parts, 1);  // they fit
-  args.rows = static_cast<int>(rows), args.columns = static_cast<int>(columns);
-  const bool split = args.parts > 1;
-  Tensor out = split ? torch::stable::new_empty(like, {args.parts, rows, columns}, ScalarType::Float)
-                     : torch::stable::new_empty(like, {rows, columns});
-  if (split) {
-    args.partials = static_cast<float*>(out.mutable_data_ptr());
+  args_.part = part_of(stages, args_.parts, 1);
+  blocks_for(small_tiles * args_.parts, 1);  // they fit
+  if (args_.parts > 1) {
+    out_ = torch::stable::new_empty(like, {args_.parts, rows, columns}, ScalarType::Float);
+    args_.partials = static_cast<float*>(out_.mutable_data_ptr());
   } else {
-    args.out = out.mutable_data_ptr();
+    out_ = torch::stable::new_empty(like, {rows, columns});
+    args_.out = out_.mutable_data_ptr();
   }
-  const auto call = like.scalar_type() == ScalarType::Half
-                        ? (by_feature ? &launch<__half, true> : &launch<__half, false>)
-                        : (by_feature ? &launch<__nv_bfloat16, true> : &launch<__nv_bfloat16, false>);
-  check_cuda(call(args, tile, processors, current_stream(device)), "launching lora_gemm");
-  return split ? split_reduce(out, 1.0, like.scalar_type()) : out;
+}
+
+void Call::launch() const {
+  if (args_.rows == 0 || args_.columns == 0) return;
+  const auto call = dtype_ == ScalarType::Half
+                        ? (by_feature_ ? &launch_tile<__half, true> : &launch_tile<__half, false>)
+                        : (by_feature_ ? &launch_tile<__nv_bfloat16, true> : &launch_tile<__nv_bfloat16, false>);
+  const torch::stable::accelerator::DeviceGuard guard(device_);
+  check_cuda(call(args_, tile_, processors_, current_stream(device_)), "launching lora_gemm");
+}
+
+Tensor Call::result() const { return args_.parts > 1 ? split_reduce(out_, 1.0, dtype_) : out_; }
+
+namespace {
+
+Tensor lora_gemm(std::vector<Tensor> left, std::vector<Tensor> right, std::vector<Tensor> low_left,
+                 std::vector<Tensor> low_right, std::vector<Tensor> keep, const std::optional<Tensor>& bias,
+                 bool by_feature) {
+  const Call call(left, right, low_left, low_right, keep, bias, by_feature);
+  call.launch();
+  return call.result();
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // Device code of the GEMM for sm_80 and later. One tile of `out` a block. Bound by the tensor cores at large sizes.
 #pragma once
 
+#include "common/grid_dependency.h"
 #include "common/kernel_source.h"
 #include "common/product_sm80.h"
 #include "lora_linear/bias.h"
@@ -29,6 +30,7 @@ struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
   static constexpr int kSharedBytes = kKeep + kMostPairs * kKeepBytes;
 
   PEFT_KERNELS_DEVICE static void run(const Arguments& args, char* shared) {
+    let_next_grid_start();
     const int tiles = tiles_of(args.rows, Tile::kRows) * tiles_of(args.columns, Tile::kColumns);
     const int part = kSplits ? block_index() / tiles : 0;
     const Position tile = position(block_index() - part * tiles, args.rows, args.columns, Tile::kRows, Tile::kColumns);

@@ -2,6 +2,7 @@
 // stored. Bound by the tensor cores at large sizes: they read both operands from shared memory.
 #pragma once
 
+#include "common/grid_dependency.h"
 #include "common/kernel_source.h"
 #include "common/product_sm90.h"
 #include "lora_linear/bias.h"
@@ -44,6 +45,7 @@ struct BoxGemm : private BoxProduct<T, Tile, true, kByFeature> {
   static_assert(kSharedBytes <= 232448);
 
   PEFT_KERNELS_DEVICE static void run(const BoxArguments& args, char* shared) {
+    let_next_grid_start();
     const typename Product::Ring ring(shared, shared + kBarriers);
     int all_stages = 0;
     for (int j = 0; j < args.pairs; ++j) all_stages += tiles_of(args.base[j].depth, kDepth);

@@ -11,6 +11,7 @@
 #include "common/kernel_table.h"
 #include "common/launch.h"
 #include "common/operands.h"
+#include "lora_linear/calls.h"
 #include "lora_linear/outer_sm80.cuh"
 
 #include <torch/csrc/stable/accelerator.h>
@@ -39,8 +40,10 @@ const KernelEntry kEntries[] = {ENTRIES(__nv_bfloat16), ENTRIES(__half)};
 
 constexpr const char* kOp = "lora_outer";
 
-std::tuple<Tensor, Tensor> lora_outer(const Tensor& wide, const Tensor& narrow, const std::optional<Tensor>& right,
-                                      const std::optional<Tensor>& keep, bool transposed) {
+}  // namespace
+
+Call::Call(const Tensor& wide, const Tensor& narrow, const std::optional<Tensor>& right,
+           const std::optional<Tensor>& keep, bool transposed) {
   check_16_bit(kOp, wide, "wide");
   STD_TORCH_CHECK(narrow.dim() == 2, kOp, ": expected narrow of two dimensions, got ", shape_of(narrow));
   const int64_t rows = wide.size(0), columns = wide.size(1), all = narrow.size(1);
@@ -63,32 +66,45 @@ std::tuple<Tensor, Tensor> lora_outer(const Tensor& wide, const Tensor& narrow, 
     check_same_device(*keep, "keep", wide);
   }
 
-  const int32_t device = wide.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
+  dtype_ = wide.scalar_type(), device_ = wide.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device_);
   const bool empty = rows == 0 || columns == 0 || width == 0;
   const int slices = tiles_of(columns, kSlice);
   // No parts add up to zeros.
-  const int split = empty ? 0 : parts_of(rows, kRows, slices * streams, processors_of(device));
-  Tensor sums = torch::stable::new_empty(
-      wide, {split, transposed ? all : columns, transposed ? columns : all}, ScalarType::Float);
-  Tensor shrunk = torch::stable::new_empty(
-      wide, {right ? slices : 0, rows, width}, ScalarType::Float);
-  if (empty) return {sums, shrunk};
+  const int parts = empty ? 0 : parts_of(rows, kRows, slices * streams, processors_of(device_));
+  sums_ = torch::stable::new_empty(wide, {parts, transposed ? all : columns, transposed ? columns : all},
+                                   ScalarType::Float);
+  shrunk_ = torch::stable::new_empty(wide, {right ? slices : 0, rows, width}, ScalarType::Float);
+  if (empty) return;
 
-  const Arguments args{
+  args_ = {
       wide.const_data_ptr(), pitch_of(wide), narrow.const_data_ptr(), pitch_of(narrow),
       right ? right->const_data_ptr() : nullptr, right ? pitch_of(*right) : 0,
       keep ? static_cast<const uint8_t*>(keep->const_data_ptr()) : nullptr,
-      static_cast<float*>(sums.mutable_data_ptr()), static_cast<float*>(shrunk.mutable_data_ptr()),
-      static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(width), static_cast<int>(streams), split,
-      part_of(rows, split, kRows), transposed,
+      static_cast<float*>(sums_.mutable_data_ptr()), static_cast<float*>(shrunk_.mutable_data_ptr()),
+      static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(width), static_cast<int>(streams), parts,
+      part_of(rows, parts, kRows), transposed,
   };
-  blocks_for(blocks_of(args), 1);  // they fit
-  const auto launch = wide.scalar_type() == ScalarType::Half
-                          ? (right ? &launch_sm80<__half, true> : &launch_sm80<__half, false>)
-                          : (right ? &launch_sm80<__nv_bfloat16, true> : &launch_sm80<__nv_bfloat16, false>);
-  check_cuda(launch(args, current_stream(device)), "launching lora_outer");
-  return {sums, shrunk};
+  blocks_for(blocks_of(args_), 1);  // they fit
+}
+
+void Call::launch(bool beside) const {
+  if (args_.parts == 0) return;
+  const bool shrinks = args_.right != nullptr;
+  const auto call = dtype_ == ScalarType::Half
+                        ? (shrinks ? &launch_sm80<__half, true> : &launch_sm80<__half, false>)
+                        : (shrinks ? &launch_sm80<__nv_bfloat16, true> : &launch_sm80<__nv_bfloat16, false>);
+  const torch::stable::accelerator::DeviceGuard guard(device_);
+  check_cuda(call(args_, current_stream(device_), beside), "launching lora_outer");
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> lora_outer(const Tensor& wide, const Tensor& narrow, const std::optional<Tensor>& right,
+                                      const std::optional<Tensor>& keep, bool transposed) {
+  const Call call(wide, narrow, right, keep, transposed);
+  call.launch();
+  return {call.sums(), call.shrunk()};
 }
 
 }  // namespace

@@ -14,18 +14,18 @@ PEFT_KERNELS_GLOBAL(kThreads) outer_sm80(const Arguments args) {
   Outer<T, kWidth, kShrinks>::run(args, shared);
 }
 
-// On the current device. There is at least one row, one column, and a width from 1 to kWidth.
+// On the current device. There is at least one row, one column, and a width from 1 to kWidth. `beside`: launch_shared.cuh.
 template <typename T, int kWidth, bool kShrinks>
-cudaError_t launch_sm80(const Arguments& args, cudaStream_t stream) {
+cudaError_t launch_sm80(const Arguments& args, cudaStream_t stream, bool beside) {
   return launch_shared(&outer_sm80<T, kWidth, kShrinks>, blocks_of(args), kThreads,
-                       Outer<T, kWidth, kShrinks>::kSharedBytes, args, stream);
+                       Outer<T, kWidth, kShrinks>::kSharedBytes, args, stream, 1, beside);
 }
 
 template <typename T, bool kShrinks>
-cudaError_t launch_sm80(const Arguments& args, cudaStream_t stream) {
-  if (args.width <= 16) return launch_sm80<T, 16, kShrinks>(args, stream);
-  if (args.width <= 32) return launch_sm80<T, 32, kShrinks>(args, stream);
-  return launch_sm80<T, 64, kShrinks>(args, stream);
+cudaError_t launch_sm80(const Arguments& args, cudaStream_t stream, bool beside = false) {
+  if (args.width <= 16) return launch_sm80<T, 16, kShrinks>(args, stream, beside);
+  if (args.width <= 32) return launch_sm80<T, 32, kShrinks>(args, stream, beside);
+  return launch_sm80<T, 64, kShrinks>(args, stream, beside);
 }
 
 }  // namespace peft_kernels::lora_outer

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "common/copy_async.h"
+#include "common/grid_dependency.h"
 #include "common/kernel_source.h"
 #include "common/load_matrices.h"
 #include "common/mma.h"
@@ -61,6 +62,8 @@ struct Outer {
       multiply(tile, sums);
     }
     store(args, part * args.streams + stream, column_0, sums);
+    // One block is enough, the last to start: others make room.
+    if (block_index() == block_count() - 1) wait_for_previous_grid();
   }
 
  private:

@@ -197,6 +197,34 @@ void outer(const std::string& dtype) {
   }
 }
 
+// The pass that may start before the GEMM has ended: both as they are alone.
+template <typename T>
+void beside(const std::string& dtype, int processors) {
+  const Shape shape{300, 520, 72, 100, false, true, false};
+  const Problem<T> problem(shape);
+  const OuterProblem<T> pass(1000, 264, 16, 3, false, true, true);
+  const OnDevice<T> wide(pass.wide_values()), narrow(pass.narrow_values());
+  const OnDevice<uint8_t> keep(pass.keep());
+  const auto with_pass = [&](const std::string& name, const auto& launch) {
+    const OnDevice<float> sums(poisoned<float>(pass.sums()));
+    gemm(problem, name + ", with a pass beside it", [&](const lora_gemm::Arguments& args) {
+      const cudaError_t status = launch(args);
+      if (status != cudaSuccess) return status;
+      return lora_outer::launch_sm80<T, false>(
+          pass.arguments(wide.get(), narrow.get(), nullptr, keep.get(), sums.get(), nullptr), nullptr, true);
+    });
+    report("outer_sm80<" + dtype + ">, beside " + name, pass.complaint(sums.host(), {}));
+  };
+  for (const auto& [tile, name] : {std::pair{TileName::kBoxWide, "BoxWide>"}, {TileName::kBoxSquare, "BoxSquare>"}}) {
+    with_pass("gemm_sm90<" + dtype + ", " + name, [&, tile = tile](const lora_gemm::Arguments& args) {
+      return lora_gemm::launch_sm90<T, false>(args, tile, processors, nullptr);
+    });
+  }
+  with_pass("gemm_sm80<" + dtype + ", Wide>", [](const lora_gemm::Arguments& args) {
+    return lora_gemm::launch_sm80<T, false>(args, TileName::kWide, nullptr);
+  });
+}
+
 template <typename T>
 void gathered(const std::string& dtype, int processors, bool boxes) {
   using namespace sparse_gathered;
@@ -294,6 +322,8 @@ int main(int count, char** arguments) {
     box_gemms<__half>("float16", processors, large);
     forward<__nv_bfloat16>("bfloat16", processors, large);
     forward<__half>("float16", processors, large);
+    beside<__nv_bfloat16>("bfloat16", processors);
+    beside<__half>("float16", processors);
   }
   gathered<__nv_bfloat16>("bfloat16", processors, boxes);
   gathered<__half>("float16", processors, boxes);

@@ -112,6 +112,11 @@ def lora_outer(wide, narrow, right, keep, transposed):
     return sums.mT.contiguous() if transposed else sums, shrunk
 
 
+def lora_grads(left, right, low_left, low_right, keep, by_feature, wide, narrow, wide_keep):
+    out = lora_gemm(left, right, low_left, low_right, keep, None, by_feature)
+    return out, lora_outer(wide, narrow, None, wide_keep, True)[0]
+
+
 def sparse_gathered(dy, x, row_starts, columns, n, m):
     (M, N), K = dy.shape, x.shape[1]
     dy, x = taken(dy, M, N, dy.dtype), taken(x, M, K, dy.dtype)

@@ -11,7 +11,7 @@ from peft_kernels.ops.lora_linear import cuda
 from peft_kernels.tune.measure import check
 from peft_kernels.tune.plan import CROSSOVERS, ROOMS, Job
 from peft_kernels.tune.problems import problem
-from tests.checks.native import lora_forward, lora_gemm, lora_outer, lora_shrink, split_reduce, standing_in
+from tests.checks.native import lora_forward, lora_gemm, lora_grads, lora_outer, lora_shrink, split_reduce, standing_in
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs a process of its own with TRITON_INTERPRET=1"
@@ -57,6 +57,6 @@ def test_both_ways_pass_the_check(op, choice, at):
 def test_native_kernels_pass_the_check(choice, table, monkeypatch):
     monkeypatch.setattr(cuda, "has_boxes", lambda _: True)  # whose kernels the stand-ins are
     ways = CROSSOVERS[choice].ways
-    with standing_in(lora_forward, lora_gemm, lora_outer, lora_shrink, split_reduce):
+    with standing_in(lora_forward, lora_gemm, lora_grads, lora_outer, lora_shrink, split_reduce):
         prepared = problem(Job("lora_linear", choice, (2,), (40, 72, 48), ways), table, "cpu", torch.float16)
         assert check(prepared, ways) == ["", ""]

@@ -12,7 +12,16 @@ from peft_kernels.ops.lora_linear import configs, cuda, op
 from peft_kernels.testing import make_case, run
 from tests.checks import lora_linear as checks
 from tests.checks.common import record_calls
-from tests.checks.native import HALVES, lora_forward, lora_gemm, lora_outer, lora_shrink, split_reduce, standing_in
+from tests.checks.native import (
+    HALVES,
+    lora_forward,
+    lora_gemm,
+    lora_grads,
+    lora_outer,
+    lora_shrink,
+    split_reduce,
+    standing_in,
+)
 
 pytestmark = pytest.mark.skipif(not _native.LIBRARY.exists(), reason="needs the native library")
 DTYPES = {
@@ -26,7 +35,7 @@ DTYPES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
-    with standing_in(lora_forward, lora_gemm, lora_shrink, lora_outer, split_reduce):
+    with standing_in(lora_forward, lora_gemm, lora_grads, lora_shrink, lora_outer, split_reduce):
         yield
 
 
@@ -81,7 +90,7 @@ def test_launches(projections, dropout_p, monkeypatch):
     with pk.use_backend("cuda"):
         run(case)
     forward = ["lora_shrink", "split_reduce"] + ["lora_gemm"] * projections
-    backward = ["lora_outer"] * projections + ["split_reduce", "lora_gemm", "lora_outer", "split_reduce"]
+    backward = ["lora_outer"] * projections + ["split_reduce", "lora_grads", "split_reduce"]
     assert recorder.names == forward + backward
 
 

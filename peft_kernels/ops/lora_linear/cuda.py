@@ -1,6 +1,6 @@
 """LoRA linear by the native library's CUDA kernels (csrc/README.md): one pass over x for S and dropout's mask, one GEMM
-for y, or both by one kernel; one pass over dy for dH and dB, one over x for dA, one GEMM for dx of all projections that
-share x.
+for y, or both by one kernel; one pass over dy for dH and dB, one GEMM for dx of all projections that share x, and a
+pass over x for dA beside its last tiles.
 
 They multiply 16-bit operands whose rows start on 16 bytes. Low-rank matrices are filled up with zeros to a multiple of
 8 ranks, and a wide matrix whose rows lie otherwise is copied once. A weight that lies otherwise is left to the vendor's
@@ -10,7 +10,7 @@ GEMM, and float32 (operands, or adapters at "high" precision) to the reference: 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -107,14 +107,16 @@ def backward(
         ranks,
         adapter_dtype,
     )
-    grads = []
+    products, parts = [], []
     if needs_x:
-        parts = _grad_x(dys, weights, dhs, [lora_A.to(dtype) for lora_A in lora_As], masks)
-        grads.append(unflatten(functools.reduce(torch.Tensor.add_, parts), grad_ys[0]))
+        products, parts = _products_of_x(dys, weights, dhs, [lora_A.to(dtype) for lora_A in lora_As], masks)
     with_A = [j for j, needed in enumerate(needs_A) if needed]
     if with_A and masks is not None and len(masks) > 1 and len(with_A) < len(dys):
         masks = torch.stack([masks[j] for j in with_A])  # an index from the host could not be captured in a graph
-    grads_A = iter(_grads_A(rows, [dhs[j] for j in with_A], masks, adapter_dtype) if with_A else ())
+    passes = _passes_over_x([dhs[j] for j in with_A], masks) if with_A else []
+    more_parts, sums = _launched(products, passes, rows)
+    grads_A = iter(_grads_A(passes, sums, [ranks[j] for j in with_A], adapter_dtype))
+    grads = [unflatten(functools.reduce(torch.Tensor.add_, parts + more_parts), grad_ys[0])] if needs_x else []
     for j, dy in enumerate(dys):
         if needs_weight[j]:
             grads.append(dy.t().mm(rows))
@@ -169,14 +171,26 @@ def _expand(
     return reference.add_base(s, lora_B, x, weight, bias)
 
 
-def _grad_x(
+class _Product(NamedTuple):
+    """What `lora_gemm` takes, for a part of dx."""
+
+    left: list[torch.Tensor]
+    right: list[torch.Tensor]
+    low_left: list[torch.Tensor]
+    low_right: list[torch.Tensor]
+    keep: list[torch.Tensor]
+    by_feature: bool
+
+
+def _products_of_x(
     dys: list[torch.Tensor],
     weights: list[torch.Tensor],
     dhs: list[torch.Tensor],
     lora_As: list[torch.Tensor],
     masks: torch.Tensor | None,
-) -> Iterator[torch.Tensor]:
-    """What adds up to Σ_j dy_j·W_j + D_j(dH_j·A_j) [M, K]: one GEMM for what lies the same way."""
+) -> tuple[list[_Product], list[torch.Tensor]]:
+    """What adds up to Σ_j dy_j·W_j + D_j(dH_j·A_j) [M, K]: one product for what lies the same way, to be computed, and
+    the vendor's parts."""
     one_mask = masks is None or len(masks) == 1  # or none
 
     def masks_of(projections: list[int]) -> list[torch.Tensor]:
@@ -185,18 +199,20 @@ def _grad_x(
         return [masks[0]] if one_mask else [masks[j] for j in projections]
 
     together: dict[bool, list[int]] = {}
+    products, parts = [], []
     for j, weight in enumerate(weights):
         if takes(weight) or takes(weight.t()):
             together.setdefault(not takes(weight), []).append(j)
         else:
-            yield _grad_x_by_vendor(dys[j], weight, dhs[j], lora_As[j], masks_of([j]))
+            parts.append(_grad_x_by_vendor(dys[j], weight, dhs[j], lora_As[j], masks_of([j])))
     for by_feature, members in together.items():
         for start in range(0, len(members), LARGEST_NUMBER_OF_PAIRS):
             some = members[start : start + LARGEST_NUMBER_OF_PAIRS]
             right = [weights[j].t() if by_feature else weights[j] for j in some]
             low_right = [aligned(lora_As[j].t() if by_feature else lora_As[j]) for j in some]
             left, low_left = [dys[j] for j in some], [dhs[j] for j in some]
-            yield native().lora_gemm(left, right, low_left, low_right, masks_of(some), None, by_feature)
+            products.append(_Product(left, right, low_left, low_right, masks_of(some), by_feature))
+    return products, parts
 
 
 def _grad_x_by_vendor(
@@ -209,20 +225,55 @@ def _grad_x_by_vendor(
     return low_rank.addmm_(dy, weight)
 
 
-def _grads_A(
-    x: torch.Tensor | None, dhs: list[torch.Tensor], masks: torch.Tensor | None, dtype: torch.dtype
-) -> list[torch.Tensor]:
-    """dA_j = dH_jᵀ·D_j(x) [R_j, K]: by one pass over x where ranks fit; with a mask each its tiles are read once a
-    projection, by blocks that meet in the L2 cache."""
+class _Pass(NamedTuple):
+    """One over x for dA: dH of one or more projections side by side, and their masks.
+
+    Attributes:
+        widths: of projections by number: the columns of `narrow`, from the left.
+    """
+
+    narrow: torch.Tensor
+    keep: torch.Tensor | None
+    widths: dict[int, int]
+
+
+def _passes_over_x(dhs: list[torch.Tensor], masks: torch.Tensor | None) -> list[_Pass]:
+    """For all of these: one where ranks fit; with a mask each its tiles are read once a projection, by blocks that meet
+    in the L2 cache."""
     ranks = [dh.shape[1] for dh in dhs]
     one_mask = masks is None or len(masks) == 1  # or none
     widths = ranks if one_mask else [padded(max(ranks))] * len(ranks)
-    if len(dhs) < 2 or (sum(widths) if one_mask else widths[0]) > LARGEST_RANK_OF_PASS:
-        of_each = [_outer(x, dh, masks if one_mask else masks[j : j + 1], True, dtype) for j, dh in enumerate(dhs)]
-    else:
+    if len(dhs) > 1 and (sum(widths) if one_mask else widths[0]) <= LARGEST_RANK_OF_PASS:
         narrow = _joined([dh if one_mask else with_columns(dh, widths[0]) for dh in dhs], dim=1)
-        sums, _ = native().lora_outer(x, with_columns(narrow, padded(sum(widths))), None, masks, True)
-        of_each = [[Sum(part, dtype)] for part in sums[:, : sum(widths)].split(widths, dim=1)]
+        return [_Pass(with_columns(narrow, padded(sum(widths))), masks, dict(enumerate(widths)))]
+    return [
+        _Pass(with_columns(some, width := padded(some.shape[1])), masks if one_mask else masks[j : j + 1], {j: width})
+        for j, dh in enumerate(dhs)
+        for some in dh.split(LARGEST_RANK_OF_PASS, dim=1)
+    ]
+
+
+def _launched(
+    products: list[_Product], passes: list[_Pass], x: torch.Tensor | None
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Each product's part of dx, and each pass's partial sums: the first pass beside the last product."""
+    both = 1 if products and passes else 0
+    parts = [native().lora_gemm(*one[:-1], None, one.by_feature) for one in products[: len(products) - both]]
+    sums = []
+    if both:
+        part, its_sums = native().lora_grads(*products[-1], x, passes[0].narrow, passes[0].keep)
+        parts.append(part), sums.append(its_sums)
+    sums += [native().lora_outer(x, one.narrow, None, one.keep, True)[0] for one in passes[both:]]
+    return parts, sums
+
+
+def _grads_A(passes: list[_Pass], sums: list[torch.Tensor], ranks: list[int], dtype: torch.dtype) -> list[torch.Tensor]:
+    """dA_j = dH_jᵀ·D_j(x) [R_j, K], of the partial sums of these passes."""
+    of_each: list[list[Sum]] = [[] for _ in ranks]
+    for one, its_sums in zip(passes, sums):
+        widths = [*one.widths.values()]
+        for j, part in zip(one.widths, its_sums[:, : sum(widths)].split(widths, dim=1)):
+            of_each[j].append(Sum(part, dtype))
     return [grad_A[:rank] for grad_A, rank in zip(_added(of_each, dim=0), ranks)]
 
 
@@ -254,26 +305,23 @@ def _pass_over_dy(
     """Of dH = scale · dy·B [M, R] where lora_B is given, and of dB = dyᵀ·S [N, R] where s is, by one pass: the sums
     whose first R columns, side by side, they are."""
     if lora_B is None:
-        return [], [] if s is None else _outer(dy, s, None, False, adapter_dtype)
+        return [], [] if s is None else _outer(dy, s, adapter_dtype)
     R = padded(lora_B.shape[1])
     right = with_columns(lora_B, R)
     if s is None or R > LARGEST_RANK_OF_PASS:
         shrunk = native().lora_shrink(dy, right, None, 0, 1, None, False)
-        grad_B = [] if s is None else _outer(dy, s, None, False, adapter_dtype)
+        grad_B = [] if s is None else _outer(dy, s, adapter_dtype)
     else:
         sums, shrunk = native().lora_outer(dy, with_columns(s, R), right, None, False)
         grad_B = [Sum(sums, adapter_dtype)]
     return [Sum(shrunk, dy.dtype, row_scaling, scale)], grad_B
 
 
-def _outer(
-    wide: torch.Tensor, narrow: torch.Tensor, keep: torch.Tensor | None, transposed: bool, dtype: torch.dtype
-) -> list[Sum]:
-    """Of D(wide)ᵀ·narrow [F, R], or of its transpose: the sums whose first R columns, or rows, one behind another, it
-    is."""
+def _outer(dy: torch.Tensor, s: torch.Tensor, dtype: torch.dtype) -> list[Sum]:
+    """Of dB = dyᵀ·S [N, R]: the sums whose first R columns, side by side, it is."""
     return [
-        Sum(native().lora_outer(wide, with_columns(some, padded(some.shape[1])), None, keep, transposed)[0], dtype)
-        for some in narrow.split(LARGEST_RANK_OF_PASS, dim=1)
+        Sum(native().lora_outer(dy, with_columns(some, padded(some.shape[1])), None, None, False)[0], dtype)
+        for some in s.split(LARGEST_RANK_OF_PASS, dim=1)
     ]
 
 

@@ -15,9 +15,10 @@ STABLE_TORCH_LIBRARY(peft_kernels_native, m) {
       "bool by_feature) -> Tensor");
   m.def(
       "lora_grads(Tensor[] left, Tensor[] right, Tensor[] low_left, Tensor[] low_right, Tensor[] keep, "
-      "bool by_feature, Tensor wide, Tensor narrow, Tensor? wide_keep) -> (Tensor, Tensor)");
+      "bool by_feature, Tensor wide, Tensor narrow, Tensor? wide_keep, int streams) -> (Tensor, Tensor)");
   m.def(
-      "lora_outer(Tensor wide, Tensor narrow, Tensor? right, Tensor? keep, bool transposed) -> (Tensor, Tensor)");
+      "lora_outer(Tensor wide, Tensor narrow, Tensor? right, Tensor? keep, int streams, bool transposed) "
+      "-> (Tensor, Tensor)");
   m.def("has_boxes(int device) -> bool");
   m.def("draw_mask(Tensor seed, int rows, int columns, int threshold, int streams) -> Tensor");
   m.def(

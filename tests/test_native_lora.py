@@ -65,11 +65,11 @@ def test_refuses_cpu_tensors():
     with pytest.raises(NotImplementedError, match="CPU"):
         lora_shrink(x, lora_A, None, 0, 1, None, True)
     with pytest.raises(NotImplementedError, match="CPU"):
-        lora_outer(x, x, None, None, False)
+        lora_outer(x, x, None, None, 1, False)
     with pytest.raises(NotImplementedError, match="CPU"):
         lora_forward(x, x, lora_A, lora_A, None, 1.0, None)
     with pytest.raises(NotImplementedError, match="CPU"):
-        lora_grads(*operands(4, 8, 8, 2, False, device="cpu"), None, False, x, x, None)
+        lora_grads(*operands(4, 8, 8, 2, False, device="cpu"), None, False, x, x, None, 1)
 
 
 @pytest.fixture(scope="module")
@@ -362,10 +362,10 @@ def test_outer_and_shrunk(shape, dtype):
     rows, columns, width = shape
     torch.manual_seed(0)
     dy, s, lora_B = matrix(rows, columns, dtype), matrix(rows, width, dtype), matrix(columns, width, dtype)
-    sums, shrunk = lora_outer(dy, s, lora_B, None, False)
+    sums, shrunk = lora_outer(dy, s, lora_B, None, 1, False)
     assert_summed(sums.double().sum(0), dy.double().mT @ s.double(), rows)
     assert_summed(shrunk.double().sum(0), dy.double() @ lora_B.double(), columns)
-    again = lora_outer(dy, s, lora_B, None, False)
+    again = lora_outer(dy, s, lora_B, None, 1, False)
     assert torch.equal(sums, again[0]) and torch.equal(shrunk, again[1])
 
 
@@ -377,22 +377,27 @@ def test_outer_transposed(shape, masked):
     torch.manual_seed(0)
     x, dh = matrix(rows, columns), matrix(rows, width)
     keep = torch.randint(256, (1, rows, -(-columns // 8)), dtype=torch.uint8, device="cuda") if masked else None
-    sums, shrunk = lora_outer(x, dh, None, keep, True)
+    sums, shrunk = lora_outer(x, dh, None, keep, 1, True)
     kept = x.double() if keep is None else x.double() * dropout.unpack_mask(keep[0], columns, torch.float64)
     assert_summed(sums.double().sum(0), dh.double().mT @ kept, rows)
     assert not shrunk.numel()
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("masks", [None, 1, 2, 4])
 @pytest.mark.parametrize("shape", [(1, 8, 8), (130, 71, 16), (2048, 4096, 64)], ids=str)
-def test_outer_with_masks_apart(shape):
+def test_outer_of_several_streams(shape, masks):
     rows, columns, width = shape
     torch.manual_seed(0)
-    x, dh = matrix(rows, columns), matrix(rows, 3 * width)
-    keep = torch.randint(256, (3, rows, -(-columns // 8)), dtype=torch.uint8, device="cuda")
-    sums, _ = lora_outer(x, dh, None, keep, True)
+    x, dh = matrix(rows, columns), matrix(rows, 4 * width)
+    keep = None
+    if masks:
+        keep = torch.randint(256, (masks, rows, -(-columns // 8)), dtype=torch.uint8, device="cuda")
+    sums, _ = lora_outer(x, dh, None, keep, 4, True)
     for j, its_sums in enumerate(sums.double().sum(0).split(width)):
-        kept = x.double() * dropout.unpack_mask(keep[j], columns, torch.float64)
+        kept = x.double()
+        if masks:
+            kept = kept * dropout.unpack_mask(keep[j * masks // 4], columns, torch.float64)
         assert_summed(its_sums, dh[:, j * width : (j + 1) * width].double().mT @ kept, rows)
 
 
@@ -400,7 +405,7 @@ def test_outer_with_masks_apart(shape):
 @pytest.mark.parametrize("shape", [(0, 8, 2), (8, 0, 2)])
 def test_outer_of_nothing(shape):
     rows, columns, width = shape
-    sums, _ = lora_outer(matrix(rows, columns), matrix(rows, width), None, None, False)
+    sums, _ = lora_outer(matrix(rows, columns), matrix(rows, width), None, None, 1, False)
     assert sums.shape[1:] == (columns, width)
     assert not sums.sum(0).any()
 
@@ -408,12 +413,14 @@ def test_outer_of_nothing(shape):
 @pytest.mark.gpu
 def test_outer_says_what_it_expected():
     with pytest.raises(RuntimeError, match="lora_outer: expected a rank of at most 64, got 72"):
-        lora_outer(matrix(8, 16), matrix(8, 72), None, None, False)
+        lora_outer(matrix(8, 16), matrix(8, 72), None, None, 1, False)
     with pytest.raises(RuntimeError, match=r"lora_outer: expected narrow \[8, 8\], got \[4, 8\]"):
-        lora_outer(matrix(8, 16), matrix(4, 8), None, None, False)
+        lora_outer(matrix(8, 16), matrix(4, 8), None, None, 1, False)
     keep = torch.zeros(2, 8, 2, dtype=torch.uint8, device="cuda")
     with pytest.raises(RuntimeError, match="expected one stream, or of several a multiple of 8 columns of narrow each"):
-        lora_outer(matrix(8, 16), matrix(8, 8), None, keep, True)
+        lora_outer(matrix(8, 16), matrix(8, 8), None, keep, 2, True)
+    with pytest.raises(RuntimeError, match="expected masks that divide the 3 streams, got 2"):
+        lora_outer(matrix(8, 16), matrix(8, 24), None, keep, 3, True)
 
 
 @pytest.mark.gpu
@@ -437,10 +444,10 @@ def test_grads_are_those_of_both(shape, masked, dtype):
     given, x, dh = operands(*shape, False, dtype), matrix(rows, columns, dtype), matrix(rows, rank, dtype)
     keep = torch.randint(256, (rows, -(-columns // 8)), dtype=torch.uint8, device="cuda") if masked else None
     over_x = None if keep is None else keep[None]
-    out, (sums, _) = lora_gemm(*given, keep, None, False), lora_outer(x, dh, None, over_x, True)
+    out, (sums, _) = lora_gemm(*given, keep, None, False), lora_outer(x, dh, None, over_x, 1, True)
     for _ in range(50):
         copies = [one._base.clone()[:, : one.shape[1]] for one in (*given, x, dh)]  # rows start as they did
-        found = lora_grads(*copies[:4], keep, False, *copies[4:], over_x)
+        found = lora_grads(*copies[:4], keep, False, *copies[4:], over_x, 1)
         del copies
         assert torch.equal(found[0], out) and torch.equal(found[1], sums)
 
@@ -449,7 +456,7 @@ def test_grads_are_those_of_both(shape, masked, dtype):
 def test_grads_of_nothing():
     for rows, columns in ((0, 8), (8, 0)):
         out, sums = lora_grads(
-            *operands(rows, columns, 8, 2, False), None, False, matrix(rows, columns), matrix(rows, 2), None
+            *operands(rows, columns, 8, 2, False), None, False, matrix(rows, columns), matrix(rows, 2), None, 1
         )
         assert out.shape == (rows, columns) and not sums.sum(0).any()
 
@@ -458,20 +465,20 @@ def test_grads_of_nothing():
 def test_grads_say_what_they_expected():
     given = operands(8, 16, 16, 8, False)
     with pytest.raises(RuntimeError, match=r"lora_outer: expected narrow \[8, 8\], got \[4, 8\]"):
-        lora_grads(*given, None, False, matrix(8, 16), matrix(4, 8), None)
+        lora_grads(*given, None, False, matrix(8, 16), matrix(4, 8), None, 1)
     with pytest.raises(RuntimeError, match="lora_gemm: expected every operand in one dtype"):
-        lora_grads(given[0], given[1].half(), *given[2:], None, False, matrix(8, 16), matrix(8, 8), None)
+        lora_grads(given[0], given[1].half(), *given[2:], None, False, matrix(8, 16), matrix(8, 8), None, 1)
     with pytest.raises(RuntimeError, match="expected wide on CUDA device 0, got a tensor that is not on CUDA"):
-        lora_grads(*given, None, False, matrix(8, 16, device="cpu"), matrix(8, 8), None)
+        lora_grads(*given, None, False, matrix(8, 16, device="cpu"), matrix(8, 8), None, 1)
 
 
 @pytest.mark.gpu
 def test_grads_in_a_graph():
     given, x, dh = operands(300, 520, 72, 16, False), matrix(300, 520), matrix(300, 16)
-    out, sums = lora_grads(*given, None, False, x, dh, None)
+    out, sums = lora_grads(*given, None, False, x, dh, None, 1)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = lora_grads(*given, None, False, x, dh, None)
+        found = lora_grads(*given, None, False, x, dh, None, 1)
     for one in found:
         one.zero_()
     graph.replay()

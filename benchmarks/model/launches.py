@@ -16,13 +16,15 @@ F32, INDEX, SECTOR = 4, 8, 32  # bytes: of a float32, of an int64, and the least
 
 
 class Launch(NamedTuple):
-    """One kernel: FLOPs of its products, bytes read and written, draws of 32 random bits."""
+    """One kernel, or several that run beside each other: FLOPs of products, bytes read and written, draws of 32 random
+    bits."""
 
     name: str
     flops: int = 0
     read: int = 0
     written: int = 0
     draws: int = 0
+    kernels: int = 1
 
 
 class Passes(NamedTuple):
@@ -57,6 +59,11 @@ def in_one(one: Launch, other: Launch, shared: int = 0, kept: int = 0) -> Launch
         f"{one.name}, {other.name}", one.flops + other.flops, one.read + other.read - shared,
         one.written + other.written - kept, one.draws + other.draws,
     )  # fmt: skip
+
+
+def beside(one: Launch, other: Launch) -> Launch:
+    """Two kernels at the same time, the one on what the other leaves idle."""
+    return in_one(one, other)._replace(kernels=one.kernels + other.kernels)
 
 
 def limits(launch: Launch, dtype: torch.dtype, ceilings: Ceilings, left_in_l2: int = 0) -> dict[str, float]:

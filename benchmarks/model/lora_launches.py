@@ -10,10 +10,10 @@ from functools import partial
 from typing import NamedTuple
 
 from peft_kernels.ops.lora_linear import configs
-from peft_kernels.ops.lora_linear.cuda import LARGEST_RANK_OF_FORWARD
+from peft_kernels.ops.lora_linear.cuda import LARGEST_RANK_OF_DY_PASS, LARGEST_RANK_OF_FORWARD, LARGEST_RANK_OF_PASS
 
 from ..providers import BARE, EAGER, PEFT
-from .launches import F32, INDEX, Ceilings, Launch, Passes, cast, elementwise, gemm, in_one, native_parts
+from .launches import F32, INDEX, Ceilings, Launch, Passes, beside, cast, elementwise, gemm, in_one, native_parts
 
 
 class Layer(NamedTuple):
@@ -261,8 +261,7 @@ def _dy_pass(l: Layer, wide: int, processors: int) -> list[Launch]:
 
 def cuda(layers: list[Layer], ceilings: Ceilings, path: str) -> Passes | None:
     """By the native kernels, as `cuda.py` calls them: 16-bit operands. The GEMM's partial sums of few tokens, and the
-    launch that adds them, are left out. dx and the pass over x are two launches that count as one: it is taken to fit
-    beside the last tiles.
+    launch that adds them, are left out. The pass over x is taken to fit beside the last tiles of dx.
 
     Args:
         path: "passes", or "fused" where one kernel computes S and y.
@@ -270,16 +269,17 @@ def cuda(layers: list[Layer], ceilings: Ceilings, path: str) -> Passes | None:
     l, n, processors = layers[0], len(layers), int(ceilings.get("sms", 132))
     if l.size == F32:
         return None
+    by_vendor = l.R > LARGEST_RANK_OF_PASS and not l.p
     masks = n if l.p else 1
     C, bits = n * l.R, l.M * math.ceil(l.K / 8) if l.p else 0
-    width = C // masks
-    blocks = math.ceil(l.M / 64) * masks * math.ceil(width / (16 if width <= 16 else 32 if width <= 32 else 64))
-    S = F32 * native_parts(blocks, l.K, processors) * l.M * C
-    draws = masks * l.mask // 2 if l.p else 0  # 16 bits an element
     forward = [elementwise("seed", 0, INDEX)] if l.p else []
-    forward += [elementwise("cat of the As", n * l.A, n * l.A)] if n > 1 else []
-    forward.append(Launch("shrink", 2 * l.M * l.K * C, l.x + n * l.A, S + masks * bits, draws))
-    forward.append(elementwise("reduce S", S, n * l.S))
+    if by_vendor:
+        forward += [one.shrink() for one in layers]
+    else:
+        forward += [elementwise("cat of the As", n * l.A, n * l.A)] if n > 1 else []
+        S, draws = F32 * _shrink_parts(l.M, l.K, C, masks, processors) * l.M * C, masks * l.mask // 2
+        shrink = Launch("shrink", 2 * l.M * l.K * C, l.x + n * l.A, S + masks * bits, draws if l.p else 0)
+        forward += [shrink, elementwise("reduce S", S, n * l.S)]
     forward += [in_one(one.base(), one.expand(), kept=one.y) for one in layers]
     forward += [elementwise("cat of S", n * l.S, n * l.S)] if n > 1 else []
     if path == "fused" and n == 1 and not l.p and l.R <= LARGEST_RANK_OF_FORWARD:
@@ -288,18 +288,38 @@ def cuda(layers: list[Layer], ceilings: Ceilings, path: str) -> Passes | None:
     backward, partials = [], 0
     for one in layers:
         slices = math.ceil(one.N / 128)
-        dH, dB = F32 * slices * one.M * one.R, F32 * native_parts(slices, one.M, processors) * one.N * one.R
-        backward.append(Launch("dy pass", 4 * one.M * one.N * one.R, one.y + one.B + one.S, dH + dB))
+        dB = F32 * native_parts(slices, one.M, processors) * one.N * one.R
+        if l.R > LARGEST_RANK_OF_PASS:
+            backward += [one.dH(), one.dB()._replace(written=F32 * one.N * one.R), *cast("dB", 2 * one.B, one.B)]
+            continue
+        if l.R > LARGEST_RANK_OF_DY_PASS:
+            dH = F32 * _shrink_parts(one.M, one.N, one.R, 1, processors) * one.M * one.R
+            backward += [one.dB()._replace(written=dB), one.dH()._replace(written=dH)]
+        else:
+            dH = F32 * slices * one.M * one.R
+            backward.append(Launch("dy pass", 4 * one.M * one.N * one.R, one.y + one.B + one.S, dH + dB))
         partials += dH + dB
-    backward.append(elementwise("reduce dH and dB", partials, sum(one.S + one.B for one in layers)))
+    if partials:
+        backward.append(elementwise("reduce dH and dB", partials, sum(one.S + one.B for one in layers)))
     products = [in_one(one.base_dx(), one.low_rank_dx(), kept=one.x) for one in layers]
     dx = functools.reduce(lambda one, other: in_one(one, other, kept=l.x), products)
+    dx = _reads(dx._replace(name="dx"), masks * bits)
+    if by_vendor:
+        dA = [l.dA()._replace(written=2 * l.A), *cast("dA", 2 * l.A, l.A)]
+        return Passes(forward, [*backward, *n * dA, dx])
     backward += [elementwise("cat of dH", n * l.S, n * l.S)] if n > 1 else []
-    dA = F32 * native_parts(masks * math.ceil(l.K / 128), l.M, processors) * l.R * l.K
-    x_pass = Launch("x pass", 2 * l.M * l.K * C, l.x + n * l.S + masks * bits, n * dA)
-    backward.append(in_one(_reads(dx._replace(name="dx"), masks * bits), x_pass))
-    backward.append(elementwise("reduce dA", n * dA, n * l.A))
+    streams = masks * math.ceil(C // masks / LARGEST_RANK_OF_PASS)
+    dA = n * F32 * native_parts(streams * math.ceil(l.K / 128), l.M, processors) * l.R * l.K
+    x_pass = Launch("x pass", 2 * l.M * l.K * C, l.x + n * l.S + masks * bits, dA)
+    backward += [beside(dx, x_pass), elementwise("reduce dA", dA, n * l.A)]
     return Passes(forward, backward)
+
+
+def _shrink_parts(M: int, depth: int, C: int, streams: int, processors: int) -> int:
+    """Of `lora_shrink`: C columns, of as many streams."""
+    width = C // streams
+    columns = math.ceil(width / (16 if width <= 16 else 32 if width <= 32 else 64))
+    return native_parts(math.ceil(M / 64) * streams * columns, depth, processors)
 
 
 def accelerated(layers: list[Layer], ceilings: Ceilings, adapter: int = 0) -> Passes | None:

@@ -43,7 +43,7 @@ class Call {
   // As the op `lora_outer` (outer.cu).
   Call(const torch::stable::Tensor& wide, const torch::stable::Tensor& narrow,
        const std::optional<torch::stable::Tensor>& right, const std::optional<torch::stable::Tensor>& keep,
-       bool transposed);
+       int64_t streams, bool transposed);
   // `beside`: it may start before the kernel launched last has ended, if that one began when all that this one reads was there,
   // and reads nothing that was freed before this call was made.
   void launch(bool beside = false) const;

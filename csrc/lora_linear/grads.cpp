@@ -1,6 +1,6 @@
 // dx and dA as an op: the pass over x runs beside the last tiles of the GEMM, on SMs that have no tile left.
 //
-//   lora_grads(left, right, low_left, low_right, keep, by_feature, wide, narrow, wide_keep?) -> (out, sums)
+//   lora_grads(left, right, low_left, low_right, keep, by_feature, wide, narrow, wide_keep?, streams) -> (out, sums)
 //   out: lora_gemm of the first six, without a bias (gemm.cu); sums: of lora_outer of the others, transposed (outer.cu)
 //
 // Takes, allocates and refuses what the two do, and gives their bits. Beside each other they run where the kernels for sm_90a do,
@@ -23,10 +23,10 @@ using torch::stable::Tensor;
 std::tuple<Tensor, Tensor> lora_grads(std::vector<Tensor> left, std::vector<Tensor> right, std::vector<Tensor> low_left,
                                       std::vector<Tensor> low_right, std::vector<Tensor> keep, bool by_feature,
                                       const Tensor& wide, const Tensor& narrow,
-                                      const std::optional<Tensor>& wide_keep) {
+                                      const std::optional<Tensor>& wide_keep, int64_t streams) {
   const lora_gemm::Call gemm(left, right, low_left, low_right, keep, std::nullopt, by_feature);
   check_same_device(wide, "wide", left[0]);
-  const lora_outer::Call outer(wide, narrow, std::nullopt, wide_keep, true);
+  const lora_outer::Call outer(wide, narrow, std::nullopt, wide_keep, streams, true);
   gemm.launch();
   outer.launch(has_boxes(wide.get_device_index()));
   return {gemm.result(), outer.sums()};

@@ -1,8 +1,9 @@
 // The outer products (outer.h) as an op: what it takes, then in how many parts, then the launch.
 //
-//   lora_outer(wide [M, F], narrow [M, R], right? [F, R], keep? uint8 [streams, M, ceil(F / 8)], transposed)
+//   lora_outer(wide [M, F], narrow [M, R], right? [F, R], keep? uint8 [masks, M, ceil(F / 8)], streams, transposed)
 //     -> sums float32 [P, F, R], or [P, R, F] where transposed; shrunk float32 [ceil(F / 128), M, R], empty without right
-//   of several streams narrow has R / streams columns each, a multiple of 8, and sums are transposed
+//   of several streams narrow has R / streams columns each, a multiple of 8, and sums are transposed; a mask is for the next
+//   streams / masks of them
 //
 // bfloat16 or float16 on sm_80 and later, R up to 64 a stream; rows of unit stride that start on 16 bytes. P is at most 32. The
 // results are all that is allocated.
@@ -43,16 +44,18 @@ constexpr const char* kOp = "lora_outer";
 }  // namespace
 
 Call::Call(const Tensor& wide, const Tensor& narrow, const std::optional<Tensor>& right,
-           const std::optional<Tensor>& keep, bool transposed) {
+           const std::optional<Tensor>& keep, int64_t streams, bool transposed) {
   check_16_bit(kOp, wide, "wide");
   STD_TORCH_CHECK(narrow.dim() == 2, kOp, ": expected narrow of two dimensions, got ", shape_of(narrow));
   const int64_t rows = wide.size(0), columns = wide.size(1), all = narrow.size(1);
   check_sizes(kOp, {rows, columns});
   STD_TORCH_CHECK(!keep || keep->dim() == 3, kOp, ": expected keep of three dimensions, got ", shape_of(*keep));
-  const int64_t streams = keep ? keep->size(0) : 1;
-  STD_TORCH_CHECK(streams == 1 || (streams > 1 && transposed && all % (8 * streams) == 0), kOp,
-                  ": expected one stream, or of several a multiple of 8 columns of narrow each and transposed sums, got ",
-                  streams, " of ", all);
+  STD_TORCH_CHECK(streams == 1 || (streams > 1 && transposed && !right && all % (8 * streams) == 0), kOp,
+                  ": expected one stream, or of several a multiple of 8 columns of narrow each, transposed sums and no right, "
+                  "got ", streams, " of ", all);
+  const int64_t masks = keep ? keep->size(0) : 1;
+  STD_TORCH_CHECK(masks > 0 && streams % masks == 0, kOp, ": expected masks that divide the ", streams, " streams, got ",
+                  masks);
   const int64_t width = all / streams;
   STD_TORCH_CHECK(width <= kLargestWidth, kOp, ": expected a rank of at most ", kLargestWidth, ", got ", width);
   check_operand(kOp, wide, "wide", rows, columns, wide);
@@ -61,7 +64,7 @@ Call::Call(const Tensor& wide, const Tensor& narrow, const std::optional<Tensor>
   if (keep) {
     STD_TORCH_CHECK(!right && keep->size(1) == rows && keep->size(2) == (columns + 7) / 8 &&
                         keep->scalar_type() == ScalarType::Byte && keep->is_contiguous(),
-                    kOp, ": expected a contiguous keep, uint8 [", streams, ", ", rows, ", ", (columns + 7) / 8,
+                    kOp, ": expected a contiguous keep, uint8 [", masks, ", ", rows, ", ", (columns + 7) / 8,
                     "], and no right, got ", shape_of(*keep));
     check_same_device(*keep, "keep", wide);
   }
@@ -82,7 +85,8 @@ Call::Call(const Tensor& wide, const Tensor& narrow, const std::optional<Tensor>
       right ? right->const_data_ptr() : nullptr, right ? pitch_of(*right) : 0,
       keep ? static_cast<const uint8_t*>(keep->const_data_ptr()) : nullptr,
       static_cast<float*>(sums_.mutable_data_ptr()), static_cast<float*>(shrunk_.mutable_data_ptr()),
-      static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(width), static_cast<int>(streams), parts,
+      static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(width), static_cast<int>(streams),
+      static_cast<int>(masks), parts,
       part_of(rows, parts, kRows), transposed,
   };
   blocks_for(blocks_of(args_), 1);  // they fit
@@ -101,8 +105,8 @@ void Call::launch(bool beside) const {
 namespace {
 
 std::tuple<Tensor, Tensor> lora_outer(const Tensor& wide, const Tensor& narrow, const std::optional<Tensor>& right,
-                                      const std::optional<Tensor>& keep, bool transposed) {
-  const Call call(wide, narrow, right, keep, transposed);
+                                      const std::optional<Tensor>& keep, int64_t streams, bool transposed) {
+  const Call call(wide, narrow, right, keep, streams, transposed);
   call.launch();
   return {call.sums(), call.shrunk()};
 }

@@ -1,8 +1,8 @@
 // One pass over wide rows for the gradient of a low-rank matrix, in parts of the rows that split_reduce adds up; with dy also
 // for dH:
 //
-//   sums[p]    = D(wide)ᵀ·narrow    over the p-th part of the rows: dB of dyᵀ·S [N, R], dA of (D(x)ᵀ·dH)ᵀ [R, K], and of
-//                                   several projections with masks of their own one behind another
+//   sums[p]    = D(wide)ᵀ·narrow    over the p-th part of the rows: dB of dyᵀ·S [N, R], dA of (D(x)ᵀ·dH)ᵀ [R, K]; where
+//                                   ranks are many, or projections have masks of their own, in streams one behind another
 //   shrunk[s]  = wide·right         over the s-th slice of the columns: dH of dy·B [M, R]
 #pragma once
 
@@ -18,10 +18,10 @@ struct Arguments {
   int64_t narrow_pitch;
   const void* right;  // [columns, width], or null: no shrunk
   int64_t right_pitch;
-  const uint8_t* keep;  // of wide [streams, rows, ceil(columns / 8)], a bit an element, or null
+  const uint8_t* keep;  // of wide [masks, rows, ceil(columns / 8)], a bit an element, one for streams / masks of them, or null
   float* sums;          // [parts, streams, columns, width], or [parts, streams, width, columns] where transposed
   float* shrunk;        // [slices of kSlice columns, rows, width]
-  int rows, columns, width, streams, parts;
+  int rows, columns, width, streams, masks, parts;
   int part;  // of the rows, a multiple of kRows
   bool transposed;
 };

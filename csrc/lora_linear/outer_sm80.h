@@ -1,6 +1,6 @@
 // Device code of the outer products for sm_80 and later: cp.async in several stages, ldmatrix, mma. Bound by the bandwidth
 // of reading `wide` once. A block owns kSlice columns, all ranks of a stream, and one part of the rows, which it reads kRows at a
-// time; blocks of the same columns follow one another, and meet in the L2 cache.
+// time; the streams' blocks of the same columns follow one another, and meet in the L2 cache.
 #pragma once
 
 #include "common/copy_async.h"
@@ -86,7 +86,8 @@ struct Outer {
   // Zero what dropout dropped, eight neighbours of a row at a time.
   PEFT_KERNELS_DEVICE static void mask(const Arguments& args, char* tile, int stream, int row_0, int column_0) {
     const int64_t bytes = (args.columns + 7) / 8;
-    const uint8_t* keep = args.keep + static_cast<int64_t>(stream) * args.rows * bytes;
+    const int which = stream / (args.streams / args.masks);
+    const uint8_t* keep = args.keep + static_cast<int64_t>(which) * args.rows * bytes;
     PEFT_KERNELS_UNROLL_BY_4
     for (int i = 0; i < kRows * Wide::kChunks / kThreads; ++i) {
       const int item = i * kThreads + thread_index(), row = item / Wide::kChunks, chunk = item % Wide::kChunks;

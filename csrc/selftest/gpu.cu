@@ -202,7 +202,7 @@ template <typename T>
 void beside(const std::string& dtype, int processors) {
   const Shape shape{300, 520, 72, 100, false, true, false};
   const Problem<T> problem(shape);
-  const OuterProblem<T> pass(1000, 264, 16, 3, false, true, true);
+  const OuterProblem<T> pass(1000, 264, 16, 3, false, 2, true, 4);
   const OnDevice<T> wide(pass.wide_values()), narrow(pass.narrow_values());
   const OnDevice<uint8_t> keep(pass.keep());
   const auto with_pass = [&](const std::string& name, const auto& launch) {

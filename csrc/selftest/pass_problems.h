@@ -145,29 +145,29 @@ template <typename T>
 class OuterProblem {
  public:
   const int rows, columns, width, parts;
-  const bool shrinks, masked, transposed;
-  const int streams;
+  const bool shrinks, transposed;
+  const int masks, streams;
 
-  OuterProblem(int rows, int columns, int width, int parts, bool shrinks, bool masked, bool transposed, int streams = 1)
+  OuterProblem(int rows, int columns, int width, int parts, bool shrinks, int masks, bool transposed, int streams = 1)
       : rows(rows),
         columns(columns),
         width(width),
         parts(parts),
         shrinks(shrinks),
-        masked(masked),
         transposed(transposed),
+        masks(masks),
         streams(streams),
         random_(rows + columns * 3),
         wide_(rows, columns, random_, 1.0),
         narrow_(rows, streams * width, random_, 1.0),
         right_(columns, width, random_, 1.0),
-        keep_(static_cast<size_t>(streams) * rows * pitch()) {
+        keep_(static_cast<size_t>(masks) * rows * pitch()) {
     for (uint8_t& byte : keep_) byte = static_cast<uint8_t>(random_());
   }
 
   std::string text() const {
     return std::to_string(rows) + " x " + std::to_string(columns) + " x " + std::to_string(width) + " in " +
-           std::to_string(parts) + (shrinks ? ", shrinks" : "") + (masked ? ", masked" : "") +
+           std::to_string(parts) + (shrinks ? ", shrinks" : "") + (masks ? ", " + std::to_string(masks) + " masks" : "") +
            (transposed ? ", transposed" : "") + (streams > 1 ? ", " + std::to_string(streams) + " streams" : "");
   }
   const std::vector<T>& wide_values() const { return wide_.values; }
@@ -187,13 +187,14 @@ class OuterProblem {
             narrow_.pitch,
             shrinks ? right : nullptr,
             right_.pitch,
-            masked ? keep : nullptr,
+            masks ? keep : nullptr,
             sums,
             shrunk,
             rows,
             columns,
             width,
             streams,
+            std::max(masks, 1),
             parts,
             part(),
             transposed};
@@ -206,8 +207,8 @@ class OuterProblem {
         for (int rank = 0; rank < width; ++rank) {
           double sum = 0.0, size = 0.0;
           for (int row = p * part(); row < std::min(rows, (p + 1) * part()); ++row) {
-            const size_t byte = (static_cast<size_t>(stream) * rows + row) * pitch() + column / 8;
-            if (masked && !(keep_[byte] >> column % 8 & 1)) continue;
+            const size_t mask = static_cast<size_t>(stream) * masks / streams;
+            if (masks && !(keep_[(mask * rows + row) * pitch() + column / 8] >> column % 8 & 1)) continue;
             const double term =
                 selftest::wide(wide_.at(row, column)) * selftest::wide(narrow_.at(row, stream * width + rank));
             sum += term, size += std::abs(term);
@@ -247,13 +248,15 @@ template <typename T>
 std::vector<OuterProblem<T>> outers(int width) {
   std::vector<OuterProblem<T>> found;
   for (const bool shrinks : {false, true}) {
-    found.emplace_back(1, 1, 1, 1, shrinks, false, false);
-    found.emplace_back(70, 200, width, 1, shrinks, false, false);
-    found.emplace_back(300, 264, width - 3, 2, shrinks, false, false);
+    found.emplace_back(1, 1, 1, 1, shrinks, 0, false);
+    found.emplace_back(70, 200, width, 1, shrinks, 0, false);
+    found.emplace_back(300, 264, width - 3, 2, shrinks, 0, false);
   }
-  found.emplace_back(70, 200, width, 1, false, true, true);
-  found.emplace_back(300, 71, width - 3, 3, false, true, true);
-  found.emplace_back(140, 200, width - 8, 2, false, true, true, 3);
+  found.emplace_back(70, 200, width, 1, false, 1, true);
+  found.emplace_back(300, 71, width - 3, 3, false, 1, true);
+  found.emplace_back(140, 200, width - 8, 2, false, 3, true, 3);
+  found.emplace_back(90, 140, width, 2, false, 2, true, 4);
+  found.emplace_back(90, 140, width, 1, false, 0, true, 2);
   return found;
 }
 

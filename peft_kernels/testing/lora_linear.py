@@ -45,7 +45,7 @@ def make_case(
     batch: tuple[int, ...] = (6,),
     in_features: int = 24,
     out_features: tuple[int, ...] = (16,),
-    rank: int = 4,
+    rank: int | tuple[int, ...] = 4,
     dtype: torch.dtype = torch.float32,
     adapter_dtype: torch.dtype | None = None,
     bias: bool = True,
@@ -54,9 +54,10 @@ def make_case(
     draw: int = 0,
     **settings,
 ) -> LoRACase:
-    """A seeded case with operands of order one and B ≠ 0, another one for each `draw`; `settings` are those of
-    :class:`LoRACase`."""
-    generator = torch.Generator().manual_seed(in_features * 7919 + rank * 31 + len(batch) + 104729 * draw)
+    """A seeded case with operands of order one and B ≠ 0, another one for each `draw`; one rank, or one for each
+    projection; `settings` are those of :class:`LoRACase`."""
+    ranks = rank if isinstance(rank, tuple) else (rank,) * len(out_features)
+    generator = torch.Generator().manual_seed(in_features * 7919 + ranks[0] * 31 + len(batch) + 104729 * draw)
 
     def random(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> torch.Tensor:
         values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
@@ -71,7 +72,7 @@ def make_case(
             scaling=random(*batch, dtype=torch.float32).abs() if row_scaling else 0.5 + 0.25 * j,
             bias=random(features) if bias else None,
         )
-        for j, features in enumerate(out_features)
+        for j, (features, rank) in enumerate(zip(out_features, ranks))
     ]
     x = random(*batch, in_features)
     return LoRACase(x, projections, [random(*batch, features) for features in out_features], **settings)

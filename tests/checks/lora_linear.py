@@ -47,7 +47,7 @@ def check_within_eager(backend: str, autocast: torch.dtype | None = None, **case
     """Output and every gradient against float64, at most twice the error of PEFT's expression; no element of any
     output left unwritten; the same bits from a second run."""
     case = make_case(**case_arguments)
-    roundings = max(case.x.numel() // case.x.shape[-1], 1) * case.projections[0].lora_A.shape[0]
+    roundings = max(case.x.numel() // case.x.shape[-1], 1) * min(len(p.lora_A) for p in case.projections)
     collected: dict[str, list[tuple[torch.Tensor, ...]]] = {}
     smallest = min(case.x.numel(), *(y.numel() for y in case.grad_ys), roundings)
     draws = math.ceil(SAMPLES / max(smallest, 1))
@@ -63,6 +63,19 @@ def check_within_eager(backend: str, autocast: torch.dtype | None = None, **case
             collected.setdefault(name, []).append((first[name], plain[name], value))
     for name, results in collected.items():
         assert_within_eager(f"{backend} {name}", *map(torch.stack, zip(*results)), samples=draws * roundings)
+
+
+#: Of projections that share x: small ones, one beyond a block, several beyond.
+RANKS = ((8, 40, 3), (70, 8, 16), (8, 100, 130))
+
+
+def check_ranks(backend: str, rank: tuple[int, ...], **case_arguments) -> None:
+    """Projections that share x, each with a rank of its own."""
+    for dropout_p, shared_dropout in ((0.0, False), (0.25, False), (0.25, True)):
+        check_within_eager(
+            backend, batch=(50,), in_features=72, out_features=(48, 24, 24), rank=rank, dropout_p=dropout_p,
+            shared_dropout=shared_dropout, **case_arguments,
+        )  # fmt: skip
 
 
 def check_subsets(backend: str, dropout_p: float = 0.25, **case_arguments) -> None:

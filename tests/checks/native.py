@@ -97,24 +97,25 @@ def lora_shrink(wide, narrow, seed, threshold, streams, mask, by_feature):
     return torch.cat([parts(one, a, 2) for one, a in zip(kept, narrow.tensor_split(streams, dim=1))], dim=2)
 
 
-def lora_outer(wide, narrow, right, keep, transposed):
+def lora_outer(wide, narrow, right, keep, streams, transposed):
     (M, F), all_ranks, dtype = wide.shape, narrow.shape[1], wide.dtype
-    streams = 1 if keep is None else len(keep)
     R = all_ranks // streams
-    assert R <= 64 and (streams == 1 or (transposed and all_ranks % (8 * streams) == 0))
+    assert R <= 64 and (streams == 1 or (transposed and right is None and all_ranks % (8 * streams) == 0))
     wide, narrow = taken(wide, M, F, dtype), taken(narrow, M, all_ranks, dtype)
     shrunk = wide.new_empty(0, M, R) if right is None else parts(wide, taken(right, F, R, dtype), 3)
-    kept = [wide]
+    kept = [wide] * streams
     if keep is not None:
-        assert right is None and keep.shape == (streams, M, dropout.mask_bytes(F)) and keep.is_contiguous()
-        kept = [wide * dropout.unpack_mask(mask, F, torch.float32) for mask in keep]
+        assert streams % len(keep) == 0 and keep.shape[1:] == (M, dropout.mask_bytes(F)) and keep.is_contiguous()
+        assert right is None
+        masks = [dropout.unpack_mask(mask, F, torch.float32) for mask in keep]
+        kept = [wide * masks[stream * len(masks) // streams] for stream in range(streams)]
     sums = torch.cat([parts(one.mT, part, 2) for one, part in zip(kept, narrow.split(max(R, 1), dim=1))], dim=2)
     return sums.mT.contiguous() if transposed else sums, shrunk
 
 
-def lora_grads(left, right, low_left, low_right, keep, by_feature, wide, narrow, wide_keep):
+def lora_grads(left, right, low_left, low_right, keep, by_feature, wide, narrow, wide_keep, streams):
     out = lora_gemm(left, right, low_left, low_right, keep, None, by_feature)
-    return out, lora_outer(wide, narrow, None, wide_keep, True)[0]
+    return out, lora_outer(wide, narrow, None, wide_keep, streams, True)[0]
 
 
 def sparse_gathered(dy, x, row_starts, columns, n, m):

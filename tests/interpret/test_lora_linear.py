@@ -51,6 +51,11 @@ def test_subsets(backend):
     checks.check_subsets(backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ranks_of_their_own(backend):
+    checks.check_ranks(backend, checks.RANKS[0])
+
+
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 def test_runs(backend, monkeypatch):
     checks.check_runs(backend, "cpu", monkeypatch)

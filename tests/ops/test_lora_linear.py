@@ -115,6 +115,12 @@ def test_subsets(dropout_p, dtype):
     checks.check_subsets("reference", dropout_p, dtype=dtype)
 
 
+@pytest.mark.parametrize("rank", checks.RANKS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranks_of_their_own(dtype, rank):
+    checks.check_ranks("reference", rank, dtype=dtype)
+
+
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_runs(backend, monkeypatch):
     if backend == "auto":

@@ -66,6 +66,12 @@ def test_subsets(dropout_p):
     checks.check_subsets("cuda", dropout_p, dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize("rank", checks.RANKS, ids=str)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_ranks_of_their_own(dtype, rank):
+    checks.check_ranks("cuda", rank, dtype=dtype)
+
+
 class Recorder:
     """The native ops, and the names of those that are called."""
 
@@ -77,21 +83,42 @@ class Recorder:
         return getattr(torch.ops.peft_kernels_native, name)
 
 
+@pytest.fixture
+def called(monkeypatch):
+    """Runs a case by the backend "cuda": the names of the native ops, in order."""
+
+    def names(*args, **kwargs):
+        recorder = Recorder()
+        for module in (cuda, native):
+            monkeypatch.setattr(module, "native", lambda: recorder)
+        with pk.use_backend("cuda"):
+            run(make_case(*args, dtype=torch.bfloat16, frozen=("weight", "bias"), **kwargs))
+        return recorder.names
+
+    return names
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 @pytest.mark.parametrize("projections", [1, 3])
-def test_launches(projections, dropout_p, monkeypatch):
+def test_launches(projections, dropout_p, called):
     """By the room's README: what several projections share, with masks of their own too."""
-    case = make_case(
-        (40,), 72, (48, 24, 24)[:projections], 8, torch.bfloat16, dropout_p=dropout_p, frozen=("weight", "bias")
-    )
-    recorder = Recorder()
-    for module in (cuda, native):
-        monkeypatch.setattr(module, "native", lambda: recorder)
-    with pk.use_backend("cuda"):
-        run(case)
     forward = ["lora_shrink", "split_reduce"] + ["lora_gemm"] * projections
     backward = ["lora_outer"] * projections + ["split_reduce", "lora_grads", "split_reduce"]
-    assert recorder.names == forward + backward
+    assert called((40,), 72, (48, 24, 24)[:projections], 8, dropout_p=dropout_p) == forward + backward
+
+
+def test_launches_at_large_ranks(called):
+    """Above 32 dH and dB have a pass each; above 64 they and dA are products of the vendor's."""
+    backward = ["lora_outer", "lora_shrink", "split_reduce", "lora_grads", "split_reduce"]
+    assert called((40,), 72, (48,), 40) == ["lora_shrink", "split_reduce", "lora_gemm", *backward]
+    assert called((40,), 72, (48,), 70) == ["lora_gemm", "lora_gemm"]
+    # A mask is applied to tiles of x: one pass, in streams.
+    masked = ["lora_shrink", "split_reduce", "lora_gemm", "lora_grads", "split_reduce"]
+    assert called((40,), 72, (48,), 70, dropout_p=0.25) == masked
+    # Three of 40 beside each other too.
+    backward = ["lora_outer", "lora_shrink"] * 3 + ["split_reduce", "lora_grads", "split_reduce"]
+    shared = called((40,), 72, (48, 24, 24), 40)
+    assert shared == ["lora_shrink", "split_reduce", *["lora_gemm"] * 3, *backward]
 
 
 @pytest.mark.parametrize("trained", [(), (0,), (0, 2), (1, 2)], ids=str)

@@ -51,6 +51,13 @@ def test_subsets(backend, dropout_p):
     checks.check_subsets(backend, dropout_p, device="cuda", dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize("rank", checks.RANKS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranks_of_their_own(backend, dtype, rank):
+    checks.check_ranks(backend, rank, device="cuda", dtype=dtype)
+
+
 @pytest.mark.parametrize("backend", [*BACKENDS, "triton", "cuda", "cuda:fused"])
 def test_runs(backend, monkeypatch):
     checks.check_runs(backend, "cuda", monkeypatch, torch.bfloat16)

@@ -59,16 +59,16 @@ class Sum(NamedTuple):
     scale: float = 1.0
 
 
-def reduced(sums: list[Sum]) -> list[torch.Tensor]:
-    """Each, rounded once; those of a dtype by one launch."""
+def reduced(sums: list[Sum | None]) -> list[torch.Tensor | None]:
+    """Each, rounded once, None for None; those of a dtype by one launch."""
     found: dict[int, torch.Tensor] = {}
-    for dtype in dict.fromkeys(one.dtype for one in sums):
-        numbers = [number for number, one in enumerate(sums) if one.dtype == dtype]
+    for dtype in dict.fromkeys(one.dtype for one in sums if one is not None):
+        numbers = [number for number, one in enumerate(sums) if one is not None and one.dtype == dtype]
         some = [sums[number] for number in numbers]
         row_scalings = [by_row(one.row_scaling, one.partials.shape[1]) for one in some]
         partials, scales = [one.partials for one in some], [one.scale for one in some]
         found.update(zip(numbers, native().split_reduce(partials, row_scalings, scales, dtype)))
-    return [found[number] for number in range(len(sums))]
+    return [found.get(number) for number in range(len(sums))]
 
 
 def by_row(row_scaling: torch.Tensor | None, rows: int) -> torch.Tensor | None:

@@ -42,6 +42,13 @@ def _filled(x: torch.Tensor, columns: int) -> torch.Tensor:
     return x if x.shape[1] >= columns else pad(x, (0, columns - x.shape[1]))
 
 
+def matmul_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left·right accumulated and returned in float32."""
+    if left.is_cuda and left.dtype != torch.float32 and torch.version.hip is None:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float().mm(right.float())
+
+
 def autocast(tensor: torch.Tensor | None, device_type: str) -> torch.Tensor | None:
     """The tensor as `F.linear` casts it under autocast: in autocast's dtype, float64 and None as they are."""
     eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64

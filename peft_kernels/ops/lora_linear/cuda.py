@@ -4,7 +4,8 @@ pass over x for dA beside its last tiles.
 
 They multiply 16-bit operands whose rows start on 16 bytes. Low-rank matrices are filled up with zeros to a multiple of
 8 ranks, and a wide matrix whose rows lie otherwise is copied once. A weight that lies otherwise is left to the vendor's
-GEMM, and float32 (operands, or adapters at "high" precision) to the reference: by these rules, before any launch.
+GEMM, and so are products of large ranks, which are no passes any more; float32 (operands, or adapters at "high"
+precision) to the reference: by these rules, before any launch.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import torch
 from ..common import dropout
 from ..common.machine import architecture
 from ..common.native import Sum, aligned, by_row, has_boxes, native, padded, reduced, takes, with_columns, with_rows
-from ..common.tensors import flatten, unflatten
+from ..common.tensors import flatten, matmul_float32, unflatten
 from . import configs, reference
 
-LARGEST_RANK_OF_PASS = 64  # of `lora_outer`; above, a pass for every 64 ranks
+LARGEST_RANK_OF_PASS = 64  # of `lora_outer`, a stream; above, the vendor's GEMM, or with a mask several streams
+LARGEST_RANK_OF_DY_PASS = 32  # for dH and dB: above, dH's partial sums cost more than to read dy twice
 LARGEST_NUMBER_OF_PAIRS = 3  # of `lora_gemm`
 LARGEST_RANK_OF_FORWARD = 64  # of `lora_forward`
 
@@ -46,18 +48,18 @@ def forward(
     if num == 1 and seed is None and _in_one_kernel(rows, projections[0], projections[2].shape[0], backend):
         y, s = _in_one(aligned(rows), *projections, scalings[0] * dropout.rescale(dropout_p))
         return [unflatten(y, x), *([s.contiguous()] if save_s[0] else [])]
-    (M, K), R = rows.shape, padded(max(lora_A.shape[0] for lora_A in projections[2::5]))
-    streams = 1 if shared_dropout or seed is None else num
-    masks = None
-    if save_mask and seed is not None:
-        masks = rows.new_empty(streams, M, dropout.mask_bytes(K), dtype=torch.uint8)
-    stacked = _joined([with_rows(lora_A.to(x.dtype), R) for lora_A in projections[2::5]], dim=0)
-    threshold = 0 if seed is None else dropout.threshold(dropout_p)
-    wide = aligned(rows)
-    partials = native().lora_shrink(wide, aligned(stacked), seed, threshold, streams, masks, True)
+    wide, masks = aligned(rows), None
     scales = [scaling * dropout.rescale(dropout_p) for scaling in scalings]
-    parts = partials.split(R, dim=2)
-    ss = reduced([Sum(part, x.dtype, *one) for part, *one in zip(parts, projections[4::5], scales)])  # [M, R] each
+    if seed is None and max(lora_A.shape[0] for lora_A in projections[2::5]) > LARGEST_RANK_OF_PASS:
+        ss = [
+            aligned(reference.scaled_mm(wide, lora_A.to(x.dtype), scale, row_scaling, transposed=True))
+            for lora_A, row_scaling, scale in zip(projections[2::5], projections[4::5], scales)
+        ]
+    else:
+        streams = 1 if shared_dropout or seed is None else num
+        if save_mask and seed is not None:
+            masks = rows.new_empty(streams, len(rows), dropout.mask_bytes(rows.shape[1]), dtype=torch.uint8)
+        ss = _shrunk(wide, projections[2::5], projections[4::5], scales, seed, dropout_p, streams, masks)
     ys, kept_s = [], []
     for j, s in enumerate(ss):
         weight, bias, lora_A, lora_B, _ = projections[5 * j : 5 * j + 5]
@@ -98,7 +100,7 @@ def backward(
     needs_weight, needs_bias, needs_A, needs_B = (needs[i::4] for i in range(4))
     dys = [aligned(flatten(grad_y)) for grad_y in grad_ys]
     kept_s = iter(() if s is None else s.split([rank for rank, needed in zip(ranks, needs_B) if needed], dim=1))
-    dhs, grads_B = _passes_over_dys(
+    dhs, grads_B = _low_rank_grads(
         dys,
         [lora_B.to(dtype) if needs_x or needs_A[j] else None for j, lora_B in enumerate(lora_Bs)],
         [next(kept_s) if needed else None for needed in needs_B],
@@ -110,20 +112,31 @@ def backward(
     products, parts = [], []
     if needs_x:
         products, parts = _products_of_x(dys, weights, dhs, [lora_A.to(dtype) for lora_A in lora_As], masks)
-    with_A = [j for j, needed in enumerate(needs_A) if needed]
-    if with_A and masks is not None and len(masks) > 1 and len(with_A) < len(dys):
-        masks = torch.stack([masks[j] for j in with_A])  # an index from the host could not be captured in a graph
-    passes = _passes_over_x([dhs[j] for j in with_A], masks) if with_A else []
-    more_parts, sums = _launched(products, passes, rows)
-    grads_A = iter(_grads_A(passes, sums, [ranks[j] for j in with_A], adapter_dtype))
-    grads = [unflatten(functools.reduce(torch.Tensor.add_, parts + more_parts), grad_ys[0])] if needs_x else []
+    grads_A = {
+        j: matmul_float32(dhs[j].t(), rows).to(adapter_dtype)
+        for j, needed in enumerate(needs_A)
+        if needed and masks is None and ranks[j] > LARGEST_RANK_OF_PASS
+    }
+    others = [j for j, needed in enumerate(needs_A) if needed and j not in grads_A]
+    over_x = _pass_over_x(dhs, masks, others) if others else None
+    sums = None
+    if over_x and products:
+        part, sums = native().lora_grads(*products.pop(), rows, over_x.narrow, over_x.keep, over_x.streams)
+        parts.append(part)
+    elif over_x:
+        sums, _ = native().lora_outer(rows, over_x.narrow, None, over_x.keep, over_x.streams, True)
+    parts += [native().lora_gemm(*product[:-1], None, product.by_feature) for product in products]
+    grads = [unflatten(functools.reduce(torch.Tensor.add_, parts), grad_ys[0])] if needs_x else []
+    if over_x:
+        rows_of = [slice(start, start + ranks[j]) for start, j in zip(over_x.starts, others)]
+        grads_A |= zip(others, reduced([Sum(sums[:, its_rows], adapter_dtype) for its_rows in rows_of]))
     for j, dy in enumerate(dys):
         if needs_weight[j]:
             grads.append(dy.t().mm(rows))
         if needs_bias[j]:
             grads.append(dy.sum(0))
         if needs_A[j]:
-            grads.append(next(grads_A))
+            grads.append(grads_A[j])
         if needs_B[j]:
             grads.append(grads_B[j])
     return grads
@@ -157,6 +170,24 @@ def _in_one(
     bias = None if bias is None else bias.contiguous()
     y, s = native().lora_forward(x, weight, *adapters, by_row(row_scaling, len(x)), scale, bias)
     return y, s[:, : lora_A.shape[0]]
+
+
+def _shrunk(
+    x: torch.Tensor,
+    lora_As: list[torch.Tensor],
+    row_scalings: list[torch.Tensor | None],
+    scales: list[float],
+    seed: torch.Tensor | None,
+    dropout_p: float,
+    streams: int,
+    masks: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    """S_j = scale_j · D_j(x)·A_jᵀ [M, R] by one pass over x, R the largest rank of all, padded. Writes `masks`."""
+    R = padded(max(lora_A.shape[0] for lora_A in lora_As))
+    stacked = aligned(_joined([with_rows(lora_A.to(x.dtype), R) for lora_A in lora_As], dim=0))
+    threshold = 0 if seed is None else dropout.threshold(dropout_p)
+    parts = native().lora_shrink(x, stacked, seed, threshold, streams, masks, True).split(R, dim=2)
+    return reduced([Sum(part, x.dtype, *one) for part, *one in zip(parts, row_scalings, scales)])
 
 
 def _expand(
@@ -226,58 +257,37 @@ def _grad_x_by_vendor(
 
 
 class _Pass(NamedTuple):
-    """One over x for dA: dH of one or more projections side by side, and their masks.
+    """What `lora_outer` takes beside x, for dA: dH of some projections side by side, in as many streams as their ranks
+    and masks ask for.
 
     Attributes:
-        widths: of projections by number: the columns of `narrow`, from the left.
+        starts: the first column of each projection's.
     """
 
     narrow: torch.Tensor
     keep: torch.Tensor | None
-    widths: dict[int, int]
+    streams: int
+    starts: list[int]
 
 
-def _passes_over_x(dhs: list[torch.Tensor], masks: torch.Tensor | None) -> list[_Pass]:
-    """For all of these: one where ranks fit; with a mask each its tiles are read once a projection, by blocks that meet
-    in the L2 cache."""
-    ranks = [dh.shape[1] for dh in dhs]
+def _pass_over_x(dhs: list[torch.Tensor | None], masks: torch.Tensor | None, some: list[int]) -> _Pass:
+    """Of `some` projections. Streams have as many columns each, and a mask or none: they read the same tiles of x,
+    which meet in the L2 cache."""
     one_mask = masks is None or len(masks) == 1  # or none
-    widths = ranks if one_mask else [padded(max(ranks))] * len(ranks)
-    if len(dhs) > 1 and (sum(widths) if one_mask else widths[0]) <= LARGEST_RANK_OF_PASS:
-        narrow = _joined([dh if one_mask else with_columns(dh, widths[0]) for dh in dhs], dim=1)
-        return [_Pass(with_columns(narrow, padded(sum(widths))), masks, dict(enumerate(widths)))]
-    return [
-        _Pass(with_columns(some, width := padded(some.shape[1])), masks if one_mask else masks[j : j + 1], {j: width})
-        for j, dh in enumerate(dhs)
-        for some in dh.split(LARGEST_RANK_OF_PASS, dim=1)
-    ]
+    if not one_mask and len(some) < len(dhs):
+        masks = torch.stack([masks[j] for j in some])  # an index from the host could not be captured in a graph
+    dhs = [dhs[j] for j in some]
+    ranks = [dh.shape[1] for dh in dhs]
+    stacks = [_joined(dhs, dim=1)] if one_mask else dhs
+    largest = max(stack.shape[1] for stack in stacks)
+    streams = -(-largest // LARGEST_RANK_OF_PASS)  # of each stack
+    width = streams * padded(-(-largest // streams))
+    narrow = _joined([with_columns(stack, width) for stack in stacks], dim=1)
+    starts = [sum(ranks[:j]) if one_mask else j * width for j in range(len(ranks))]
+    return _Pass(narrow, masks, streams * len(stacks), starts)
 
 
-def _launched(
-    products: list[_Product], passes: list[_Pass], x: torch.Tensor | None
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Each product's part of dx, and each pass's partial sums: the first pass beside the last product."""
-    both = 1 if products and passes else 0
-    parts = [native().lora_gemm(*one[:-1], None, one.by_feature) for one in products[: len(products) - both]]
-    sums = []
-    if both:
-        part, its_sums = native().lora_grads(*products[-1], x, passes[0].narrow, passes[0].keep)
-        parts.append(part), sums.append(its_sums)
-    sums += [native().lora_outer(x, one.narrow, None, one.keep, True)[0] for one in passes[both:]]
-    return parts, sums
-
-
-def _grads_A(passes: list[_Pass], sums: list[torch.Tensor], ranks: list[int], dtype: torch.dtype) -> list[torch.Tensor]:
-    """dA_j = dH_jᵀ·D_j(x) [R_j, K], of the partial sums of these passes."""
-    of_each: list[list[Sum]] = [[] for _ in ranks]
-    for one, its_sums in zip(passes, sums):
-        widths = [*one.widths.values()]
-        for j, part in zip(one.widths, its_sums[:, : sum(widths)].split(widths, dim=1)):
-            of_each[j].append(Sum(part, dtype))
-    return [grad_A[:rank] for grad_A, rank in zip(_added(of_each, dim=0), ranks)]
-
-
-def _passes_over_dys(
+def _low_rank_grads(
     dys: list[torch.Tensor],
     lora_Bs: list[torch.Tensor | None],
     ss: list[torch.Tensor | None],
@@ -286,49 +296,43 @@ def _passes_over_dys(
     ranks: list[int],
     adapter_dtype: torch.dtype,
 ) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
-    """dH_j [M, R_j] and dB_j [N_j, R_j] of each projection, None where B_j or S_j is. The float32 partials of all of
-    them are held until they are added up: for dH 4·M·R bytes every 128 columns of dy."""
-    passes = [_pass_over_dy(*one, adapter_dtype) for one in zip(dys, lora_Bs, ss, row_scalings, scales)]
-    found = _added([sums for both in passes for sums in both], dim=1)
+    """dH_j = scale_j · dy_j·B_j [M, R_j] and dB_j = dy_jᵀ·S_j [N_j, R_j], None where B_j or S_j is. The float32
+    partials of all of them are held until they are added up: for dH 4·M·R bytes every 128 columns of dy."""
+    given = [*zip(dys, lora_Bs, ss, row_scalings, scales)]
+    sums: list[Sum | None] = []
+    for one, rank in zip(given, ranks):
+        sums += (None, None) if rank > LARGEST_RANK_OF_PASS else _sums_over_dy(*one, rank, adapter_dtype)
+    found = reduced(sums)
     dhs = [None if dh is None else dh[:, :rank] for dh, rank in zip(found[0::2], ranks)]
-    return dhs, [None if grad_B is None else grad_B[:, :rank].contiguous() for grad_B, rank in zip(found[1::2], ranks)]
+    grads_B = [None if grad is None else grad[:, :rank].contiguous() for grad, rank in zip(found[1::2], ranks)]
+    for j, (dy, lora_B, s, row_scaling, scale) in enumerate(given):
+        if ranks[j] > LARGEST_RANK_OF_PASS:
+            dhs[j] = None if lora_B is None else aligned(reference.scaled_mm(dy, lora_B, scale, row_scaling))
+            grads_B[j] = None if s is None else matmul_float32(dy.t(), s).to(adapter_dtype)
+    return dhs, grads_B
 
 
-def _pass_over_dy(
+def _sums_over_dy(
     dy: torch.Tensor,
     lora_B: torch.Tensor | None,
     s: torch.Tensor | None,
     row_scaling: torch.Tensor | None,
     scale: float,
+    rank: int,
     adapter_dtype: torch.dtype,
-) -> tuple[list[Sum], list[Sum]]:
-    """Of dH = scale · dy·B [M, R] where lora_B is given, and of dB = dyᵀ·S [N, R] where s is, by one pass: the sums
-    whose first R columns, side by side, they are."""
-    if lora_B is None:
-        return [], [] if s is None else _outer(dy, s, adapter_dtype)
-    R = padded(lora_B.shape[1])
-    right = with_columns(lora_B, R)
-    if s is None or R > LARGEST_RANK_OF_PASS:
+) -> tuple[Sum | None, Sum | None]:
+    """Of dH where lora_B is given, and of dB where s is, with columns up to the padded rank: by one pass over dy, or by
+    one each."""
+    R = padded(rank)
+    right = None if lora_B is None else with_columns(lora_B, R)
+    together = right is not None and s is not None and rank <= LARGEST_RANK_OF_DY_PASS
+    sums = shrunk = None
+    if s is not None:
+        sums, shrunk = native().lora_outer(dy, with_columns(s, R), right if together else None, None, 1, False)
+    if right is not None and not together:
         shrunk = native().lora_shrink(dy, right, None, 0, 1, None, False)
-        grad_B = [] if s is None else _outer(dy, s, adapter_dtype)
-    else:
-        sums, shrunk = native().lora_outer(dy, with_columns(s, R), right, None, False)
-        grad_B = [Sum(sums, adapter_dtype)]
-    return [Sum(shrunk, dy.dtype, row_scaling, scale)], grad_B
-
-
-def _outer(dy: torch.Tensor, s: torch.Tensor, dtype: torch.dtype) -> list[Sum]:
-    """Of dB = dyᵀ·S [N, R]: the sums whose first R columns, side by side, it is."""
-    return [
-        Sum(native().lora_outer(dy, with_columns(some, padded(some.shape[1])), None, None, False)[0], dtype)
-        for some in s.split(LARGEST_RANK_OF_PASS, dim=1)
-    ]
-
-
-def _added(of_each: list[list[Sum]], dim: int) -> list[torch.Tensor | None]:
-    """Each list's sums side by side, None of an empty one; all of a dtype are added up by one launch."""
-    results = iter(reduced([one for sums in of_each for one in sums]))
-    return [_joined([next(results) for _ in sums], dim) if sums else None for sums in of_each]
+    of_dH = None if right is None else Sum(shrunk, dy.dtype, row_scaling, scale)
+    return of_dH, None if sums is None else Sum(sums, adapter_dtype)
 
 
 def _joined(matrices: list[torch.Tensor], dim: int) -> torch.Tensor:

@@ -48,7 +48,7 @@ def forward(
         if masks is not None and (j == 0 or not shared_dropout):
             kept = dropout.unpack_mask(masks[j], rows.shape[1], dtype)
             dropped = _as(rows * kept, low_dtype)
-        s = _scaled_mm(dropped, _as(lora_A, low_dtype), scaling * rescale, row_scaling, transposed=True)
+        s = scaled_mm(dropped, _as(lora_A, low_dtype), scaling * rescale, row_scaling, transposed=True)
         y = add_base(s, lora_B, rows, weight, bias)
         ys.append(unflatten(y, x))
         if save_s[j]:
@@ -90,7 +90,7 @@ def backward(
         if masks is not None and j < len(masks):  # else the mask of the projection before is for all
             kept = dropout.unpack_mask(masks[j], (lora_A if needs_x else rows).shape[1], dy.dtype)
         if needs_x or needs_A:
-            dh = _scaled_mm(low, _as(lora_B, low.dtype), scalings[j] * rescale, row_scaling)
+            dh = scaled_mm(low, _as(lora_B, low.dtype), scalings[j] * rescale, row_scaling)
         if needs_x:
             low_rank = dh.mm(_as(lora_A, low.dtype))
             low_rank = _as(low_rank if kept is None else low_rank.mul_(kept), dy.dtype)
@@ -139,7 +139,7 @@ def _low_rank_dtype(rows: torch.Tensor, rank: int, high_precision: bool) -> torc
     return torch.float32 if tiny else dtype
 
 
-def _scaled_mm(
+def scaled_mm(
     left: torch.Tensor, right: torch.Tensor, scale: float, row_scaling: torch.Tensor | None, transposed: bool = False
 ) -> torch.Tensor:
     """scale · row_scaling · left·right, or left·rightᵀ; the scale is applied before a product is rounded to 16 bits."""

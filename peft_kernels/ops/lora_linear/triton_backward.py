@@ -11,6 +11,7 @@ from ..common import dropout
 from ..common.device import dot, dot_high, load_mask
 from ..common.machine import architecture, sm_count
 from ..common.reduce import split_reduce
+from ..common.tensors import matmul_float32
 from ..common.triton_host import dot_precision
 from ..common.triton_host import high_precision as high
 from . import configs
@@ -270,10 +271,3 @@ def _dense(grad_y: torch.Tensor) -> torch.Tensor:
     """[M, N] with rows that kernels can address: `y.sum().backward()` brings a gradient of strides (0, 0)."""
     dy = grad_y if grad_y.dim() == 2 else grad_y.reshape(-1, grad_y.shape[-1])
     return dy if 0 not in dy.stride() else dy.contiguous()
-
-
-def matmul_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left·right accumulated and returned in float32."""
-    if left.is_cuda and left.dtype != torch.float32 and torch.version.hip is None:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float().mm(right.float())

@@ -8,6 +8,7 @@
     python -m benchmarks plot
     python -m benchmarks report               # docs/benchmarks/ and the README's tables, from benchmarks/results/
     python -m benchmarks model --gpu h200     # predicted from bytes and FLOPs, on any machine
+    python -m benchmarks kernels              # a LoRA layer kernel by kernel, measured beside predicted, on a GPU
 
 Every provider is checked against float64 before it is timed; one that is wrong is named and not timed.
 """
@@ -21,7 +22,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import compare, model, report, run
+from . import compare, kernels, model, report, run
 from .measure import where
 from .resultfile import ResultFile
 from .specs import SPECS
@@ -41,10 +42,12 @@ def main(arguments: list[str] | None = None) -> None:
     drawing.add_argument("results", nargs="?", type=Path, default=run.OUTPUT, help="folder of result files")
     report.add_arguments(commands.add_parser("report", help="Markdown with tables and pictures"))
     model.add_arguments(commands.add_parser("model", help="times predicted from bytes and FLOPs"))
+    kernels.add_arguments(commands.add_parser("kernels", help="a LoRA layer on a GPU, kernel by kernel"))
     options = parser.parse_args(arguments)
-    {"run": run.main, "list": show, "compare": compare.main, "plot": draw, "report": report.main, "model": model.main}[
-        options.command
-    ](options)
+    {
+        "run": run.main, "list": show, "compare": compare.main, "plot": draw, "report": report.main,
+        "model": model.main, "kernels": kernels.main,
+    }[options.command](options)  # fmt: skip
 
 
 def show(options: argparse.Namespace) -> None:

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import compare, host, lora, providers, run, specs
+from benchmarks import compare, host, kernels, lora, providers, run, specs
 from benchmarks.lora import Shape, base_flops, bytes_moved, check, flops, make_inputs
 from benchmarks.measure import peak_bytes, quantile, rows_of, saved_bytes
+from benchmarks.model import launches
 from benchmarks.providers import BARE, EAGER, PEFT, Provider, all_providers
 from benchmarks.registry import BACKWARD, BOTH, FORWARD, STEP, Request
 from benchmarks.resultfile import ResultFile
@@ -327,3 +328,52 @@ def test_host_costs():
 def test_rows_are_json():
     rows = lora.measure(SMALL, Request("cpu", CEILINGS, 0.1, providers=("ours",)))
     assert json.loads(json.dumps(rows)) == rows
+
+
+class TestKernels:
+    @staticmethod
+    def events(late: float) -> list[kernels.Event]:
+        """A pass, a GEMM, and another pass that starts before the GEMM has ended, as `late` as that."""
+        spans = {
+            "pass": (0, 10),
+            "gemm": (12, 100),
+            "beside": (90 + late, 104 + late),
+            "reduce": (106 + late, 107 + late),
+        }
+        return [kernels.Event(name, *span) for name, span in spans.items()]
+
+    def test_medians_by_position(self):
+        found = kernels.rows([self.events(late) for late in (0.0, 1.0, 5.0)])
+        assert [(row.name, row.time, row.gap, row.launch) for row in found] == [
+            ("pass", 10, 0, None), ("gemm", 88, 2, None), ("beside", 14, -9, None), ("reduce", 1, 2, None),
+        ]  # fmt: skip
+
+    def test_beside_the_launches_that_they_are(self):
+        ceilings = {"torch.bfloat16": 1e12, "bytes": 1e9, "gap_us": 9.0}
+        gemm = launches.beside(launches.gemm("dx", 100, 100, 200, 2), launches.elementwise("x pass", 200, 0))
+        model = [launches.elementwise("dy pass", 5000, 0), gemm, launches.elementwise("reduce", 0, 500)]
+        found = kernels.rows([self.events(0.0)], model)
+        assert [(row.name, row.time, row.launch) for row in found] == [
+            ("pass", 10, model[0]), ("gemm + beside", 92, gemm), ("reduce", 1, model[2]),
+        ]  # fmt: skip
+        made = kernels.table(found, torch.bfloat16, ceilings)
+        columns = {column.header: list(column.cells)[:-1] for column in made.columns}
+        assert columns["predicted"] == ["5.00 µs", "100 µs", "0.50 µs"]
+        assert columns["×"] == ["2.00", "0.92", "2.00"]
+        assert columns["what"] == ["dy pass", "dx, x pass", "reduce"]
+        assert list(made.columns[2].cells)[-1] == "107 µs"
+
+    def test_other_launches_than_the_model_has(self):
+        found = kernels.rows([self.events(0.0)], [launches.elementwise("one", 1, 1)])
+        assert [row.launch for row in found] == [None] * 4
+
+    def test_a_gpu_is_needed(self, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(SystemExit, match="expected a CUDA GPU that torch can use, got none"):
+            command.main(["kernels"])
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("options", [[], ["--once"]])
+    def test_on_a_gpu(self, options, capsys):
+        command.main(["kernels", "--case", "M=256 ", "--provider", "bare", "--provider", "ours, triton", *options])
+        assert ("ours, triton:fused on M=256" in capsys.readouterr().out) == (not options)

@@ -13,8 +13,8 @@ rate it stays; kernels that overlap, but for a pair of ours; what torch.compile 
 of random numbers.
 """
 
-from .ceilings import ceilings_of_file, ceilings_of_gpu
+from .ceilings import ceilings_of_file, ceilings_of_gpu, completed
 from .command import add_arguments, main
 from .predict import launches_of, predicted
 
-__all__ = ["add_arguments", "ceilings_of_file", "ceilings_of_gpu", "launches_of", "main", "predicted"]
+__all__ = ["add_arguments", "ceilings_of_file", "ceilings_of_gpu", "completed", "launches_of", "main", "predicted"]

@@ -46,11 +46,13 @@ def ceilings_of_gpu(name: str) -> Ceilings:
 
 def ceilings_of_file(file: ResultFile) -> Ceilings:
     """What was measured for the file; of a GPU with what the rates leave out, which is published or assumed."""
-    if file.machine.get("device") != "cuda":
-        return file.ceilings
-    name = file.machine.get("gpu", "").lower()
-    gpu = next((gpu for key, gpu in PUBLISHED.items() if key in name), PUBLISHED["h200"])
-    return _beside(gpu) | file.ceilings
+    return completed(file.ceilings, file.machine["gpu"]) if file.machine.get("device") == "cuda" else file.ceilings
+
+
+def completed(rates: Ceilings, name: str) -> Ceilings:
+    """What was measured on a GPU of that name, with what is published or assumed."""
+    gpu = next((gpu for key, gpu in PUBLISHED.items() if key in name.lower()), PUBLISHED["h200"])
+    return _beside(gpu) | rates
 
 
 def _beside(gpu: Gpu) -> Ceilings:

@@ -356,12 +356,16 @@ class TestKernels:
         assert [(row.name, row.time, row.launch) for row in found] == [
             ("pass", 10, model[0]), ("gemm + beside", 92, gemm), ("reduce", 1, model[2]),
         ]  # fmt: skip
-        made = kernels.table(found, torch.bfloat16, ceilings)
+        made = kernels.table(found, kernels.span([self.events(0.0)]), torch.bfloat16, ceilings)
         columns = {column.header: list(column.cells)[:-1] for column in made.columns}
         assert columns["predicted"] == ["5.00 µs", "100 µs", "0.50 µs"]
         assert columns["×"] == ["2.00", "0.92", "2.00"]
         assert columns["what"] == ["dy pass", "dx, x pass", "reduce"]
         assert list(made.columns[2].cells)[-1] == "107 µs"
+
+    def test_the_whole_ends_with_what_ends_last(self):
+        events = [kernels.Event("gemm", 0.0, 100.0), kernels.Event("within", 90.0, 95.0)]
+        assert kernels.span([events]) == 100.0
 
     def test_other_launches_than_the_model_has(self):
         found = kernels.rows([self.events(0.0)], [launches.elementwise("one", 1, 1)])

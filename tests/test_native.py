@@ -96,7 +96,7 @@ BUDGETS = {
     "reduction": (6, 64),  # three output dtypes, vectorised or not; 4 blocks of 256 threads an SM
     "draw_mask": (1, 64),
     "shrink_sm80": (12, 168),  # two dtypes, 16, 32 or 64 columns, two layouts; 3 blocks of 128 threads an SM
-    "outer_sm80": (12, 255),  # two dtypes, ranks up to 16, 32 or 64, with dH or without; 2 blocks of 128 threads an SM
+    "outer_sm80": (10, 255),  # two dtypes, ranks up to 16, 32 or 64, with dH up to 32; 2 blocks of 128 threads an SM
     "forward_sm90": (6, 168),  # two dtypes, ranks up to 16, 32 or 64; 384 threads an SM. Empty but on sm_90a
     "gemm_sm90": (8, 168),  # two dtypes, two tiles, two layouts; 384 threads an SM. Empty but on sm_90a
     "gathered_sm90": (4, 168),  # two dtypes, two tiles; the same

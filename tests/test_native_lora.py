@@ -357,7 +357,7 @@ def test_shrink_says_what_it_expected(arguments, message):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1, 8, 1), (130, 71, 6), (2048, 4096, 16), (8192, 1000, 32), (300, 576, 64)])
+@pytest.mark.parametrize("shape", [(1, 8, 1), (130, 71, 6), (2048, 4096, 16), (8192, 1000, 32), (300, 576, 24)])
 def test_outer_and_shrunk(shape, dtype):
     rows, columns, width = shape
     torch.manual_seed(0)
@@ -414,6 +414,8 @@ def test_outer_of_nothing(shape):
 def test_outer_says_what_it_expected():
     with pytest.raises(RuntimeError, match="lora_outer: expected a rank of at most 64, got 72"):
         lora_outer(matrix(8, 16), matrix(8, 72), None, None, 1, False)
+    with pytest.raises(RuntimeError, match="lora_outer: expected a rank of at most 32 with right, got 40"):
+        lora_outer(matrix(8, 16), matrix(8, 40), matrix(16, 40), None, 1, False)
     with pytest.raises(RuntimeError, match=r"lora_outer: expected narrow \[8, 8\], got \[4, 8\]"):
         lora_outer(matrix(8, 16), matrix(4, 8), None, None, 1, False)
     keep = torch.zeros(2, 8, 2, dtype=torch.uint8, device="cuda")
@@ -434,12 +436,13 @@ def test_outer_says_what_it_expected():
         (64, 4096, 4096, 16),  # the GEMM's depth is split
         (1000, 1024, 1536, 64),
         (8192, 4096, 4096, 16),
+        (1024, 1024, 65536, 16),  # the pass ends long before the GEMM
     ],
     ids=str,
 )
 def test_grads_are_those_of_both(shape, masked, dtype):
-    """Bit for bit, whatever of the pass over x has run before the GEMM has ended: and with memory that was freed just
-    before, which the allocator hands out again."""
+    """Bit for bit, whatever of the pass over x has run before the GEMM has ended. What follows in the stream finds both
+    done: also the memory of the operands, which the allocator hands out again."""
     rows, columns, _, rank = shape
     given, x, dh = operands(*shape, False, dtype), matrix(rows, columns, dtype), matrix(rows, rank, dtype)
     keep = torch.randint(256, (rows, -(-columns // 8)), dtype=torch.uint8, device="cuda") if masked else None
@@ -448,8 +451,11 @@ def test_grads_are_those_of_both(shape, masked, dtype):
     for _ in range(50):
         copies = [one._base.clone()[:, : one.shape[1]] for one in (*given, x, dh)]  # rows start as they did
         found = lora_grads(*copies[:4], keep, False, *copies[4:], over_x, 1)
+        found = [one.clone() for one in found]
         del copies
+        others = [torch.full_like(one._base, torch.nan) for one in (*given, x, dh)]
         assert torch.equal(found[0], out) and torch.equal(found[1], sums)
+        del others
 
 
 @pytest.mark.gpu
@@ -468,6 +474,8 @@ def test_grads_say_what_they_expected():
         lora_grads(*given, None, False, matrix(8, 16), matrix(4, 8), None, 1)
     with pytest.raises(RuntimeError, match="lora_gemm: expected every operand in one dtype"):
         lora_grads(given[0], given[1].half(), *given[2:], None, False, matrix(8, 16), matrix(8, 8), None, 1)
+    with pytest.raises(RuntimeError, match=r"lora_grads: expected wide \[8, 16\], as out, got \[8, 24\]"):
+        lora_grads(*given, None, False, matrix(8, 24), matrix(8, 8), None, 1)
     with pytest.raises(RuntimeError, match="expected wide on CUDA device 0, got a tensor that is not on CUDA"):
         lora_grads(*given, None, False, matrix(8, 16, device="cpu"), matrix(8, 8), None, 1)
 

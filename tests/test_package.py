@@ -100,6 +100,10 @@ class TestExplained:
         assert f"S, pass over x block_m {tile.block_m}, block_c {tile.block_c}" in words
         assert "dH and dB, pass over dy" in words
         assert "backend cuda, y tile 128 × 256 of sm_90a on 132 SMs" in words or not _native.build_facts()
+        ways = {16: "one pass over dy, one over x beside", 40: "two passes over dy", 70: "the vendor's GEMM each"}
+        for rank, way in ways.items():
+            words = " ".join(explained("4096", "4096", "4096", str(rank), "bfloat16", arch=90).split())
+            assert f"backend cuda, dH, dB, dA {way}" in words
         assert "dH and dB two products" in " ".join(explained("8", "8", "8", "64", "float16", arch=80).split())
 
     def test_of_the_gpu_here_with_its_table_and_what_was_asked_for(self, monkeypatch):

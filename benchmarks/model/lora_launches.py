@@ -10,7 +10,7 @@ from functools import partial
 from typing import NamedTuple
 
 from peft_kernels.ops.lora_linear import configs
-from peft_kernels.ops.lora_linear.cuda import LARGEST_RANK_OF_DY_PASS, LARGEST_RANK_OF_FORWARD, LARGEST_RANK_OF_PASS
+from peft_kernels.ops.lora_linear.cuda import LARGEST_RANK_OF_FORWARD, LARGEST_RANK_OF_JOINT_PASS, LARGEST_RANK_OF_PASS
 
 from ..providers import BARE, EAGER, PEFT
 from .launches import F32, INDEX, Ceilings, Launch, Passes, beside, cast, elementwise, gemm, in_one, native_parts
@@ -292,7 +292,7 @@ def cuda(layers: list[Layer], ceilings: Ceilings, path: str) -> Passes | None:
         if l.R > LARGEST_RANK_OF_PASS:
             backward += [one.dH(), one.dB()._replace(written=F32 * one.N * one.R), *cast("dB", 2 * one.B, one.B)]
             continue
-        if l.R > LARGEST_RANK_OF_DY_PASS:
+        if l.R > LARGEST_RANK_OF_JOINT_PASS:
             dH = F32 * _shrink_parts(one.M, one.N, one.R, 1, processors) * one.M * one.R
             backward += [one.dB()._replace(written=dB), one.dH()._replace(written=dH)]
         else:

@@ -7,15 +7,16 @@
 
 namespace peft_kernels {
 
-// Once every block has said so, or ended, the next grid may start if it was launched so; any other waits as always.
+// Once every block of this grid has said so, or ended, the next one may start if it was launched so; any other waits as always.
+// To say so first of all costs nothing: by then every block has its SM, and the next grid gets what they leave.
 PEFT_KERNELS_DEVICE void let_next_grid_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
 #endif
 }
 
-// Until the grid before has ended, and what it wrote is there; at once in a grid that was launched as always. In one that was
-// not, a block at least has to wait: then the grid ends after the one before it, and whatever follows finds both done.
+// Until the grid before has ended, and what it wrote is there; at once in a grid that was launched as always. In a grid
+// launched beside another at least one block has to wait: so it ends after the other, and whatever follows finds both done.
 PEFT_KERNELS_DEVICE void wait_for_previous_grid() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\n" ::: "memory");

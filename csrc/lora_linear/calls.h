@@ -44,8 +44,8 @@ class Call {
   Call(const torch::stable::Tensor& wide, const torch::stable::Tensor& narrow,
        const std::optional<torch::stable::Tensor>& right, const std::optional<torch::stable::Tensor>& keep,
        int64_t streams, bool transposed);
-  // `beside`: it may start before the kernel launched last has ended, if that one began when all that this one reads was there,
-  // and reads nothing that was freed before this call was made.
+  // `beside`: it may start before the kernel launched last has ended. That one has to be a launch as always, after all that
+  // this one reads was there, and made after this object: what it reads is then none of the results' memory.
   void launch(bool beside = false) const;
   const torch::stable::Tensor& sums() const { return sums_; }
   const torch::stable::Tensor& shrunk() const { return shrunk_; }

@@ -30,7 +30,7 @@ struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
   static constexpr int kSharedBytes = kKeep + kMostPairs * kKeepBytes;
 
   PEFT_KERNELS_DEVICE static void run(const Arguments& args, char* shared) {
-    let_next_grid_start();
+    let_next_grid_start();  // if it was launched beside this one: the pass over x
     const int tiles = tiles_of(args.rows, Tile::kRows) * tiles_of(args.columns, Tile::kColumns);
     const int part = kSplits ? block_index() / tiles : 0;
     const Position tile = position(block_index() - part * tiles, args.rows, args.columns, Tile::kRows, Tile::kColumns);

@@ -45,7 +45,7 @@ struct BoxGemm : private BoxProduct<T, Tile, true, kByFeature> {
   static_assert(kSharedBytes <= 232448);
 
   PEFT_KERNELS_DEVICE static void run(const BoxArguments& args, char* shared) {
-    let_next_grid_start();
+    let_next_grid_start();  // if it was launched beside this one: the pass over x
     const typename Product::Ring ring(shared, shared + kBarriers);
     int all_stages = 0;
     for (int j = 0; j < args.pairs; ++j) all_stages += tiles_of(args.base[j].depth, kDepth);

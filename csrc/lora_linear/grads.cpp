@@ -1,11 +1,13 @@
 // dx and dA as an op: the pass over x runs beside the last tiles of the GEMM, on SMs that have no tile left.
 //
 //   lora_grads(left, right, low_left, low_right, keep, by_feature, wide, narrow, wide_keep?, streams) -> (out, sums)
-//   out: lora_gemm of the first six, without a bias (gemm.cu); sums: of lora_outer of the others, transposed (outer.cu)
+//   out [M, N]: lora_gemm of the first six, without a bias (gemm.cu); sums: of lora_outer of the others, transposed
+//   (outer.cu), wide [M, N]
 //
 // Takes, allocates and refuses what the two do, and gives their bits. Beside each other they run where the kernels for sm_90a do,
 // elsewhere one after the other.
 
+#include "common/checks.h"
 #include "common/launch.h"
 #include "lora_linear/calls.h"
 
@@ -27,6 +29,10 @@ std::tuple<Tensor, Tensor> lora_grads(std::vector<Tensor> left, std::vector<Tens
   const lora_gemm::Call gemm(left, right, low_left, low_right, keep, std::nullopt, by_feature);
   check_same_device(wide, "wide", left[0]);
   const lora_outer::Call outer(wide, narrow, std::nullopt, wide_keep, streams, true);
+  // Also so that there is a GEMM wherever there is a pass, and no other kernel before it.
+  STD_TORCH_CHECK(wide.size(0) == left[0].size(0) && wide.size(1) == right[0].size(by_feature ? 0 : 1),
+                  "lora_grads: expected wide [", left[0].size(0), ", ", right[0].size(by_feature ? 0 : 1), "], as out, got ",
+                  shape_of(wide));
   gemm.launch();
   outer.launch(has_boxes(wide.get_device_index()));
   return {gemm.result(), outer.sums()};

@@ -5,7 +5,7 @@
 //   of several streams narrow has R / streams columns each, a multiple of 8, and sums are transposed; a mask is for the next
 //   streams / masks of them
 //
-// bfloat16 or float16 on sm_80 and later, R up to 64 a stream; rows of unit stride that start on 16 bytes. P is at most 32. The
+// bfloat16 or float16 on sm_80 and later, R up to 64 a stream, up to 32 with right; rows of unit stride that start on 16 bytes. P is at most 32. The
 // results are all that is allocated.
 
 #include "common/checks.h"
@@ -34,7 +34,7 @@ using torch::stable::Tensor;
               reinterpret_cast<const void*>(&outer_sm80<T, width, shrinks>), \
               Outer<T, width, shrinks>::kSharedBytes)
 #define ENTRIES(T) \
-  ENTRY(T, 16, true), ENTRY(T, 16, false), ENTRY(T, 32, true), ENTRY(T, 32, false), ENTRY(T, 64, true), ENTRY(T, 64, false)
+  ENTRY(T, 16, true), ENTRY(T, 16, false), ENTRY(T, 32, true), ENTRY(T, 32, false), ENTRY(T, 64, false)
 const KernelEntry kEntries[] = {ENTRIES(__nv_bfloat16), ENTRIES(__half)};
 #undef ENTRIES
 #undef ENTRY
@@ -57,7 +57,8 @@ Call::Call(const Tensor& wide, const Tensor& narrow, const std::optional<Tensor>
   STD_TORCH_CHECK(masks > 0 && streams % masks == 0, kOp, ": expected masks that divide the ", streams, " streams, got ",
                   masks);
   const int64_t width = all / streams;
-  STD_TORCH_CHECK(width <= kLargestWidth, kOp, ": expected a rank of at most ", kLargestWidth, ", got ", width);
+  const int64_t most = right ? kLargestWidthToShrink : kLargestWidth;
+  STD_TORCH_CHECK(width <= most, kOp, ": expected a rank of at most ", most, right ? " with right" : "", ", got ", width);
   check_operand(kOp, wide, "wide", rows, columns, wide);
   check_operand(kOp, narrow, "narrow", rows, all, wide);
   if (right) check_operand(kOp, *right, "right", columns, width, wide);

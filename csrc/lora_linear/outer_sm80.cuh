@@ -6,7 +6,8 @@
 
 namespace peft_kernels::lora_outer {
 
-constexpr int kLargestWidth = 64;  // above, partials grow beyond what a second pass costs
+constexpr int kLargestWidth = 64;  // of a stream
+constexpr int kLargestWidthToShrink = 32;  // above, writing and reading shrunk's parts moves more than a second pass
 
 template <typename T, int kWidth, bool kShrinks>
 PEFT_KERNELS_GLOBAL(kThreads) outer_sm80(const Arguments args) {
@@ -24,8 +25,8 @@ cudaError_t launch_sm80(const Arguments& args, cudaStream_t stream, bool beside)
 template <typename T, bool kShrinks>
 cudaError_t launch_sm80(const Arguments& args, cudaStream_t stream, bool beside = false) {
   if (args.width <= 16) return launch_sm80<T, 16, kShrinks>(args, stream, beside);
-  if (args.width <= 32) return launch_sm80<T, 32, kShrinks>(args, stream, beside);
-  return launch_sm80<T, 64, kShrinks>(args, stream, beside);
+  if (kShrinks || args.width <= 32) return launch_sm80<T, 32, kShrinks>(args, stream, beside);
+  return launch_sm80<T, kShrinks ? 32 : 64, kShrinks>(args, stream, beside);
 }
 
 }  // namespace peft_kernels::lora_outer

@@ -94,7 +94,7 @@ def check_subsets(backend: str, dropout_p: float = 0.25, **case_arguments) -> No
         if not any(trains.values()):
             assert not saved
             continue
-        rows, K, R, n = 20, 40, 3, len(case.projections)
+        rows, K, R, n = 20, 40, arguments["rank"], len(case.projections)
         element = case.x.element_size()
         expected = []
         if trains["lora_A"] or trains["weight"]:

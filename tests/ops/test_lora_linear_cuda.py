@@ -61,9 +61,10 @@ def test_drawn_shapes(rows, in_features, out_features, rank, dropout_p):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("rank", [3, 40, 70])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-def test_subsets(dropout_p):
-    checks.check_subsets("cuda", dropout_p, dtype=torch.bfloat16)
+def test_subsets(dropout_p, rank):
+    checks.check_subsets("cuda", dropout_p, rank=rank, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("rank", checks.RANKS, ids=str)

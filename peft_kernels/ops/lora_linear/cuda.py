@@ -4,8 +4,8 @@ pass over x for dA beside its last tiles.
 
 They multiply 16-bit operands whose rows start on 16 bytes. Low-rank matrices are filled up with zeros to a multiple of
 8 ranks, and a wide matrix whose rows lie otherwise is copied once. A weight that lies otherwise is left to the vendor's
-GEMM, and so are products of large ranks, which are no passes any more; float32 (operands, or adapters at "high"
-precision) to the reference: by these rules, before any launch.
+GEMM, and so are products above rank 64 to which no mask applies; float32 (operands, or adapters at "high" precision) to
+the reference: by these rules, before any launch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..common.tensors import flatten, matmul_float32, unflatten
 from . import configs, reference
 
 LARGEST_RANK_OF_PASS = 64  # of `lora_outer`, a stream; above, the vendor's GEMM, or with a mask several streams
-LARGEST_RANK_OF_DY_PASS = 32  # for dH and dB: above, dH's partial sums cost more than to read dy twice
+LARGEST_RANK_OF_JOINT_PASS = 32  # for dH and dB: above, dH's partial sums cost more than to read dy twice
 LARGEST_NUMBER_OF_PAIRS = 3  # of `lora_gemm`
 LARGEST_RANK_OF_FORWARD = 64  # of `lora_forward`
 
@@ -272,7 +272,7 @@ class _Pass(NamedTuple):
 
 def _pass_over_x(dhs: list[torch.Tensor | None], masks: torch.Tensor | None, some: list[int]) -> _Pass:
     """Of `some` projections. Streams have as many columns each, and a mask or none: they read the same tiles of x,
-    which meet in the L2 cache."""
+    which meet in the L2 cache. Ranks far apart cost the smaller ones streams of zeros, with a mask each."""
     one_mask = masks is None or len(masks) == 1  # or none
     if not one_mask and len(some) < len(dhs):
         masks = torch.stack([masks[j] for j in some])  # an index from the host could not be captured in a graph
@@ -297,7 +297,7 @@ def _low_rank_grads(
     adapter_dtype: torch.dtype,
 ) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
     """dH_j = scale_j · dy_j·B_j [M, R_j] and dB_j = dy_jᵀ·S_j [N_j, R_j], None where B_j or S_j is. The float32
-    partials of all of them are held until they are added up: for dH 4·M·R bytes every 128 columns of dy."""
+    partials of all of them are held until they are added up: for dH 4·M·R bytes every 128 columns of dy, to rank 32."""
     given = [*zip(dys, lora_Bs, ss, row_scalings, scales)]
     sums: list[Sum | None] = []
     for one, rank in zip(given, ranks):
@@ -325,7 +325,7 @@ def _sums_over_dy(
     one each."""
     R = padded(rank)
     right = None if lora_B is None else with_columns(lora_B, R)
-    together = right is not None and s is not None and rank <= LARGEST_RANK_OF_DY_PASS
+    together = right is not None and s is not None and rank <= LARGEST_RANK_OF_JOINT_PASS
     sums = shrunk = None
     if s is not None:
         sums, shrunk = native().lora_outer(dy, with_columns(s, R), right if together else None, None, 1, False)

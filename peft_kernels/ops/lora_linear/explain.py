@@ -75,7 +75,7 @@ def explain_native(
         return
     least = table.get(("cuda_fused_from", size), configs.CUDA_FUSED_FROM.get((arch, size)))
     if R > cuda.LARGEST_RANK_OF_PASS:
-        way = "the vendor's GEMM: the rank is above that of a pass over x"
+        way = "the vendor's GEMM, as the rank is above that of a pass; with dropout a pass over x"
     elif arch != 90 or K % 8 or not cuda.fits_one_kernel(N, R):
         way = "a pass over x: one kernel for S and y takes sm_90, K and N of multiples of 8, ranks up to 64"
     elif least is None:
@@ -90,9 +90,9 @@ def explain_native(
         text = f"tile {tile[0]} × {tile[1]} of {tile[2]} on {processors} SMs" if tile else "not known to this Python"
         yield f"backend cuda, {product}", text
     if R > cuda.LARGEST_RANK_OF_PASS:
-        way = "the vendor's GEMM each"
+        way = "the vendor's GEMM each; with dropout a pass over x for dA"
     else:
-        way = "one pass over dy" if R <= cuda.LARGEST_RANK_OF_DY_PASS else "two passes over dy"
+        way = "one pass over dy" if R <= cuda.LARGEST_RANK_OF_JOINT_PASS else "two passes over dy"
         way += ", one over x" + " beside the last tiles of dx" * (arch == 90)
     yield "backend cuda, dH, dB, dA", way
 

@@ -4,11 +4,14 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import peft_kernels
 from peft_kernels import _native, backends
@@ -51,6 +54,21 @@ def test_importing_needs_no_triton():
     hide = "import sys; sys.modules['triton'] = None; import peft_kernels; print('imported')"
     result = run_python(hide)
     assert result.stdout.strip() == "imported", result.stderr
+
+
+def test_every_held_version_is_one_that_the_oldest_python_takes():
+    """A release that needs a newer Python stands with a marker in constraints.txt; without, pip finds no way out."""
+    oldest = re.search(r'requires-python = ">=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        held = Requirement(line) if line and not line.startswith("#") else None
+        if held is None or (held.marker and not held.marker.evaluate({"python_version": oldest})):
+            continue
+        try:
+            facts = metadata(held.name)
+        except PackageNotFoundError:  # of another Python, or of a set-up with less
+            continue
+        needs = facts.get("Requires-Python") or ""
+        assert facts["Version"] not in held.specifier or f"{oldest}.99" in SpecifierSet(needs), f"{line}: {needs}"
 
 
 def test_version_is_the_one_in_pyproject():

@@ -46,7 +46,9 @@ def ceilings_of_gpu(name: str) -> Ceilings:
 
 def ceilings_of_file(file: ResultFile) -> Ceilings:
     """What was measured for the file; of a GPU with what the rates leave out, which is published or assumed."""
-    return completed(file.ceilings, file.machine["gpu"]) if file.machine.get("device") == "cuda" else file.ceilings
+    if file.machine.get("device") != "cuda":
+        return file.ceilings
+    return completed(file.ceilings, file.machine.get("gpu", ""))
 
 
 def completed(rates: Ceilings, name: str) -> Ceilings:

@@ -18,7 +18,7 @@ struct Arguments {
   int64_t narrow_pitch;
   const void* right;  // [columns, width], or null: no shrunk
   int64_t right_pitch;
-  const uint8_t* keep;  // of wide [masks, rows, ceil(columns / 8)], a bit an element, one for streams / masks of them, or null
+  const uint8_t* keep;  // of wide [masks, rows, ceil(columns / 8)], a bit an element, each for streams / masks; or null
   float* sums;          // [parts, streams, columns, width], or [parts, streams, width, columns] where transposed
   float* shrunk;        // [slices of kSlice columns, rows, width]
   int rows, columns, width, streams, masks, parts;

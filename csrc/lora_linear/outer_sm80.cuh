@@ -24,9 +24,10 @@ cudaError_t launch_sm80(const Arguments& args, cudaStream_t stream, bool beside)
 
 template <typename T, bool kShrinks>
 cudaError_t launch_sm80(const Arguments& args, cudaStream_t stream, bool beside = false) {
+  constexpr int kMost = kShrinks ? kLargestWidthToShrink : kLargestWidth;
   if (args.width <= 16) return launch_sm80<T, 16, kShrinks>(args, stream, beside);
-  if (kShrinks || args.width <= 32) return launch_sm80<T, 32, kShrinks>(args, stream, beside);
-  return launch_sm80<T, kShrinks ? 32 : 64, kShrinks>(args, stream, beside);
+  if (args.width <= 32) return launch_sm80<T, 32, kShrinks>(args, stream, beside);
+  return launch_sm80<T, kMost, kShrinks>(args, stream, beside);
 }
 
 }  // namespace peft_kernels::lora_outer

@@ -128,8 +128,7 @@ def backward(
     parts += [native().lora_gemm(*product[:-1], None, product.by_feature) for product in products]
     grads = [unflatten(functools.reduce(torch.Tensor.add_, parts), grad_ys[0])] if needs_x else []
     if over_x:
-        rows_of = [slice(start, start + ranks[j]) for start, j in zip(over_x.starts, others)]
-        grads_A |= zip(others, reduced([Sum(sums[:, its_rows], adapter_dtype) for its_rows in rows_of]))
+        grads_A |= zip(others, reduced([Sum(sums[:, place], adapter_dtype) for place in over_x.places]))
     for j, dy in enumerate(dys):
         if needs_weight[j]:
             grads.append(dy.t().mm(rows))
@@ -261,13 +260,13 @@ class _Pass(NamedTuple):
     and masks ask for.
 
     Attributes:
-        starts: the first column of each projection's.
+        places: the columns of each projection's.
     """
 
     narrow: torch.Tensor
     keep: torch.Tensor | None
     streams: int
-    starts: list[int]
+    places: list[slice]
 
 
 def _pass_over_x(dhs: list[torch.Tensor | None], masks: torch.Tensor | None, some: list[int]) -> _Pass:
@@ -284,7 +283,8 @@ def _pass_over_x(dhs: list[torch.Tensor | None], masks: torch.Tensor | None, som
     width = streams * padded(-(-largest // streams))
     narrow = _joined([with_columns(stack, width) for stack in stacks], dim=1)
     starts = [sum(ranks[:j]) if one_mask else j * width for j in range(len(ranks))]
-    return _Pass(narrow, masks, streams * len(stacks), starts)
+    places = [slice(start, start + rank) for start, rank in zip(starts, ranks)]
+    return _Pass(narrow, masks, streams * len(stacks), places)
 
 
 def _low_rank_grads(

@@ -102,9 +102,10 @@ Tensor sparse_gathered(const Tensor& dy, const Tensor& x, const std::optional<Te
   const bool boxes = has_boxes(device);
   TileName tile = choose(rows, width, processors, boxes);
   if (boxes && tile != TileName::kBoxWide) tile = TileName::kBoxSquare;
-  const int64_t tiles = tile == TileName::kBoxWide
-                            ? 2 * static_cast<int64_t>(tiles_of(rows, 2 * BoxWide::kRows)) * tiles_of(width, BoxWide::kColumns)
-                            : static_cast<int64_t>(tiles_of(rows, Square::kRows)) * tiles_of(width, Square::kColumns);
+  const int64_t tiles =
+      tile == TileName::kBoxWide     ? clusters_of<BoxWide>(rows, width) * BoxWide::kCluster
+      : tile == TileName::kBoxSquare ? clusters_of<BoxSquare>(rows, width) * BoxSquare::kCluster
+                                     : static_cast<int64_t>(tiles_of(rows, Square::kRows)) * tiles_of(width, Square::kColumns);
   constexpr int kStage = 64;
   const int parts = parts_of(tokens, kStage, tiles, boxes ? processors / 2 : processors);
   blocks_for(tiles * parts, 1);  // they fit

@@ -44,9 +44,9 @@ const KernelEntry kEntries[] = {ENTRIES(__nv_bfloat16), ENTRIES(__half)};
 constexpr const char* kOp = "lora_gemm";
 
 template <typename T, bool kByFeature>
-cudaError_t launch_tile(const Arguments& args, TileName tile, int processors, cudaStream_t stream) {
-  return of_boxes(tile) ? launch_sm90<T, kByFeature>(args, tile, processors, stream)
-                        : launch_sm80<T, kByFeature>(args, tile, stream);
+Status launch_tile(const Arguments& args, TileName tile, int processors, cudaStream_t stream) {
+  if (of_boxes(tile)) return launch_sm90<T, kByFeature>(args, tile, processors, stream);
+  return launch_sm80<T, kByFeature>(args, tile, stream);
 }
 
 // [height, depth] and [features, depth] or, by depth, [depth, features], on the device and in the dtype of `like`.

@@ -76,10 +76,10 @@ Entries entries_of(const std::optional<Tensor>& row_starts, const Tensor& column
 }
 
 template <typename T>
-cudaError_t launch(const Arguments& args, TileName tile, int processors, cudaStream_t stream) {
-  return tile == TileName::kBoxWide     ? launch_sm90<T, BoxWide>(args, processors, stream)
-         : tile == TileName::kBoxSquare ? launch_sm90<T, BoxSquare>(args, processors, stream)
-                                        : launch_sm80<T>(args, stream);
+Status launch(const Arguments& args, TileName tile, int processors, cudaStream_t stream) {
+  if (tile == TileName::kBoxWide) return launch_sm90<T, BoxWide>(args, processors, stream);
+  if (tile == TileName::kBoxSquare) return launch_sm90<T, BoxSquare>(args, processors, stream);
+  return launch_sm80<T>(args, stream);
 }
 
 Tensor sparse_gathered(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& row_starts,

@@ -16,7 +16,9 @@ XDIST  := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2
 VENV_STAMP   := $(VENV)/.stamp-venv
 LINT_STAMP   := $(VENV)/.stamp-lint
 ENV_STAMP    := $(VENV)/.stamp-env
-NATIVE_STAMP := $(VENV)/.stamp-native
+# nvcc where setup.py finds it. A library built without it is another one, to be built anew when nvcc is there.
+NVCC := $(or $(CUDACXX),$(shell PATH="$(abspath $(VENV))/bin:$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin"; command -v nvcc))
+NATIVE_STAMP := $(VENV)/.stamp-native$(if $(NVCC),,-cpu)
 SELFTEST     := build/selftest
 TRITON_STAMP := $(VENV)/.stamp-triton-$(OLDEST_TRITON)
 OLD_TRITON   := $(VENV)/triton-$(basename $(OLDEST_TRITON))
@@ -40,7 +42,9 @@ help:
 
 # --- Set-up --------------------------------------------------------------------------------------------------
 
+# Ends with what was built, and what was not and why.
 setup: $(ENV_STAMP) $(NATIVE_STAMP)
+	@cat $(NATIVE_STAMP)
 
 $(VENV_STAMP):
 	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; \
@@ -63,8 +67,9 @@ $(ENV_STAMP): pyproject.toml constraints.txt setup.py $(VENV_STAMP)
 	@touch $@
 
 $(NATIVE_STAMP): $(ENV_STAMP) $(NATIVE_SOURCES)
-	@$(PY) setup.py -q build_ext --inplace
-	@touch $@
+	@echo "building the native library$(if $(NVCC), with its CUDA kernels: minutes)"
+	@rm -f $(VENV)/.stamp-native*
+	@$(PY) setup.py -q build_ext --inplace >$@
 
 $(TRITON_STAMP): $(VENV_STAMP)
 	@echo "installing Triton $(OLDEST_TRITON) beside the newest"
@@ -101,8 +106,7 @@ test: setup $(TRITON_STAMP)
 
 # The CUDA sources on the CPU, thread by thread, and on a GPU where there is one. Takes nvcc, and no torch.
 selftest: $(ENV_STAMP)
-	@command -v nvcc >/dev/null || test -x $${CUDA_HOME:-/usr/local/cuda}/bin/nvcc || \
-	  { echo "no self-test of the CUDA sources: nvcc was not found"; exit 0; }; \
+	@test -n "$(NVCC)" || { echo "no self-test of the CUDA sources: nvcc was not found"; exit 0; }; \
 	PATH="$(abspath $(VENV))/bin:$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin"; \
 	cmake -S csrc/selftest -B $(SELFTEST) -G Ninja -DCMAKE_BUILD_TYPE=Release >/dev/null && \
 	cmake --build $(SELFTEST) -- --quiet && ctest --test-dir $(SELFTEST) --parallel 2 --output-on-failure

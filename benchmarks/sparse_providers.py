@@ -224,7 +224,7 @@ def makers(device: str, shira: bool, native: bool = True) -> list[Callable[[Spar
     found: list[Callable[[SparseCase], Lane]] = [Lane, DenseMasked, CloneScatter]
     found += [Shira, AcceleratedShira] if shira else []
     of_cpu = backends.choose("sparse_delta_linear", torch.empty(0))
-    on_gpu = ("triton", "cuda", "reference") if native and _native.load() else ("triton", "reference")
+    on_gpu = ("triton", "cuda", "reference") if native and _native.load(cuda=True) else ("triton", "reference")
     for backend in on_gpu if device == "cuda" else (of_cpu,):
         found += [lambda case, kind=kind, backend=backend: kind(case, backend) for kind in (Ours, Apart)]
     return found

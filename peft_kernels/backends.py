@@ -34,6 +34,7 @@ OPS = {
 _BY_SIZES = ("lora_linear", "lora_linear_shared_input")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of all but the reference
 _NATIVE = _native.load()  # now: where a graph is traced it could not be
+_NATIVE_CUDA = _native.load(cuda=True)  # a library built without nvcc has no kernels for a GPU
 _TRITON = importlib.util.find_spec("triton") is not None  # found, not imported
 #: Triton's kernels then run in its interpreter, on the CPU; `auto` never takes it.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -117,7 +118,7 @@ def explain(op: str, device_type: str, dtype: torch.dtype) -> Choice:
 def _resolve(op: str, requested: str, device_type: str, dtype: torch.dtype) -> str:
     if requested == "auto":
         if _TRITON and device_type == "cuda" and dtype in _DTYPES:
-            return "auto" if op in _BY_SIZES and _NATIVE and torch.version.hip is None else "triton"
+            return "auto" if op in _BY_SIZES and _NATIVE_CUDA and torch.version.hip is None else "triton"
         native = _NATIVE and device_type == "cpu" and dtype in _DTYPES and "cpu" in OPS[op]
         return "cpu" if native else "reference"
     family = requested.partition(":")[0]
@@ -136,8 +137,10 @@ def _why_not(family: str, device_type: str, dtype: torch.dtype) -> str:
         return ""
     if family == "triton" and not _TRITON:
         return "Triton is not installed"
-    if family in ("cpu", "cuda") and not _NATIVE:
+    if family == "cpu" and not _NATIVE:
         return f"no native library: {_native.why_not()}"
+    if family == "cuda" and not _NATIVE_CUDA:
+        return f"no native CUDA kernels: {_native.why_not(cuda=True)}"
     if family == "cuda" and torch.version.hip is not None:
         return "expected a GPU by NVIDIA, got a torch for ROCm"
     wanted = "cpu" if family == "cpu" else "cuda"

@@ -155,6 +155,31 @@ class TestExplained:
             explained(*given)
 
 
+class TestDriver:
+    """CUDA 13's static runtime takes a driver of 580 or later: `env` says so, and whether the one here is."""
+
+    @pytest.mark.parametrize(
+        ("version", "driver", "takes", "here"),
+        [
+            (13000, "580.65.06", "CUDA 13.0's runtime takes a driver of 580 or later", ", 580.65.06, is new enough"),
+            (13010, "570.86", "CUDA 13.1's runtime takes a driver of 580 or later", ", 570.86, is too old for it"),
+            (12080, "535.1", "CUDA 12.8's runtime takes a driver of 525 or later", ", 535.1, is new enough"),
+            (13000, "unknown (why)", "CUDA 13.0's runtime takes a driver of 580 or later", ": unknown (why)"),
+            (14000, "700.1", "CUDA 14.0's runtime takes a driver of ? or later", ": 700.1"),
+        ],
+    )
+    def test_env_says_whether_it_is_new_enough(self, monkeypatch, version, driver, takes, here):
+        monkeypatch.setattr(_native, "_load", lambda _: "")
+        monkeypatch.setattr(_native, "cuda_version", lambda: version)
+        monkeypatch.setattr("peft_kernels.__main__._driver_version", lambda: driver)
+        assert f"CUDA kernels {takes}; the driver here{here}" in " ".join(env().split())
+
+    def test_without_kernels_it_takes_none(self, monkeypatch):
+        monkeypatch.setattr(_native, "_load", lambda _: "")
+        monkeypatch.setattr(_native, "cuda_version", lambda: 0)
+        assert "CUDA kernels none: the library was built without them" in " ".join(env().split())
+
+
 def test_a_missing_library_is_explained(tmp_path):
     assert _native._load(tmp_path / "nowhere.so").startswith("it was not built")
 

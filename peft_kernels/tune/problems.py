@@ -170,8 +170,8 @@ def _cuda_fused_from(inputs: Inputs, at, table, element_size) -> Problem:
     lora_A, lora_B = inputs.normal(R, K, scale=K**-0.5), inputs.normal(N, R, scale=R**-0.5)
 
     def launch(backend):
-        if not _native.load():
-            raise RuntimeError(_native.why_not())
+        if not _native.load(cuda=True):
+            raise RuntimeError(_native.why_not(cuda=True))
         projection = [weight, None, lora_A, lora_B, None]
         return tuple(cuda.forward(x, projection, [1.0], None, 0.0, False, [True], False, False, backend))
 
@@ -191,8 +191,8 @@ def _cuda_from(inputs: Inputs, at, table, element_size) -> Problem:
 
     def launch(backend):
         if backend == "cuda":
-            if not _native.load():
-                raise RuntimeError(_native.why_not())
+            if not _native.load(cuda=True):
+                raise RuntimeError(_native.why_not(cuda=True))
             forward = backward = cuda
             way = lora_configs.cuda_path(M, N, K, x.dtype, arch, backend, table)
         else:

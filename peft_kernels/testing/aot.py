@@ -83,14 +83,13 @@ def compile_launch(launch: Launch) -> tuple[Any, Resources | None]:
 
 
 def blocks_per_processor(registers: int, shared: int, warps: int, architecture: int) -> int:
-    """How many blocks (CTAs) of `warps` warps fit on a multiprocessor of 80, 90 or 100 at a time.
+    """How many blocks (CTAs) of `warps` warps fit on a multiprocessor of sm_80, sm_90 or sm_100 at a time.
 
     As `cuda_occupancy.h` of the CUDA toolkit counts: 64 warps and 32 blocks; 16,384 registers in each of four parts,
     given by the warp in units of 256, to as many warps in each part; shared memory in units of 128 bytes, of which the
-    system keeps 1 KiB a block.
+    system takes 1 KiB a block.
     """
-    a_warp = -(-registers * 32 // 256) * 256
-    warps_aligned = -(-warps // 4) * 4
-    by_registers = 16384 // max(a_warp, 1) * 4 // warps_aligned
+    registers_of_warp = -(-max(registers, 1) * 32 // 256) * 256
+    by_registers = 16384 // registers_of_warp * 4 // warps
     by_shared = _SHARED_MEMORY_OF_ALL[architecture] // (-(-(shared + 1024) // 128) * 128)
-    return min(32, 64 // warps_aligned, by_registers, by_shared)
+    return min(32, 64 // warps, by_registers, by_shared)

@@ -33,9 +33,9 @@ Triton 3.6 and the newest the tests allow no spill and no serialised wgmma at re
 and ranks of 8.
 
 A call is named by x's dtype, the rank, M × K × N, the adapters' dtype, how many layers share x, dropout masks, and the
-way to expand. Of calls that are compiled alike but for ranks and sizes a row has the one that takes the most. *Spilled*: bytes
-that a thread stores and loads. *Shared*: bytes a block. *CTAs an SM*: how many blocks a multiprocessor holds, by
-registers, shared memory and warps.
+way to expand. Of calls that are compiled alike but for ranks and sizes a row has the one that takes the most.
+*Spilled*: bytes that a thread stores and loads. *Shared*: bytes a block. *CTAs an SM*: how many blocks a multiprocessor
+holds, by registers, shared memory and warps.
 """
 _HEADING = "call | blocks | warps, stages | multiplied by | registers | spilled | shared | CTAs an SM"
 

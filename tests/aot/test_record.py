@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import pkgutil
 import re
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
+import triton
 from triton.runtime import JITFunction
 
 import peft_kernels as pk
@@ -80,18 +85,69 @@ def test_phantoms_hold_no_values_and_leave_nothing_behind():
     ("registers", "shared", "warps", "architecture", "expected"),
     [
         (32, 0, 4, 90, 16),  # 64 warps
-        (32, 0, 1, 90, 16),  # warps go to four parts: one counts as four
-        (154, 40960, 8, 90, 1),  # 160 registers a thread are 12 warps
+        (32, 0, 1, 90, 32),  # 32 blocks
+        (154, 40960, 8, 90, 1),  # 160 registers a thread are three warps in each part
         (128, 110592, 8, 90, 2),
         (168, 229440, 12, 90, 1),
-        (64, 81920, 8, 90, 2),  # by shared memory
-        (64, 81920, 8, 80, 1),  # of which sm_80 has less, and keeps 1 KiB a block
-        (255, 0, 8, 90, 1),
-        (0, 0, 4, 90, 16),
+        (64, 83000, 8, 90, 2),  # by shared memory
+        (64, 83000, 8, 80, 1),  # of which sm_80 has less
     ],
 )
 def test_blocks_per_processor(registers, shared, warps, architecture, expected):
     assert blocks_per_processor(registers, shared, warps, architecture) == expected
+
+
+OCCUPANCY = r"""
+#include <stdio.h>
+#include "cuda_occupancy.h"
+
+int main() {
+  int registers, shared, warps, architecture;
+  while (scanf("%d %d %d %d", &registers, &shared, &warps, &architecture) == 4) {
+    const size_t kib = 1024, all = (architecture == 80 ? 164 : 228) * kib;
+    cudaOccDeviceProp gpu;
+    gpu.computeMajor = architecture / 10;
+    gpu.maxThreadsPerBlock = 1024;
+    gpu.maxThreadsPerMultiprocessor = 2048;
+    gpu.regsPerBlock = gpu.regsPerMultiprocessor = 65536;
+    gpu.warpSize = 32;
+    gpu.sharedMemPerBlock = 48 * kib;
+    gpu.sharedMemPerMultiprocessor = all;
+    gpu.numSms = 1;
+    gpu.sharedMemPerBlockOptin = all - kib;
+    gpu.reservedSharedMemPerBlock = kib;
+    cudaOccFuncAttributes kernel;
+    kernel.maxThreadsPerBlock = 1024;
+    kernel.numRegs = registers;
+    kernel.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
+    kernel.maxDynamicSharedSizeBytes = shared;
+    kernel.numBlockBarriers = 1;
+    cudaOccDeviceState state;
+    state.carveoutConfig = SHAREDMEM_CARVEOUT_MAX_SHARED;
+    cudaOccResult result;
+    if (cudaOccMaxActiveBlocksPerMultiprocessor(&result, &gpu, &kernel, &state, warps * 32, shared)) return 1;
+    printf("%d\n", result.activeBlocksPerMultiprocessor);
+  }
+}
+"""
+
+
+def test_blocks_per_processor_as_nvidia_counts(tmp_path):
+    """By the header of the CUDA toolkit, which Triton's wheel carries."""
+    header = Path(triton.__file__).parent / "backends" / "nvidia" / "include" / "cuda_occupancy.h"
+    if not header.exists() or shutil.which("c++") is None:
+        pytest.skip("needs cuda_occupancy.h in Triton's wheel, and a C++ compiler")
+    (tmp_path / "count.cpp").write_text(OCCUPANCY)
+    subprocess.check_call(["c++", "-w", f"-I{header.parent}", tmp_path / "count.cpp", "-o", tmp_path / "count"])
+    asked = list(
+        itertools.product(
+            (16, 32, 40, 64, 96, 128, 154, 168, 200, 255), (0, 1, 8192, 20480, 49152, 81920, 83000, 110592, 166912),
+            (1, 2, 4, 8), (80, 90, 100),
+        )
+    )  # fmt: skip
+    lines = "\n".join(" ".join(map(str, one)) for one in asked)
+    counted = subprocess.check_output([tmp_path / "count"], input=lines, text=True).split()
+    assert [blocks_per_processor(*one) for one in asked] == list(map(int, counted))
 
 
 def sections() -> dict[str, str]:

@@ -83,6 +83,8 @@ VARIANTS = [
 ]
 #: With these nothing changes but a few arguments: at one rank.
 FEW = [
+    Layer(n=2),
+    Layer(n=2, masks="own"),
     Layer(n=3, masks="shared"),
     Layer(rows=True),
     Layer(rows=True, n=3, masks="own"),
@@ -106,6 +108,8 @@ def layers() -> Iterator[tuple[str, Layer]]:
         yield "sm_90", layer
     for shape, rank, layer in itertools.product(SHAPES[1:], (8, 16), (VARIANTS[0], VARIANTS[3])):
         yield "sm_90" if rank == 8 else "all", layer._replace(shape=shape, rank=rank)
+    for masks in ("", "own"):
+        yield "all", Layer(n=4, masks=masks)  # more than descriptors are for
     for rank in (32, 512):
         yield "all", Layer(rank=rank, shape=SHAPES[1])
         yield "sm_90" if rank == 512 else "all", Layer(rank=rank, n=3, masks="own")

@@ -41,20 +41,21 @@ def layout(kind: str, of: float | int | tuple[int, int], shape: tuple[int, int])
 
 
 class Call(NamedTuple):
-    """A layer's forward and backward; `step`: by `nn.SparseDeltaLinear`, and a step of its optimizer."""
+    """A layer's forward and backward; `step`: by `nn.SparseDeltaLinear`, and a step of its optimizer, in which the
+    "delta" decays (lr is a float), or the "weight" (lr is a tensor)."""
 
     dtype: str
     kind: str
     of: float | int | tuple[int, int]
     shape: tuple[int, int] = SHAPES[0]
     values: str = "fp32"
-    step: bool = False
+    step: str = ""
 
     @property
     def name(self) -> str:
         of = "x".join(map(str, self.of)) if isinstance(self.of, tuple) else self.of
         words = ["sparse", self.dtype, f"{self.values}-values", self.kind, str(of), "x".join(map(str, self.shape))]
-        return "-".join(words + ["step"] * self.step)
+        return "-".join(words + [f"step-decays-{self.step}"] * bool(self.step))
 
     def run(self, device: torch.device) -> None:
         (N, K), dtype, place = self.shape, DTYPES[self.dtype], layout(self.kind, self.of, self.shape).to(device)
@@ -64,7 +65,10 @@ class Call(NamedTuple):
             layer = pk.nn.SparseDeltaLinear.from_linear(linear, place)
             y = layer(x)
             backward(y)
-            pk.optim.SparseAdamW([layer]).step()
+            optimizer = pk.optim.SparseAdamW([layer], decay=self.step, capturable=self.step == "weight")
+            if self.step == "weight":  # afterwards: torch asks for its value when the optimizer is made
+                optimizer.param_groups[0]["lr"] = torch.tensor(1e-3, device=device)
+            optimizer.step()
         else:
             weight = torch.empty(N, K, dtype=dtype, device=device)
             values = torch.empty(place.nnz, dtype=DTYPES[self.values], device=device, requires_grad=True)
@@ -75,9 +79,10 @@ class Call(NamedTuple):
 def calls() -> Iterator[Call]:
     for dtype, (kind, of) in itertools.product(DTYPES, LAYOUTS):
         yield Call(dtype, kind, of)
-        yield Call(dtype, kind, of, step=True)
+        yield Call(dtype, kind, of, step="delta")
     for kind, of in LAYOUTS[::2]:
         yield Call("bf16", kind, of, values="bf16")
+        yield Call("bf16", kind, of, step="weight")
     for dtype, (kind, of) in itertools.product(DTYPES, (LAYOUTS[1], LAYOUTS[9])):
         yield Call(dtype, kind, of, SHAPES[1])
     for kind, of in (*LAYOUTS[:7], ("blocks", (17, 9)), ("n_of_m", (2, 3))):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -11,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
-from triton import knobs
+from triton.backends.nvidia.compiler import get_ptxas
 
 from peft_kernels import _native
 from peft_kernels.testing.aot import SERIALISED, Launch, Resources, compile_launch
@@ -102,18 +100,13 @@ def measure() -> list[Row]:
         if (row.used.serialised, row.used.spilled, row.used.registers) > (
             known.used.serialised, known.used.spilled, known.used.registers
         ):  # fmt: skip
-            rows[key] = row._replace(call=row.call)
+            rows[key] = row
     return list(rows.values())
-
-
-def ptxas() -> str:
-    text = subprocess.check_output([knobs.nvidia.ptxas_blackwell.path, "--version"], text=True)
-    return re.search(r"release (\S+),", text).group(1)
 
 
 def page(rows: list[Row]) -> str:
     facts = _native.build_facts()
-    lines = [HEAD.format(triton=triton.__version__, ptxas=ptxas(), cuda=facts.get("cuda", "?"))]
+    lines = [HEAD.format(triton=triton.__version__, ptxas=get_ptxas(90).version, cuda=facts.get("cuda", "?"))]
     for kernel in dict.fromkeys(row.kernel for row in rows):
         lines += [f"## {kernel}", "", f"| {_HEADING} |", "|" + "---|" * len(_HEADING.split("|"))]
         lines += [f"| {row.cells} |" for row in rows if row.kernel == kernel and (row.regular or not row.used.spilled)]

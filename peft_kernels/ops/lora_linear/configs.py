@@ -82,11 +82,14 @@ def shrink_tile(
             return tile
     if element_size == 4:  # multiplied without tensor cores: operands fill the registers
         return ShrinkTile(32, rank_block(width, 16), 32, num_warps=4, num_stages=2)
-    block_m, block_k = (64, 128) if M > 64 else (16, 64)
-    return ShrinkTile(
-        block_m, rank_block(width, 64), 32 if high else block_k, num_warps=8 if block_m == 64 else 4,
-        num_stages=2 if dropping or high else 3,
-    )  # fmt: skip
+    block_c = rank_block(width, 64)
+    if M <= 64:
+        return ShrinkTile(16, block_c, 32 if high else 64, num_warps=4, num_stages=2 if dropping or high else 3)
+    if high:
+        return ShrinkTile(64, block_c, 32, num_warps=8, num_stages=2)
+    if dropping:  # Philox fills the registers: of 64 × 128 elements one program would fit a multiprocessor
+        return ShrinkTile(64, block_c, 64, num_warps=4, num_stages=2)
+    return ShrinkTile(64, block_c, 128, num_warps=8, num_stages=3)
 
 
 def shrink_candidates(
@@ -112,9 +115,11 @@ def dy_pass_tile(M: int, N: int, R: int, element_size: int, high: bool, arch: in
         return PassTile(32, 32, block_r, num_warps=4, num_stages=2)
     if high:
         return PassTile(32, 64, block_r, num_warps=4, num_stages=2)
-    # Wide, since the partials of dH are written once for each block of columns.
-    block_n, num_warps = (256, 8) if block_r == 16 else (128, 4)
-    return PassTile(64, block_n, block_r, num_warps, num_stages=3 if arch else 2)
+    # Wide, since the partials of dH are written once for each block of columns. `split` plans two programs a
+    # multiprocessor; with three stages of 256 columns the shared memory of sm_90 would hold one.
+    if block_r == 16:
+        return PassTile(64, 256, block_r, num_warps=8, num_stages=2)
+    return PassTile(64, 128, block_r, num_warps=4, num_stages=3 if arch else 2)
 
 
 def dy_pass_candidates(M: int, N: int, R: int, element_size: int, high: bool, arch: int) -> list[PassTile]:

@@ -122,11 +122,8 @@ def add_base(
 ) -> torch.Tensor:
     """S·Bᵀ + bias + x·Wᵀ [M, N] in x's dtype. The large product is added onto the small one: it reads y in its
     epilogue, and the low-rank term is rounded where it is small."""
-    low_dtype = s.dtype
-    if low_dtype == x.dtype:
-        return linear(s, _as(lora_B, low_dtype), bias).addmm_(x, weight.t())
-    y = linear(s, _as(lora_B, low_dtype), bias if bias is None else bias.to(low_dtype))
-    return y.add_(linear(x, weight)).to(x.dtype)
+    low_rank = linear(s, _as(lora_B, s.dtype), bias if bias is None else _as(bias, s.dtype))
+    return _as(low_rank, x.dtype).addmm_(x, weight.t())
 
 
 def _low_rank_dtype(rows: torch.Tensor, rank: int, high_precision: bool) -> torch.dtype:

@@ -112,7 +112,7 @@ class TestExplained:
         assert max(map(len, text.split("\n"))) <= 80
         words = " ".join(text.split())
         assert words.startswith("lora_linear with M 4096, K 4096, N 4096, R 16, bfloat16")
-        assert "backend triton (no crossover to cuda was measured on sm_90)" in words
+        assert "triton from 17179869184 on, no crossover to cuda was measured on sm_90)" in words
         assert "low-rank product blas (no crossover was measured on sm_90)" in words
         tile = configs.shrink_tile(4096, 4096, 16, 2, False, False)
         assert f"S, pass over x block_m {tile.block_m}, block_c {tile.block_c}" in words

@@ -15,11 +15,12 @@ import torch
 from .. import _native
 from ..ops.common import dropout
 from ..ops.common.machine import architecture
+from ..ops.common.reduce import split_reduce
 from ..ops.lora_linear import configs as lora_configs
 from ..ops.lora_linear import cuda, triton_backward, triton_forward
 from ..ops.lora_linear import reference as lora_reference
 from ..ops.lora_linear.reference import add_base
-from ..ops.lora_linear.triton_backward import grad_lora_A, grad_low_rank, grad_x_of
+from ..ops.lora_linear.triton_backward import grad_lora_A, grad_x_of, sums_over_dy
 from ..ops.lora_linear.triton_forward import shrink
 from ..ops.lora_linear.triton_gemm import extended_gemm
 from ..ops.masked_linear.triton_backward import masked_grad
@@ -96,7 +97,9 @@ def _dy_pass(inputs: Inputs, M, N, R, **_) -> Problem:
 
     def launch(tile):
         dh = torch.empty_like(s)
-        return dh, grad_low_rank(dy, lora_B, s, dh, 1.0, None, dy.dtype, False, tile)
+        grad_B, sums = sums_over_dy(dy, lora_B, s, dh, 1.0, None, dy.dtype, False, tile)
+        split_reduce(sums)
+        return dh, grad_B
 
     return Problem(launch, lambda dy, lora_B, s: (dy @ lora_B, dy.t() @ s), (dy, lora_B, s))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -21,44 +23,68 @@ def scaling_of(rows, columns, rows_inside, scales, row_scale_ptrs, row_scale_str
     return result
 
 
-@triton.jit(do_not_specialize=["rows_total", "splits"])
-def split_reduce_kernel(
-    partial_ptr, out_ptr, scales, row_scale_ptrs, row_scale_strides,
-    rows_total, columns_total, splits, stride_split, stride_row, stride_om, stride_on, R,
-    NUM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+@triton.jit
+def _reduce_tile(
+    partial_ptr, out_ptr, scale, row_scale_ptr, row_scale_stride, rows_total, columns_total, splits, stride_split,
+    stride_row, stride_out, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out[m, n] = scaling · Σ_split partial[split, m, n], a tile a program."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tiles_n = tl.cdiv(columns_total, BLOCK_N)
+    rows = (tl.program_id(0) // tiles_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (rows < rows_total)[:, None] & (columns < columns_total)[None, :]
     pointers = partial_ptr + rows[:, None] * stride_row + columns[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range(splits):
         total += tl.load(pointers, mask=inside, other=0.0)
         pointers += stride_split
-    total *= scaling_of(rows, columns, rows < rows_total, scales, row_scale_ptrs, row_scale_strides, R, NUM)
-    out = out_ptr + rows[:, None] * stride_om + columns[None, :].to(tl.int64) * stride_on
-    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
+    total *= scale
+    if row_scale_ptr is not None:
+        factor = tl.load(row_scale_ptr + rows * row_scale_stride, mask=rows < rows_total, other=0.0)
+        total *= factor.to(tl.float32)[:, None]
+    tl.store(out_ptr + rows[:, None] * stride_out + columns[None, :], total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def split_reduce(
-    partials: torch.Tensor, out: torch.Tensor, scales: tuple[float, ...] = (1.0,), row_scalings: tuple = (None,)
-) -> None:
-    """out[m, n] = scale · Σ_s partials[s, m, n], columns split evenly among the scales.
+@triton.jit(do_not_specialize=["rows", "splits"])
+def split_reduce_kernel(
+    partial_ptrs, out_ptrs, scales, row_scale_ptrs, row_scale_strides, rows, columns, splits, strides_split,
+    strides_row, strides_out, NUM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out_j[m, n] = scaling_j · Σ_split partial_j[split, m, n], a tile of one of the sums a program."""
+    for j in tl.static_range(NUM):
+        if tl.program_id(1) == j:
+            _reduce_tile(
+                partial_ptrs[j], out_ptrs[j], scales[j], row_scale_ptrs[j], row_scale_strides[j], rows[j], columns[j],
+                splits[j], strides_split[j], strides_row[j], strides_out[j], BLOCK_M, BLOCK_N,
+            )  # fmt: skip
 
-    Args:
+
+class SplitSum(NamedTuple):
+    """out[m, n] = scale · row_scaling[m] · Σ_s partials[s, m, n], to be computed.
+
+    Attributes:
         partials: float32 [S, M, C]; the columns are adjacent, splits and rows may be strided.
-        out: [M, C], any float dtype and strides; written.
-        scales: one float a projection; projection j owns columns j·C/n to (j+1)·C/n.
-        row_scalings: for each projection None, a 0-dim tensor or a contiguous tensor of M values.
+        out: [M, C], adjacent columns, any float dtype; to be written.
+        row_scaling: None, a 0-dim tensor or a contiguous tensor of M values.
     """
-    splits, rows, columns = partials.shape
-    block_m, block_n = blocks(columns)
-    grid = (triton.cdiv(rows, block_m), triton.cdiv(columns, block_n))
-    split_reduce_kernel[grid](
-        partials, out, tuple(scales), tuple(row_scalings), row_strides(row_scalings),
-        rows, columns, splits, partials.stride(0), partials.stride(1), out.stride(0), out.stride(1),
-        columns // len(scales), NUM=len(scales), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
+
+    partials: torch.Tensor
+    out: torch.Tensor
+    scale: float = 1.0
+    row_scaling: torch.Tensor | None = None
+
+
+def split_reduce(sums: list[SplitSum]) -> None:
+    """All of them by one launch."""
+    if not sums:
+        return
+    partials, outs, scales, row_scalings = (tuple(column) for column in zip(*sums))
+    splits, rows, columns = zip(*(one.shape for one in partials))
+    block_m, block_n = blocks(max(columns))
+    tiles = max(triton.cdiv(M, block_m) * triton.cdiv(C, block_n) for M, C in zip(rows, columns))
+    split_reduce_kernel[(tiles, len(sums))](
+        partials, outs, scales, row_scalings, row_strides(row_scalings), rows, columns, splits,
+        tuple(one.stride(0) for one in partials), tuple(one.stride(1) for one in partials),
+        tuple(one.stride(0) for one in outs), NUM=len(sums), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
     )  # fmt: skip
 
 

@@ -219,10 +219,10 @@ def expand_path(
     return forced or ("fused" if _reached(smallest, M, N, K) else "blas")
 
 
-#: By element size, where nothing was measured: M·N·K from which Triton's kernels are taken and not the reference's
-#: composition of torch products. Below, launches rule: Triton's cost the CPU about 0.2 ms a layer, forward and backward,
-#: which a GPU of 300 TFLOP/s and more needs for 4·M·N·K operations at 2³⁴ (1024 tokens of 4096 × 4096). The composition
-#: takes half of that on the CPU, and on the GPU one pass over dy more. Without tensor cores a GPU is an order slower.
+#: By element size, where nothing was measured: M·N·K from which Triton's kernels are taken, not the reference's torch
+#: products. Below, launches rule: Triton's cost the CPU about 0.2 ms a layer, forward and backward, which a GPU of 300
+#: TFLOP/s needs for 4·M·N·K operations at 2³⁴ (1024 tokens of 4096 × 4096). Torch's products take about half of that on
+#: the CPU, and on the GPU one pass over dy more. Without tensor cores a GPU is an order slower.
 TRITON_FROM = {2: 2**34, 4: 2**31}
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ..common.device import dot, tile_of
 from ..common.machine import architecture, sm_count
-from ..common.reduce import split_reduce
+from ..common.reduce import SplitSum, split_reduce
 from ..common.triton_host import dot_precision
 from . import configs, reference
 from .layout import SparseLayout
@@ -197,7 +197,7 @@ def thin_grad(
         BLOCK_M=tile.block_m, PRECISION=dot_precision(dy.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if split:
-        split_reduce(partials.view(splits, -1, K), out.view(-1, K))
+        split_reduce([SplitSum(partials.view(splits, -1, K), out.view(-1, K))])
     return out
 
 

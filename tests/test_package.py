@@ -97,6 +97,22 @@ def test_env_command_prints_the_table():
     assert result.stdout.strip() == env()
 
 
+@pytest.mark.parametrize("op", backends.OPS)
+def test_a_backend_that_an_op_lacks_is_refused(op):
+    for name in set(backends.NAMES) - {"auto", *backends.OPS[op].backends}:
+        with (
+            peft_kernels.use_backend(name),
+            pytest.raises(RuntimeError, match=f"^{op}: expected one of the backends .*, got '{name}'$"),
+        ):
+            backends.choose(op, torch.ones(1))
+
+
+def test_a_suffix_is_not_ignored():
+    one = torch.ones(2, 2)
+    with peft_kernels.use_backend("triton:fused"), pytest.raises(RuntimeError, match="got 'triton:fused'"):
+        peft_kernels.masked_linear(one, one, one)
+
+
 def test_env_says_what_an_impossible_request_would_meet():
     if torch.cuda.is_available():
         pytest.skip("the request is possible here")

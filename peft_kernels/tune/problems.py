@@ -98,7 +98,7 @@ def _dy_pass(inputs: Inputs, M, N, R, **_) -> Problem:
     def launch(tile):
         dh = torch.empty_like(s)
         grad_B, sums = sums_over_dy(dy, lora_B, s, dh, 1.0, None, dy.dtype, False, tile)
-        split_reduce(sums)
+        split_reduce(sums, M)
         return dh, grad_B
 
     return Problem(launch, lambda dy, lora_B, s: (dy @ lora_B, dy.t() @ s), (dy, lora_B, s))

@@ -44,17 +44,22 @@ def _reduce_tile(
     tl.store(out_ptr + rows[:, None] * stride_out + columns[None, :], total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "splits"])
+@triton.jit(do_not_specialize=["tokens"])
 def split_reduce_kernel(
-    partial_ptrs, out_ptrs, scales, row_scale_ptrs, row_scale_strides, rows, columns, splits, strides_split,
-    strides_row, strides_out, NUM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    partial_ptrs, out_ptrs, scales, row_scale_ptrs, row_scale_strides, rows, columns, lengths, lengths_per_split,
+    strides_split, strides_row, strides_out, tokens, NUM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out_j[m, n] = scaling_j · Σ_split partial_j[split, m, n], a tile of one of the sums a program."""
+    """out_j[m, n] = scaling_j · Σ_split partial_j[split, m, n], a tile of one of the sums a program. None stands for
+    `tokens` among rows and lengths, and for splits that follow one another among their strides."""
     for j in tl.static_range(NUM):
         if tl.program_id(1) == j:
+            rows_total = rows[j] if rows[j] is not None else tokens
+            length = lengths[j] if lengths[j] is not None else tokens
+            stride = strides_split[j] if strides_split[j] is not None else rows_total.to(tl.int64) * strides_row[j]
             _reduce_tile(
-                partial_ptrs[j], out_ptrs[j], scales[j], row_scale_ptrs[j], row_scale_strides[j], rows[j], columns[j],
-                splits[j], strides_split[j], strides_row[j], strides_out[j], BLOCK_M, BLOCK_N,
+                partial_ptrs[j], out_ptrs[j], scales[j], row_scale_ptrs[j], row_scale_strides[j], rows_total,
+                columns[j], tl.cdiv(length, lengths_per_split[j]), stride, strides_row[j], strides_out[j],
+                BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
 
@@ -64,27 +69,39 @@ class SplitSum(NamedTuple):
     Attributes:
         partials: float32 [S, M, C]; the columns are adjacent, splits and rows may be strided.
         out: [M, C], adjacent columns, any float dtype; to be written.
+        length, per_split: of the reduction, and how much of it each split took: S = ⌈length / per_split⌉.
         row_scaling: None, a 0-dim tensor or a contiguous tensor of M values.
     """
 
     partials: torch.Tensor
     out: torch.Tensor
+    length: int
+    per_split: int
     scale: float = 1.0
     row_scaling: torch.Tensor | None = None
 
 
-def split_reduce(sums: list[SplitSum]) -> None:
-    """All of them by one launch."""
+def split_reduce(sums: list[SplitSum], tokens: int) -> None:
+    """All of them by one launch.
+
+    Triton compiles anew where a member of a tuple becomes 1, or (in)divisible by 16, whatever is said of the tuple. So
+    the number of tokens is passed beside the tuples, and splits by their length, a multiple of a tile's side: a new
+    batch size compiles nothing.
+    """
     if not sums:
         return
-    partials, outs, scales, row_scalings = (tuple(column) for column in zip(*sums))
-    splits, rows, columns = zip(*(one.shape for one in partials))
+    partials, outs, lengths, per_split, scales, row_scalings = (tuple(column) for column in zip(*sums))
+    rows, columns = zip(*(out.shape for out in outs))
+    strides = [one.stride() for one in partials]
     block_m, block_n = blocks(max(columns))
     tiles = max(triton.cdiv(M, block_m) * triton.cdiv(C, block_n) for M, C in zip(rows, columns))
     split_reduce_kernel[(tiles, len(sums))](
-        partials, outs, scales, row_scalings, row_strides(row_scalings), rows, columns, splits,
-        tuple(one.stride(0) for one in partials), tuple(one.stride(1) for one in partials),
-        tuple(one.stride(0) for one in outs), NUM=len(sums), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
+        partials, outs, scales, row_scalings, row_strides(row_scalings),
+        tuple(None if count == tokens else count for count in rows), columns,
+        tuple(None if length == tokens else length for length in lengths), per_split,
+        tuple(None if M * row == split else split for M, (split, row, _) in zip(rows, strides)),
+        tuple(row for _, row, _ in strides), tuple(out.stride(0) for out in outs), tokens,
+        NUM=len(sums), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
     )  # fmt: skip
 
 

@@ -134,8 +134,8 @@ def sums_over_dy(
         PRECISION=dot_precision(dy.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     db = None if s is None else dy.new_empty(N, R, dtype=adapter_dtype)
-    sums = [] if dh is None else [SplitSum(dh_partials, dh, scale, row_scaling)]
-    return db, sums if db is None else [*sums, SplitSum(db_partials, db)]
+    sums = [] if dh is None else [SplitSum(dh_partials, dh, N, tile.block_n, scale, row_scaling)]
+    return db, sums if db is None else [*sums, SplitSum(db_partials, db, M, rows_per_chunk)]
 
 
 def _products_with_dy(dy, lora_B, s, dh, scale, row_scaling, adapter_dtype, high_precision):
@@ -176,11 +176,11 @@ def grad_lora_A(
         PRECISION=dot_precision(x.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     sums = [
-        SplitSum(partials[:, j * R : j * R + rank], x.new_empty(rank, K, dtype=adapter_dtype))
+        SplitSum(partials[:, j * R : j * R + rank], x.new_empty(rank, K, dtype=adapter_dtype), M, rows_per_chunk)
         for j, (rank, needed) in enumerate(zip(ranks, wanted))
         if needed
     ]
-    split_reduce(sums)
+    split_reduce(sums, M)
     return [one.out for one in sums]
 
 
@@ -224,7 +224,7 @@ def backward(
         grad_B, some = sums_over_dy(dy, lora_B, s_j, dh_j, scale, flat(row_scaling), adapter_dtype, high_precision)
         grad_Bs.append(grad_B)
         sums += some
-    split_reduce(sums)
+    split_reduce(sums, M)
     rows = x if x is None or x.dim() == 2 else x.reshape(-1, x.shape[-1])
     grad_As = iter(grad_lora_A(rows, dh, masks, ranks, needs_A, adapter_dtype, high_precision) if any(needs_A) else ())
     grads = []

@@ -118,8 +118,8 @@ def shrink(
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if splits > 1:
-        parts = target.split(C // num, dim=2), s.split(C // num, dim=1), scales, row_scalings
-        split_reduce([SplitSum(*one) for one in zip(*parts)])
+        parts = zip(target.split(C // num, dim=2), s.split(C // num, dim=1), scales, row_scalings)
+        split_reduce([SplitSum(part, out, K, k_per_split, *scaling) for part, out, *scaling in parts], M)
     return s, masks
 
 

@@ -197,7 +197,7 @@ def thin_grad(
         BLOCK_M=tile.block_m, PRECISION=dot_precision(dy.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if split:
-        split_reduce([SplitSum(partials.view(splits, -1, K), out.view(-1, K))])
+        split_reduce([SplitSum(partials.view(splits, -1, K), out.view(-1, K), M, per_split)], M)
     return out
 
 

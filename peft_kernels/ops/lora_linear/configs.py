@@ -209,7 +209,7 @@ def gemm_candidates(
 # that is not here was not measured.
 #: Triton's fused GEMM, faster than the vendor's with beta = 1.
 FUSED_FROM: dict[tuple[int, int], int] = {}
-#: The native CUDA kernels, faster than Triton's.
+#: The native CUDA kernels, faster than both other ways.
 CUDA_FROM: dict[tuple[int, int], int] = {}
 #: S and y by one native kernel, faster than a pass over x and the GEMM.
 CUDA_FUSED_FROM: dict[tuple[int, int], int] = {}
@@ -224,10 +224,31 @@ def expand_path(
     return forced or ("fused" if _reached(smallest, M, N, K) else "blas")
 
 
-def gpu_backend(M: int, N: int, K: int, dtype: torch.dtype, arch: int, table: Table = UNTUNED) -> str:
-    """ "cuda" where its kernels were measured faster (N of all projections together), else "triton"."""
+#: By element size, where nothing was measured: M·N·K from which Triton's kernels are taken, not the reference's torch
+#: products. Below, launches rule: Triton's cost the CPU about 0.2 ms a layer, forward and backward, which a GPU of 300
+#: TFLOP/s needs for 4·M·N·K operations at 2³⁴ (1024 tokens of 4096 × 4096). Torch's products take about half of that on
+#: the CPU, and on the GPU one pass over dy more. Without tensor cores a GPU is an order slower.
+TRITON_FROM = {2: 2**34, 4: 2**31}
+
+
+def triton_from(element_size: int, table: Table = UNTUNED) -> float:
+    return table.get(("triton_from", element_size), TRITON_FROM[element_size])
+
+
+def gpu_backend(
+    M: int, N: int, K: int, dtype: torch.dtype, arch: int, table: Table = UNTUNED, dropping: bool = False
+) -> str:
+    """ "cuda" where its kernels were measured faster (N of all projections together), else as
+    :func:`reference_or_triton`."""
     smallest = table.get(("cuda_from", dtype.itemsize), CUDA_FROM.get((arch, dtype.itemsize)))
-    return "cuda" if _reached(smallest, M, N, K) else "triton"
+    return "cuda" if _reached(smallest, M, N, K) else reference_or_triton(M, N, K, dtype, table, dropping)
+
+
+def reference_or_triton(
+    M: int, N: int, K: int, dtype: torch.dtype, table: Table = UNTUNED, dropping: bool = False
+) -> str:
+    """ "reference" where launches rule and no mask is drawn or applied, which takes torch many passes over x."""
+    return "triton" if dropping or _reached(triton_from(dtype.itemsize, table), M, N, K) else "reference"
 
 
 def cuda_path(M: int, N: int, K: int, dtype: torch.dtype, arch: int, backend: str, table: Table = UNTUNED) -> str:
@@ -248,6 +269,7 @@ CHOICES = {
     "gemm_tile": tuning.Choice(("M", "N", "R", "element_size", "tma", "masks", "high", "base"), gemm_candidates),
     "fused_from": tuning.Choice(("element_size",)),  # M·N·K
     "cuda_fused_from": tuning.Choice(("element_size",)),  # M·N·K
+    "triton_from": tuning.Choice(("element_size",)),  # M·N·K
     "cuda_from": tuning.Choice(("element_size",)),  # M·N·K
 }
 

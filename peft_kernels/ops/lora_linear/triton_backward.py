@@ -10,7 +10,7 @@ import triton.language as tl
 from ..common import dropout
 from ..common.device import divisible, dot, dot_high, load_mask
 from ..common.machine import architecture, sm_count
-from ..common.reduce import split_reduce
+from ..common.reduce import SplitSum, split_reduce
 from ..common.tensors import matmul_float32
 from ..common.triton_host import divisor, dot_precision
 from ..common.triton_host import high_precision as high
@@ -110,7 +110,7 @@ def x_pass_kernel(
     tl.store(target, acc, mask=(within < width)[:, None] & (columns < K)[None, :])
 
 
-def grad_low_rank(
+def sums_over_dy(
     dy: torch.Tensor,
     lora_B: torch.Tensor | None,
     s: torch.Tensor | None,
@@ -120,13 +120,14 @@ def grad_low_rank(
     adapter_dtype: torch.dtype,
     high_precision: bool,
     tile: configs.PassTile | None = None,
-) -> torch.Tensor | None:
-    """dH = scale · dy·B into `dh` [M, R] if given, and dB = dyᵀ·S [N, R] if `s` is given: one pass over dy [M, N].
-    `tile`: another than `configs` takes."""
+) -> tuple[torch.Tensor | None, list[SplitSum]]:
+    """dB = dyᵀ·S [N, R] if `s` is given, and dH = scale · dy·B into `dh` [M, R] if that is: by one pass over dy [M, N].
+    Both are there once `split_reduce` has added up the second part of the answer. `tile`: another than `configs` takes.
+    """
     M, N = dy.shape
     R = lora_B.shape[1] if lora_B is not None else s.shape[1]
     if configs.LARGEST_RANK_OF_DY_PASS[dy.element_size()] < R:
-        return _grad_low_rank_blas(dy, lora_B, s, dh, scale, row_scaling, adapter_dtype, high_precision)
+        return _products_with_dy(dy, lora_B, s, dh, scale, row_scaling, adapter_dtype, high_precision), []
     tile = tile or configs.dy_pass_tile(
         M, N, R, dy.element_size(), high_precision, architecture(dy.device), configs.tuned(dy.device)
     )
@@ -143,16 +144,12 @@ def grad_low_rank(
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=tile.block_r,
         PRECISION=dot_precision(dy.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    if dh is not None:
-        split_reduce(dh_partials, dh, (scale,), (row_scaling,))
-    if s is None:
-        return None
-    db = dy.new_empty(N, R, dtype=adapter_dtype)
-    split_reduce(db_partials, db)
-    return db
+    db = None if s is None else dy.new_empty(N, R, dtype=adapter_dtype)
+    sums = [] if dh is None else [SplitSum(dh_partials, dh, N, tile.block_n, scale, row_scaling)]
+    return db, sums if db is None else [*sums, SplitSum(db_partials, db, M, rows_per_chunk)]
 
 
-def _grad_low_rank_blas(dy, lora_B, s, dh, scale, row_scaling, adapter_dtype, high_precision):
+def _products_with_dy(dy, lora_B, s, dh, scale, row_scaling, adapter_dtype, high_precision):
     """The same by the vendor's GEMM: the partials of the pass over dy grow with R, and above a rank of about 32
     they cost more than reading dy twice."""
     low = dy.float() if high_precision else dy
@@ -191,12 +188,13 @@ def grad_lora_A(
         BLOCK_M=tile.block_m, BLOCK_C=tile.block_c, BLOCK_K=tile.block_k,
         PRECISION=dot_precision(x.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    grads = []
-    for j, (rank, needed) in enumerate(zip(ranks, wanted)):
-        if needed:
-            grads.append(x.new_empty(rank, K, dtype=adapter_dtype))
-            split_reduce(partials[:, j * R : j * R + rank], grads[-1])
-    return grads
+    sums = [
+        SplitSum(partials[:, j * R : j * R + rank], x.new_empty(rank, K, dtype=adapter_dtype), M, rows_per_chunk)
+        for j, (rank, needed) in enumerate(zip(ranks, wanted))
+        if needed
+    ]
+    split_reduce(sums, M)
+    return [one.out for one in sums]
 
 
 def backward(
@@ -224,7 +222,7 @@ def backward(
     if any(low_rank):
         allocate = dys[0].new_empty if all(rank == R for rank in ranks) and all(low_rank) else dys[0].new_zeros
         dh = allocate(M, num * R, dtype=torch.float32 if high_precision else dys[0].dtype)
-    grad_Bs, column = [], 0
+    grad_Bs, sums, column = [], [], 0
     for j, dy in enumerate(dys):
         _, _, lora_B, row_scaling = projections[4 * j : 4 * j + 4]
         s_j = None
@@ -232,14 +230,14 @@ def backward(
             s_j = s[:, column : column + ranks[j]]
             column += ranks[j]
         dh_j = dh[:, j * R : j * R + ranks[j]] if low_rank[j] else None
-        grad_Bs.append(
-            grad_low_rank(
-                dy, lora_B, s_j, dh_j, scalings[j] * dropout.rescale(dropout_p), flat(row_scaling), adapter_dtype,
-                high_precision,
-            )
-            if s_j is not None or dh_j is not None
-            else None
-        )  # fmt: skip
+        if s_j is None and dh_j is None:
+            grad_Bs.append(None)
+            continue
+        scale = scalings[j] * dropout.rescale(dropout_p)
+        grad_B, some = sums_over_dy(dy, lora_B, s_j, dh_j, scale, flat(row_scaling), adapter_dtype, high_precision)
+        grad_Bs.append(grad_B)
+        sums += some
+    split_reduce(sums, M)
     rows = x if x is None or x.dim() == 2 else x.reshape(-1, x.shape[-1])
     grad_As = iter(grad_lora_A(rows, dh, masks, ranks, needs_A, adapter_dtype, high_precision) if any(needs_A) else ())
     grads = []

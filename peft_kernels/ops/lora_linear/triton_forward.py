@@ -12,7 +12,7 @@ import triton.language as tl
 from ..common import dropout
 from ..common.device import divisible, dot, dot_high, draw_mask_bytes, spread_mask_bytes
 from ..common.machine import architecture, sm_count
-from ..common.reduce import row_strides, scaling_of, split_reduce
+from ..common.reduce import SplitSum, row_strides, scaling_of, split_reduce
 from ..common.tensors import unflatten
 from ..common.triton_host import divisor, dot_precision
 from ..common.triton_host import high_precision as high
@@ -127,7 +127,8 @@ def shrink(
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if splits > 1:
-        split_reduce(target, s, scales, row_scalings)
+        parts = zip(target.split(C // num, dim=2), s.split(C // num, dim=1), scales, row_scalings)
+        split_reduce([SplitSum(part, out, K, k_per_split, *scaling) for part, out, *scaling in parts], M)
     return s, masks
 
 

@@ -29,8 +29,9 @@ def accelerate(model: nn.Module) -> Report:
     LoRA layers that the parent's forward calls on the same variable (query/key/value, gate/up) run as one op; see
     `shared_input.py`.
 
-    A SHiRA layer runs without a clone of its weight and without a dense dW; see `shira.py`. It compiles with
-    `fullgraph=True`, which PEFT's does not. An adapter added to it later has to run once before that, or the
+    A SHiRA layer runs without a dense dW, and keeps no clone of its weight until backward: forward and dx copy and
+    patch rows or columns of it, at most half at a time (by the backend `cuda` all of it); see `shira.py`. It compiles
+    with `fullgraph=True`, which PEFT's does not. An adapter added to it later has to run once before that, or the
     graph breaks.
 
     Args:

@@ -124,10 +124,10 @@ def _run(
     if _is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         x, projections = _autocast(x, projections)
     check(op, x, projections, dropout_p, adapter_precision)
-    backend = backends.choose(op, x)
+    high = adapter_precision == "high" and projections[0][1].dtype != x.dtype
+    backend = backends.choose(op, x, "high" if high else "default")
     p = dropout_p if training else 0.0
     seed = dropout.draw_seed(x.device) if p > 0.0 else None
-    high = adapter_precision == "high" and projections[0][1].dtype != x.dtype
 
     flat: list[torch.Tensor | None] = []
     scalings: list[float] = []
@@ -295,45 +295,47 @@ LIBRARY.define(
 )
 
 
-def _forward(x, projections, *rest):
+def _forward(x, projections, scalings, seed, *rest):
     *options, high_precision, backend = rest
+    if backend == "auto":
+        features = sum(weight.shape[0] for weight in projections[0::5])
+        backend = _fastest(x, features, x.shape[-1], seed is not None, high_precision)
+    arguments = x, projections, scalings, seed, *options, high_precision, backend
     if backend == "reference":
-        return reference.forward(x, projections, *rest)
+        return reference.forward(*arguments)
     with on_device_of(x):
-        if backend == "auto":
-            features = sum(weight.shape[0] for weight in projections[0::5])
-            backend = _faster(x, features, x.shape[-1], high_precision)
         if backend.startswith("cuda"):
-            return cuda.forward(x, projections, *options, high_precision, backend)
+            return cuda.forward(*arguments)
         from . import triton_forward  # needs Triton, which the package does not
 
-        return triton_forward.forward(x, projections, *options, high_precision, backend)
+        return triton_forward.forward(*arguments)
 
 
 def _backward(grad_ys, x, s, masks, projections, *rest):
     *options, high_precision, backend = rest
+    if backend == "auto":  # what is saved has the same form, whichever ran forward
+        features = sum(dy.shape[-1] for dy in grad_ys)
+        wide = next((one for one in (x, *projections[0::4], *projections[1::4]) if one is not None), None)
+        in_features = features if wide is None else wide.shape[-1]  # for dB alone nothing has them
+        backend = _fastest(grad_ys[0], features, in_features, masks is not None, high_precision)
+    arguments = grad_ys, x, s, masks, projections, *options, high_precision, backend
     if backend == "reference":
-        return reference.backward(grad_ys, x, s, masks, projections, *rest)
+        return reference.backward(*arguments)
     with on_device_of(grad_ys[0]):
-        if backend == "auto":
-            features = sum(dy.shape[-1] for dy in grad_ys)
-            wide = next((one for one in (x, *projections[0::4], *projections[1::4]) if one is not None), None)
-            # Where only dB is needed nothing has in_features. What is saved has the same form either way.
-            backend = "triton" if wide is None else _faster(grad_ys[0], features, wide.shape[-1], high_precision)
         if backend.startswith("cuda"):
-            return cuda.backward(grad_ys, x, s, masks, projections, *options, high_precision, backend)
+            return cuda.backward(*arguments)
         from . import triton_backward
 
-        return triton_backward.backward(grad_ys, x, s, masks, projections, *options, high_precision, backend)
+        return triton_backward.backward(*arguments)
 
 
-def _faster(rows: torch.Tensor, features: int, in_features: int, high_precision: bool) -> str:
-    """Of "triton" and "cuda", by what was measured on this GPU."""
-    if high_precision or rows.element_size() != 2:  # what the native kernels do not multiply
-        return "triton"
+def _fastest(rows: torch.Tensor, features: int, in_features: int, dropping: bool, high_precision: bool) -> str:
+    """Of "reference", "triton" and "cuda", by sizes (`configs.gpu_backend`)."""
     M, device = math.prod(rows.shape[:-1]), rows.device
-    table = configs.tuned(device)
-    return configs.gpu_backend(M, features, in_features, rows.dtype, architecture(device), table)
+    arch, table = architecture(device), configs.tuned(device)
+    chosen = configs.gpu_backend(M, features, in_features, rows.dtype, arch, table, dropping)
+    takes_cuda = backends.takes("lora_linear", "cuda", device.type, rows.dtype, "high" if high_precision else "default")
+    return "triton" if chosen == "cuda" and not takes_cuda else chosen
 
 
 _forward_op = register("lora_linear_forward", _forward)

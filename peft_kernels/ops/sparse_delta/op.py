@@ -58,7 +58,7 @@ def sparse_delta_linear(
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype or bias.device != x.device):
         expected = f"bias [{layout.shape[0]}] in x's dtype {x.dtype} on {x.device}"
         raise ValueError(f"sparse_delta_linear: expected {expected}, got {describe(bias)}")
-    backend = backends.choose("sparse_delta_linear", x)
+    backend = backends.choose("sparse_delta_linear", x, layout.kind)
     tensors = (x, weight, values, bias)
     needs = [tensor is not None and tensor.requires_grad for tensor in tensors]
     if torch.is_grad_enabled() and True in needs:
@@ -97,7 +97,7 @@ def with_sparse_gradient_(y: torch.Tensor, x: torch.Tensor, values: torch.Tensor
         raise ValueError(f"with_sparse_gradient_: expected {expected}, got {describe(y)}")
     if not (torch.is_grad_enabled() and values.requires_grad):
         return y
-    options = Options(layout, backends.choose("sparse_delta_linear", x), [False, False, True, False])
+    options = Options(layout, backends.choose("sparse_delta_linear", x, layout.kind), [False, False, True, False])
     watched = is_dynamo_compiling() or _are_functorch_transforms_active()
     apply = SparseGradientFunction.apply if watched else _attach_eagerly
     return apply(options, y, x, values)
@@ -109,7 +109,8 @@ def write_delta(weight: torch.Tensor, base: torch.Tensor, values: torch.Tensor, 
     Args:
         base: [nnz], what the weight held there before Δ. values: [nnz], Δ.
     """
-    _write_op(weight, base, values, *_flat(layout), backends.choose("sparse_delta_linear", weight))
+    backend = backends.choose("sparse_delta_linear", weight, layout.kind)
+    _write_op(weight, base, values, *_flat(layout), backend)
 
 
 def _check(op: str, x: torch.Tensor, values: torch.Tensor, layout: SparseLayout) -> None:
@@ -231,33 +232,33 @@ def _flat(layout: SparseLayout) -> tuple[list[torch.Tensor], str, tuple[int, ...
     return list(layout.tensors.values()), layout.kind, layout.tile
 
 
-#: The backends of the native library.
-_NATIVE = {"cpu": cpu, "cuda": cuda}
+#: The backends that need no Triton.
+_MODULES = {"reference": reference, "cpu": cpu, "cuda": cuda}
 
 
 def _forward(x, weight, values, bias, layout, kind, tile, backend):
     layout = SparseLayout.of_tensors(kind, tuple(weight.shape), layout, tuple(tile))
-    if backend.startswith("triton"):
+    if backend == "triton":
         from . import triton_forward as module  # needs Triton, which the package does not
     else:
-        module = _NATIVE.get(backend.partition(":")[0], reference)
+        module = _MODULES[backend]
     with on_device_of(x):
         return unflatten(module.forward(flatten(x), weight, values, bias, layout), x)
 
 
 def _backward_of(dy, x, weight, values, layout, kind, tile, shape, needs, values_dtype, backend):
     layout = SparseLayout.of_tensors(kind, tuple(shape), layout, tuple(tile))
-    if backend.startswith("triton"):
+    if backend == "triton":
         from . import triton_backward as module
     else:
-        module = _NATIVE.get(backend.partition(":")[0], reference)
+        module = _MODULES[backend]
     with on_device_of(dy):
         return module.backward(dy, x, weight, values, layout, needs, values_dtype)
 
 
 def _write(weight, base, values, layout, kind, tile, backend):
     layout = SparseLayout.of_tensors(kind, tuple(weight.shape), layout, tuple(tile))
-    if backend.startswith("triton"):
+    if backend == "triton":
         from . import triton_write
 
         with on_device_of(weight):

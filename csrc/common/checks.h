@@ -1,7 +1,6 @@
-// What every host file checks with: STD_TORCH_CHECK for what the caller passed, check_cuda for the runtime.
+// What every host file checks with: STD_TORCH_CHECK for what the caller passed. Of CUDA knows launch.h.
 #pragma once
 
-#include <cuda_runtime_api.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -9,11 +8,6 @@
 #include <string>
 
 namespace peft_kernels {
-
-// torch's own check of a CUDA status lives in libtorch_cuda, which this library must load without.
-inline void check_cuda(cudaError_t status, const char* what) {
-  STD_TORCH_CHECK(status == cudaSuccess, what, ": ", cudaGetErrorString(status));
-}
 
 // "[2, 3]", for messages.
 inline std::string shape_of(const torch::stable::Tensor& tensor) {

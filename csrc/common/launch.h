@@ -1,7 +1,8 @@
-// Where a kernel is launched: the current stream, and how many blocks.
+// Where a kernel is launched: the current stream, how many blocks, and what came of it.
 #pragma once
 
 #include "common/checks.h"
+#include "common/status.h"
 
 #include <dlfcn.h>
 
@@ -9,6 +10,11 @@
 #include <limits>
 
 namespace peft_kernels {
+
+// torch's own check of a CUDA status lives in libtorch_cuda, which this library must load without.
+inline void check_cuda(const Status& status, const char* what) {
+  STD_TORCH_CHECK(status.ok(), what, ": ", status.text());
+}
 
 // The getter of torch's current stream lives in libtorch_cuda. A direct reference would keep the library from
 // loading beside a CPU build of torch, so it is looked up in the process, where a CUDA build has loaded it.

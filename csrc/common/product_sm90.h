@@ -1,6 +1,7 @@
 // A tile of a product of two matrices by a block, for sm_90a: the first warpgroup loads boxes through a ring of stages, 64 of
 // depth each, while each other one multiplies 64 rows of the tile by wgmma, the sums in registers. Blocks of a cluster own
-// tiles one above another; each loads its share of the columns' operand for all, so that the L2 cache is read for them once.
+// neighbouring tiles; each loads its share of the operand that they have in common for all, so that the L2 cache is read for it
+// once: the columns' of tiles one above another, the rows' of tiles side by side.
 #pragma once
 
 #include "common/cluster.h"
@@ -22,14 +23,16 @@ struct BoxProduct {
   static constexpr int kDepth = 64, kGroupRows = 64, kCluster = Tile::kCluster;
   static constexpr int kGroups = Tile::kRows / kGroupRows;  // warpgroups that multiply
   static constexpr int kThreads = (1 + kGroups) * kWarpgroup;
-  static constexpr int kShare = Tile::kColumns / kCluster;  // columns that a block loads for its cluster
-  static constexpr int kLeftBox = kLeftByFeature ? Tile::kRows : kDepth, kRightBox = kRightByFeature ? kShare : kDepth;
+  // That a block loads for its cluster.
+  static constexpr int kLeftShare = Tile::kRows / Tile::kAcross, kRightShare = Tile::kColumns / Tile::kDown;
+  static constexpr int kLeftBox = kLeftByFeature ? kLeftShare : kDepth;
+  static constexpr int kRightBox = kRightByFeature ? kRightShare : kDepth;
   static constexpr int kLeftBytes = Tile::kRows * kBoxRowBytes, kRightBytes = Tile::kColumns * kBoxRowBytes;
   static constexpr int kStageBytes = kLeftBytes + kRightBytes;
   static constexpr int kStagesBytes = Tile::kStages * kStageBytes;
   static constexpr int kBarrierBytes = 2 * Tile::kStages * static_cast<int>(sizeof(Mbarrier));
   static constexpr int kSums = Tile::kColumns / 2;  // of a thread, in the places that wgmma.h names
-  static_assert(kShare % kBoxColumns == 0);
+  static_assert(kLeftShare % kBoxColumns == 0 && kRightShare % kBoxColumns == 0);
 
   // kStagesBytes of stages; of each whether it has been loaded, and whether it has been read.
   struct Ring {
@@ -47,9 +50,7 @@ struct BoxProduct {
     }
   };
 
-  static int64_t clusters_of(int rows, int columns) {
-    return static_cast<int64_t>(tiles_of(rows, kCluster * Tile::kRows)) * tiles_of(columns, Tile::kColumns);
-  }
+  static int64_t clusters_of(int rows, int columns) { return peft_kernels::clusters_of<Tile>(rows, columns); }
 
   // Both sides of the block: load() by one thread, multiply() by the other warpgroups.
   template <typename Load, typename Multiply>
@@ -75,11 +76,12 @@ struct BoxProduct {
   // A cluster's share of all tiles, `parts` times each, one after another: of(row_0, column_0, part), of this block's.
   template <typename Of>
   PEFT_KERNELS_DEVICE static void each_tile(int rows, int columns, int parts, const Of& of) {
-    constexpr int kRows = kCluster * Tile::kRows;
-    const int tiles = tiles_of(rows, kRows) * tiles_of(columns, Tile::kColumns);
+    constexpr int kRows = Tile::kDown * Tile::kRows, kColumns = Tile::kAcross * Tile::kColumns;
+    const int tiles = tiles_of(rows, kRows) * tiles_of(columns, kColumns);
     for (int work = block_index() / kCluster; work < tiles * parts; work += block_count() / kCluster) {
-      const Position at = position(work % tiles, rows, columns, kRows, Tile::kColumns);
-      of(at.row * kRows + cluster_rank() * Tile::kRows, at.column * Tile::kColumns, work / tiles);
+      const Position at = position(work % tiles, rows, columns, kRows, kColumns);
+      of(at.row * kRows + cluster_rank() % Tile::kDown * Tile::kRows,
+         at.column * kColumns + cluster_rank() % Tile::kAcross * Tile::kColumns, work / tiles);
     }
   }
 
@@ -103,31 +105,12 @@ struct BoxProduct {
 
   // The tile's rows, from depth_0 on: kLeftBytes.
   PEFT_KERNELS_DEVICE static void load_left(const Stage& stage, const TensorMap& left, int row_0, int depth_0) {
-    if constexpr (kLeftByFeature) {
-      load_box<false>(stage.place, left, row_0, depth_0, stage.loaded, 0);
-    } else {
-      PEFT_KERNELS_UNROLL
-      for (int row = 0; row < Tile::kRows; row += kBoxColumns) {
-        load_box<false>(stage.place + row * kBoxRowBytes, left, depth_0, row_0 + row, stage.loaded, 0);
-      }
-    }
+    load_share<kLeftByFeature, Tile::kAcross, kLeftShare>(stage.place, left, row_0, depth_0, stage.loaded);
   }
 
-  // This block's share of the tile's columns, to every block of the cluster: kRightBytes with the others' shares.
+  // The tile's columns: kRightBytes.
   PEFT_KERNELS_DEVICE static void load_right(const Stage& stage, const TensorMap& right, int column_0, int depth_0) {
-    constexpr bool kMulticast = kCluster > 1;
-    constexpr uint16_t kAll = (1 << kCluster) - 1;
-    const int share = cluster_rank() * kShare;
-    char* place = stage.place + kLeftBytes + share * kBoxRowBytes;
-    column_0 += share;
-    if constexpr (kRightByFeature) {
-      load_box<kMulticast>(place, right, column_0, depth_0, stage.loaded, kAll);
-    } else {
-      PEFT_KERNELS_UNROLL
-      for (int column = 0; column < kShare; column += kBoxColumns) {
-        load_box<kMulticast>(place + column * kBoxRowBytes, right, depth_0, column_0 + column, stage.loaded, kAll);
-      }
-    }
+    load_share<kRightByFeature, Tile::kDown, kRightShare>(stage.place + kLeftBytes, right, column_0, depth_0, stage.loaded);
   }
 
   // A stage of both.
@@ -230,6 +213,24 @@ struct BoxProduct {
 
  private:
   static constexpr int kBoxBytes = kDepth * kBoxRowBytes;  // 64 features, either way
+
+  // This block's share of an operand's features, to each of the `kBlocks` of the cluster that have them in common.
+  template <bool kByFeature, int kBlocks, int kShare>
+  PEFT_KERNELS_DEVICE static void load_share(char* place, const TensorMap& operand, int feature_0, int depth_0,
+                                             Mbarrier* loaded) {
+    constexpr bool kMulticast = kBlocks > 1;
+    constexpr uint16_t kAll = (1 << kBlocks) - 1;
+    const int share = kMulticast ? cluster_rank() * kShare : 0;
+    place += share * kBoxRowBytes, feature_0 += share;
+    if constexpr (kByFeature) {
+      load_box<kMulticast>(place, operand, feature_0, depth_0, loaded, kAll);
+    } else {
+      PEFT_KERNELS_UNROLL
+      for (int feature = 0; feature < kShare; feature += kBoxColumns) {
+        load_box<kMulticast>(place + feature * kBoxRowBytes, operand, depth_0, feature_0 + feature, loaded, kAll);
+      }
+    }
+  }
 
   PEFT_KERNELS_DEVICE static uint64_t left_operand(const char* place) {
     return operand_at<kLeftByFeature>(place + group() * kBoxBytes, kBoxBytes);

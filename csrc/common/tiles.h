@@ -21,17 +21,27 @@ using Wide = Tile<128, 256, 32, 64, 64, 3>;
 using Square = Tile<128, 128, 32, 64, 64, 4>;
 using Small = Tile<64, 64, 64, 32, 32, 4>;
 
-// kRows x kColumns of out by warpgroups of 64 rows, 64 elements of the reduction a stage; kCluster tiles, one above
-// another, share the loads of their columns. In 225 of the 227 KiB of shared memory that a block of sm_90 may have.
-template <int kRows_, int kColumns_, int kStages_, int kCluster_>
+// kRows x kColumns of out by warpgroups of 64 rows, 64 elements of the reduction a stage. A cluster of tiles shares loads: kDown
+// tiles, one above another, those of their columns; kAcross, side by side, those of their rows. In 225 of the 227 KiB of
+// shared memory that a block of sm_90 may have.
+template <int kRows_, int kColumns_, int kStages_, int kDown_, int kAcross_>
 struct BoxTile {
-  static constexpr int kRows = kRows_, kColumns = kColumns_, kStages = kStages_, kCluster = kCluster_;
+  static constexpr int kRows = kRows_, kColumns = kColumns_, kStages = kStages_;
+  static constexpr int kDown = kDown_, kAcross = kAcross_, kCluster = kDown * kAcross;
+  static_assert(kDown == 1 || kAcross == 1);
 };
 
-using BoxWide = BoxTile<128, 256, 4, 2>;
-using BoxSquare = BoxTile<128, 128, 6, 1>;
+// The square tile is also the one of few rows, of which none must be left out: its cluster lies across.
+using BoxWide = BoxTile<128, 256, 4, 2, 1>;
+using BoxSquare = BoxTile<128, 128, 6, 1, 2>;
 
 PEFT_KERNELS_HOST_DEVICE int tiles_of(int64_t size, int tile) { return static_cast<int>((size + tile - 1) / tile); }
+
+// Of out [rows, columns], whole clusters.
+template <typename Tile>
+PEFT_KERNELS_HOST_DEVICE int64_t clusters_of(int64_t rows, int64_t columns) {
+  return static_cast<int64_t>(tiles_of(rows, Tile::kDown * Tile::kRows)) * tiles_of(columns, Tile::kAcross * Tile::kColumns);
+}
 
 // Of a length that several blocks share: one's part, a multiple of `stage`.
 PEFT_KERNELS_HOST_DEVICE int part_of(int64_t length, int parts, int stage) {
@@ -68,10 +78,10 @@ inline bool of_boxes(TileName tile) { return tile == TileName::kBoxWide || tile 
 struct Candidate {
   TileName name;
   int rows, columns;
-  int cluster;  // tiles that run together
-  int blocks;   // an SM, by shared memory
-  int step;     // cycles for 16 of depth
-  bool splits;  // the depth, where there are few tiles
+  int down, across;  // tiles that run together
+  int blocks;        // an SM, by shared memory
+  int step;          // cycles for 16 of depth
+  bool splits;       // the depth, where there are few tiles
 };
 
 // A step of 16 in depth costs the tensor cores rows·columns·16 / 1024 cycles (sm_80), and shared memory the bytes that all
@@ -79,37 +89,46 @@ struct Candidate {
 template <typename Tile>
 constexpr Candidate warps_candidate(TileName name, int blocks, bool splits) {
   constexpr int kWarps = Tile::kThreads / 32;
-  return {name, Tile::kRows, Tile::kColumns, 1, blocks,
+  return {name, Tile::kRows, Tile::kColumns, 1, 1, blocks,
           Tile::kRows * Tile::kColumns * 16 / 1024 + kWarps * (Tile::kWarpRows + Tile::kWarpColumns) * 32 / 128, splits};
 }
 
-// wgmma (sm_90a) multiplies twice as much a cycle, and reads shared memory meanwhile.
+// wgmma (sm_90a) multiplies twice as much a cycle while operands arrive, so that the slowest of three counts: the tensor
+// cores; the L2 cache, which gives an SM about 46.6 bytes a cycle, a cluster's shared operand once; shared memory at 128 bytes
+// a cycle, written by the copy engine, and read by each warpgroup of 64 rows, which reads all columns.
 template <typename Tile>
 constexpr Candidate boxes_candidate(TileName name, bool splits) {
-  return {name, Tile::kRows, Tile::kColumns, Tile::kCluster, 1, Tile::kRows * Tile::kColumns * 16 / 2048, splits};
+  constexpr int kBytes = 16 * 2;  // of a row or a column
+  constexpr int kTensor = Tile::kRows * Tile::kColumns * 16 / 2048;
+  constexpr int kCached = (Tile::kRows / Tile::kAcross + Tile::kColumns / Tile::kDown) * kBytes * 10 / 466;
+  constexpr int kShared = (2 * Tile::kRows + (1 + Tile::kRows / 64) * Tile::kColumns) * kBytes / 128;
+  constexpr int kMemory = kCached > kShared ? kCached : kShared;
+  return {name, Tile::kRows, Tile::kColumns, Tile::kDown, Tile::kAcross, 1, kTensor > kMemory ? kTensor : kMemory, splits};
 }
 
 // The tile of the least estimated time on a GPU of `processors` SMs: waves of blocks, times what a block's step costs, of a
-// depth that can be split as often as there are blocks too few. No measurement is behind it yet. `boxes`: whether the tiles
-// for sm_90a can be taken.
+// depth that can be split as often as there are blocks too few. No measurement is behind it yet, so that a sixteenth decides
+// nothing: of two as good as each other the larger is taken, which moves fewer bytes. `boxes`: whether the tiles for sm_90a
+// can be taken.
 inline TileName choose(int64_t rows, int64_t columns, int processors, bool boxes) {
-  constexpr Candidate kCandidates[] = {
-      warps_candidate<Wide>(TileName::kWide, 1, false),   warps_candidate<Square>(TileName::kSquare, 2, false),
-      warps_candidate<Small>(TileName::kSmall, 2, true),  boxes_candidate<BoxWide>(TileName::kBoxWide, false),
-      boxes_candidate<BoxSquare>(TileName::kBoxSquare, true),
+  constexpr Candidate kCandidates[] = {  // the larger first
+      boxes_candidate<BoxWide>(TileName::kBoxWide, false), boxes_candidate<BoxSquare>(TileName::kBoxSquare, true),
+      warps_candidate<Wide>(TileName::kWide, 1, false),    warps_candidate<Square>(TileName::kSquare, 2, false),
+      warps_candidate<Small>(TileName::kSmall, 2, true),
   };
   TileName best = TileName::kSmall;
-  int64_t least = INT64_MAX;
+  int64_t least = INT64_MAX / 16;
   for (const Candidate& tile : kCandidates) {
     if (!boxes && of_boxes(tile.name)) continue;
-    const int64_t down = static_cast<int64_t>(tiles_of(rows, tile.rows * tile.cluster)) * tile.cluster;
-    const int64_t blocks = down * tiles_of(columns, tile.columns);
+    const int64_t clusters = static_cast<int64_t>(tiles_of(rows, tile.rows * tile.down)) *
+                             tiles_of(columns, tile.columns * tile.across);
+    const int64_t blocks = clusters * tile.down * tile.across;
     const int64_t at_once = static_cast<int64_t>(processors) * tile.blocks;
     const int64_t full = blocks / at_once, rest = blocks % at_once;
     // Blocks that share an SM share its tensor cores; in the last wave an SM may have fewer.
     int64_t time = (full * tile.blocks + (rest + processors - 1) / processors) * tile.step;
     if (tile.splits && blocks < at_once) time /= at_once / blocks < 32 ? at_once / blocks : 32;
-    if (time < least) least = time, best = tile.name;
+    if (16 * time < 15 * least) least = time, best = tile.name;
   }
   return best;
 }

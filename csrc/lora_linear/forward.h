@@ -5,6 +5,8 @@
 // S is computed beside the first tile of its rows from the same tiles of x, so that no pass over x is made for it.
 #pragma once
 
+#include "common/status.h"
+
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
@@ -33,6 +35,6 @@ struct Arguments {
 // On the current device, of `processors` SMs: compute capability 9.0 and a library built for it. All sizes are at least 1,
 // columns a multiple of 8, rank at most kMostRanks (forward_sm90.cuh).
 template <typename T>
-cudaError_t launch_sm90(const Arguments& args, int processors, cudaStream_t stream);
+Status launch_sm90(const Arguments& args, int processors, cudaStream_t stream);
 
 }  // namespace peft_kernels::lora_forward

@@ -23,21 +23,21 @@ __global__ void __launch_bounds__(BoxForward<T, kRanks>::kThreads, 1)
 }
 
 template <typename T, int kRanks>
-cudaError_t launch_ranks(const Arguments& args, int processors, cudaStream_t stream) {
+Status launch_ranks(const Arguments& args, int processors, cudaStream_t stream) {
   using Forward = BoxForward<T, kRanks>;
   using Product = typename Forward::Product;
   BoxArguments boxes{};
   boxes.bias = args.bias, boxes.row_scale = args.row_scale, boxes.scale = args.scale, boxes.s = args.s;
   boxes.rows = args.rows, boxes.columns = args.columns, boxes.depth = args.depth, boxes.rank = args.rank;
-  cudaError_t status = encode(&boxes.y, args.y, args.columns, args.rows, args.columns, Product::kGroupRows);
+  Status status = encode(&boxes.y, args.y, args.columns, args.rows, args.columns, Product::kGroupRows);
   const auto add = [&](CUtensorMap& map, const Operand& operand, int height, int width, int box) {
-    if (status == cudaSuccess) status = encode(&map, operand.start, operand.pitch, height, width, box);
+    if (status.ok()) status = encode(&map, operand.start, operand.pitch, height, width, box);
   };
   add(boxes.x, args.x, args.rows, args.depth, Product::kLeftBox);
   add(boxes.weight, args.weight, args.columns, args.depth, Product::kRightBox);
   add(boxes.lora_A, args.lora_A, args.rank, args.depth, kRanks);
   add(boxes.lora_B, args.lora_B, args.columns, args.rank, Product::kRightBox);
-  if (status != cudaSuccess) return status;
+  if (!status.ok()) return status;
   const int64_t tiles = Product::clusters_of(args.rows, args.columns);
   const int64_t most = std::min<int64_t>(tiles, processors / BoxWide::kCluster);
   boxes.per_cluster = static_cast<int>((tiles + most - 1) / most);
@@ -47,7 +47,7 @@ cudaError_t launch_ranks(const Arguments& args, int processors, cudaStream_t str
 }
 
 template <typename T>
-cudaError_t launch_sm90(const Arguments& args, int processors, cudaStream_t stream) {
+Status launch_sm90(const Arguments& args, int processors, cudaStream_t stream) {
   if (args.rank <= 16) return launch_ranks<T, 16>(args, processors, stream);
   return args.rank <= 32 ? launch_ranks<T, 32>(args, processors, stream) : launch_ranks<T, 64>(args, processors, stream);
 }

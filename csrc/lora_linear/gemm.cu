@@ -44,9 +44,9 @@ const KernelEntry kEntries[] = {ENTRIES(__nv_bfloat16), ENTRIES(__half)};
 constexpr const char* kOp = "lora_gemm";
 
 template <typename T, bool kByFeature>
-cudaError_t launch_tile(const Arguments& args, TileName tile, int processors, cudaStream_t stream) {
-  return of_boxes(tile) ? launch_sm90<T, kByFeature>(args, tile, processors, stream)
-                        : launch_sm80<T, kByFeature>(args, tile, stream);
+Status launch_tile(const Arguments& args, TileName tile, int processors, cudaStream_t stream) {
+  if (of_boxes(tile)) return launch_sm90<T, kByFeature>(args, tile, processors, stream);
+  return launch_sm80<T, kByFeature>(args, tile, stream);
 }
 
 // [height, depth] and [features, depth] or, by depth, [depth, features], on the device and in the dtype of `like`.
@@ -108,8 +108,7 @@ Call::Call(const std::vector<Tensor>& left, const std::vector<Tensor>& right, co
   const int stages = stages_of(args_.base, args_.pairs, Small::kDepth);
   if (tile_ == TileName::kSmall) args_.parts = parts_of(stages, 1, small_tiles, processors_);
   if (tile_ == TileName::kBoxSquare) {  // one block an SM
-    const int64_t tiles = static_cast<int64_t>(tiles_of(rows, BoxSquare::kRows)) * tiles_of(columns, BoxSquare::kColumns);
-    args_.parts = parts_of(stages, 1, tiles, processors_ / 2);
+    args_.parts = parts_of(stages, 1, clusters_of<BoxSquare>(rows, columns) * BoxSquare::kCluster, processors_ / 2);
   }
   args_.part = part_of(stages, args_.parts, 1);
   blocks_for(small_tiles * args_.parts, 1);  // they fit

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "common/kernel_source.h"
+#include "common/status.h"
 #include "common/tiles.h"
 
 #include <cuda_runtime_api.h>
@@ -56,6 +57,6 @@ PEFT_KERNELS_HOST_DEVICE int stages_of(const Pair* pairs, int count, int stage) 
 // By the kernels for sm_90a, on the current device of `processors` SMs: compute capability 9.0 and a library built for it. rows,
 // columns and the first pair's depth are at least 1, columns a multiple of 8 (gemm_sm90.cuh).
 template <typename T, bool kByFeature>
-cudaError_t launch_sm90(const Arguments& args, TileName tile, int processors, cudaStream_t stream);
+Status launch_sm90(const Arguments& args, TileName tile, int processors, cudaStream_t stream);
 
 }  // namespace peft_kernels::lora_gemm

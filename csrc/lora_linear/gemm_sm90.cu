@@ -21,9 +21,9 @@ const KernelEntry kEntries[] = {ENTRIES(__nv_bfloat16), ENTRIES(__half)};
 
 }  // namespace
 
-template cudaError_t launch_sm90<__nv_bfloat16, true>(const Arguments&, TileName, int, cudaStream_t);
-template cudaError_t launch_sm90<__nv_bfloat16, false>(const Arguments&, TileName, int, cudaStream_t);
-template cudaError_t launch_sm90<__half, true>(const Arguments&, TileName, int, cudaStream_t);
-template cudaError_t launch_sm90<__half, false>(const Arguments&, TileName, int, cudaStream_t);
+template Status launch_sm90<__nv_bfloat16, true>(const Arguments&, TileName, int, cudaStream_t);
+template Status launch_sm90<__nv_bfloat16, false>(const Arguments&, TileName, int, cudaStream_t);
+template Status launch_sm90<__half, true>(const Arguments&, TileName, int, cudaStream_t);
+template Status launch_sm90<__half, false>(const Arguments&, TileName, int, cudaStream_t);
 
 }  // namespace peft_kernels::lora_gemm

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(BoxGemm<T, Tile, kByFeature>::kThreads, 1)
 }
 
 template <typename T, typename Tile, bool kByFeature>
-cudaError_t launch_sm90(const Arguments& args, int processors, cudaStream_t stream) {
+Status launch_sm90(const Arguments& args, int processors, cudaStream_t stream) {
   using Gemm = BoxGemm<T, Tile, kByFeature>;
   using Product = typename Gemm::Product;
   BoxArguments boxes{};
@@ -31,18 +31,18 @@ cudaError_t launch_sm90(const Arguments& args, int processors, cudaStream_t stre
   std::copy_n(args.keep, kMostPairs, boxes.keep);
   boxes.rows = args.rows, boxes.columns = args.columns;
   boxes.partials = args.partials, boxes.parts = args.parts, boxes.part = args.part;
-  cudaError_t status = cudaSuccess;
+  Status status = cudaSuccess;
   if (args.out != nullptr) status = encode(&boxes.out, args.out, args.columns, args.rows, args.columns, Product::kGroupRows);
   const auto add = [&](BoxPair& to, const Pair& pair) {
     to.depth = pair.depth;
-    if (pair.depth == 0 || status != cudaSuccess) return;
+    if (pair.depth == 0 || !status.ok()) return;
     status = encode(&to.left, pair.left, pair.left_pitch, args.rows, pair.depth, Product::kLeftBox);
-    if (status != cudaSuccess) return;
+    if (!status.ok()) return;
     status = encode(&to.right, pair.right, pair.right_pitch, kByFeature ? args.columns : pair.depth,
                     kByFeature ? pair.depth : args.columns, Product::kRightBox);
   };
   for (int j = 0; j < args.pairs; ++j) add(boxes.low[j], args.low[j]), add(boxes.base[j], args.base[j]);
-  if (status != cudaSuccess) return status;
+  if (!status.ok()) return status;
   const int64_t work = Product::clusters_of(args.rows, args.columns) * args.parts;
   const int64_t clusters = std::min<int64_t>(work, processors / Tile::kCluster);
   return launch_shared(&gemm_sm90<T, Tile, kByFeature>, clusters * Tile::kCluster, Gemm::kThreads, Gemm::kSharedBytes,
@@ -50,7 +50,7 @@ cudaError_t launch_sm90(const Arguments& args, int processors, cudaStream_t stre
 }
 
 template <typename T, bool kByFeature>
-cudaError_t launch_sm90(const Arguments& args, TileName tile, int processors, cudaStream_t stream) {
+Status launch_sm90(const Arguments& args, TileName tile, int processors, cudaStream_t stream) {
   return tile == TileName::kBoxWide ? launch_sm90<T, BoxWide, kByFeature>(args, processors, stream)
                                     : launch_sm90<T, BoxSquare, kByFeature>(args, processors, stream);
 }

@@ -25,9 +25,9 @@
 namespace peft_kernels::selftest {
 namespace {
 
-void check(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  std::printf("%s: %s\n", what, cudaGetErrorString(status));
+void check(const Status& status, const char* what) {
+  if (status.ok()) return;
+  std::printf("%s: %s\n", what, status.text().c_str());
   std::exit(1);
 }
 
@@ -209,12 +209,11 @@ void beside(const std::string& dtype, int processors) {
     const OnDevice<float> sums(poisoned<float>(pass.sums()));
     const OnDevice<T> copy(poisoned<T>(problem.size()));
     gemm(problem, name + ", with a pass beside it", [&](const lora_gemm::Arguments& args) {
-      const cudaError_t launched[] = {
-          launch(args),
-          lora_outer::launch_sm80<T, false>(
-              pass.arguments(wide.get(), narrow.get(), nullptr, keep.get(), sums.get(), nullptr), nullptr, true),
-          cudaMemcpyAsync(copy.get(), args.out, problem.size() * sizeof(T), cudaMemcpyDeviceToDevice, nullptr)};
-      return *std::max_element(std::begin(launched), std::end(launched));  // success is 0
+      check(launch(args), name.c_str());
+      check(lora_outer::launch_sm80<T, false>(
+                pass.arguments(wide.get(), narrow.get(), nullptr, keep.get(), sums.get(), nullptr), nullptr, true),
+            "launching outer_sm80 beside it");
+      return cudaMemcpyAsync(copy.get(), args.out, problem.size() * sizeof(T), cudaMemcpyDeviceToDevice, nullptr);
     });
     report("outer_sm80<" + dtype + ">, beside " + name, pass.complaint(sums.host(), {}));
     report(name + ", copied behind the pass beside it", problem.complaint(copy.host()));

@@ -76,10 +76,10 @@ Entries entries_of(const std::optional<Tensor>& row_starts, const Tensor& column
 }
 
 template <typename T>
-cudaError_t launch(const Arguments& args, TileName tile, int processors, cudaStream_t stream) {
-  return tile == TileName::kBoxWide     ? launch_sm90<T, BoxWide>(args, processors, stream)
-         : tile == TileName::kBoxSquare ? launch_sm90<T, BoxSquare>(args, processors, stream)
-                                        : launch_sm80<T>(args, stream);
+Status launch(const Arguments& args, TileName tile, int processors, cudaStream_t stream) {
+  if (tile == TileName::kBoxWide) return launch_sm90<T, BoxWide>(args, processors, stream);
+  if (tile == TileName::kBoxSquare) return launch_sm90<T, BoxSquare>(args, processors, stream);
+  return launch_sm80<T>(args, stream);
 }
 
 Tensor sparse_gathered(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& row_starts,
@@ -102,9 +102,10 @@ Tensor sparse_gathered(const Tensor& dy, const Tensor& x, const std::optional<Te
   const bool boxes = has_boxes(device);
   TileName tile = choose(rows, width, processors, boxes);
   if (boxes && tile != TileName::kBoxWide) tile = TileName::kBoxSquare;
-  const int64_t tiles = tile == TileName::kBoxWide
-                            ? 2 * static_cast<int64_t>(tiles_of(rows, 2 * BoxWide::kRows)) * tiles_of(width, BoxWide::kColumns)
-                            : static_cast<int64_t>(tiles_of(rows, Square::kRows)) * tiles_of(width, Square::kColumns);
+  const int64_t tiles =
+      tile == TileName::kBoxWide     ? clusters_of<BoxWide>(rows, width) * BoxWide::kCluster
+      : tile == TileName::kBoxSquare ? clusters_of<BoxSquare>(rows, width) * BoxSquare::kCluster
+                                     : static_cast<int64_t>(tiles_of(rows, Square::kRows)) * tiles_of(width, Square::kColumns);
   constexpr int kStage = 64;
   const int parts = parts_of(tokens, kStage, tiles, boxes ? processors / 2 : processors);
   blocks_for(tiles * parts, 1);  // they fit

@@ -49,15 +49,15 @@ cudaError_t launch_sm80(const Arguments& args, cudaStream_t stream) {
 
 // On compute capability 9.0, of `processors` SMs.
 template <typename T, typename Tile>
-cudaError_t launch_sm90(const Arguments& args, int processors, cudaStream_t stream) {
+Status launch_sm90(const Arguments& args, int processors, cudaStream_t stream) {
   using Kernel = BoxGathered<T, Tile>;
   using Product = typename Kernel::Product;
   BoxArguments boxes{{}, {}, args};
-  cudaError_t status = encode(&boxes.dy, args.dy, args.dy_pitch, args.tokens, args.entries.rows, Product::kLeftBox);
-  if (status == cudaSuccess) {
+  Status status = encode(&boxes.dy, args.dy, args.dy_pitch, args.tokens, args.entries.rows, Product::kLeftBox);
+  if (status.ok()) {
     status = encode(&boxes.x, args.x, args.x_pitch, args.tokens, args.entries.width, Product::kRightBox);
   }
-  if (status != cudaSuccess) return status;
+  if (!status.ok()) return status;
   const int64_t work = Product::clusters_of(args.entries.rows, args.entries.width) * args.parts;
   return launch_shared(&gathered_sm90<T, Tile>, std::min<int64_t>(work, processors / Tile::kCluster) * Tile::kCluster,
                        Kernel::kThreads, Kernel::kSharedBytes, boxes, stream, Tile::kCluster);

@@ -166,6 +166,16 @@ def explain(op: str, device_type: str, dtype: torch.dtype, option: str = "") -> 
     return Choice(backend, reason)
 
 
+def refuse_forced(op: str, what: str) -> None:
+    """Of what torch's own operations do, in place of a backend's kernels.
+
+    Raises:
+        RuntimeError: the user asked for kernels.
+    """
+    if _request.backend not in ("auto", "reference"):
+        raise RuntimeError(f"{op}: expected backend 'auto' or 'reference' for {what}, got {_request.backend!r}")
+
+
 def _resolve(op: str, requested: str, device_type: str, dtype: torch.dtype, option: str) -> str:
     if requested == "auto":
         if device_type == "cuda":

@@ -97,6 +97,22 @@ def test_env_command_prints_the_table():
     assert result.stdout.strip() == env()
 
 
+@pytest.mark.parametrize("op", backends.OPS)
+def test_a_backend_that_an_op_lacks_is_refused(op):
+    for name in set(backends.NAMES) - {"auto", *backends.OPS[op].backends}:
+        with (
+            peft_kernels.use_backend(name),
+            pytest.raises(RuntimeError, match=f"^{op}: expected one of the backends .*, got '{name}'$"),
+        ):
+            backends.choose(op, torch.ones(1))
+
+
+def test_a_suffix_is_not_ignored():
+    one = torch.ones(2, 2)
+    with peft_kernels.use_backend("triton:fused"), pytest.raises(RuntimeError, match="got 'triton:fused'"):
+        peft_kernels.masked_linear(one, one, one)
+
+
 def test_env_says_what_an_impossible_request_would_meet():
     if torch.cuda.is_available():
         pytest.skip("the request is possible here")
@@ -112,7 +128,7 @@ class TestExplained:
         assert max(map(len, text.split("\n"))) <= 80
         words = " ".join(text.split())
         assert words.startswith("lora_linear with M 4096, K 4096, N 4096, R 16, bfloat16")
-        assert "backend triton (no crossover to cuda was measured on sm_90)" in words
+        assert "triton from 17179869184 on, no crossover to cuda was measured on sm_90)" in words
         assert "low-rank product blas (no crossover was measured on sm_90)" in words
         tile = configs.shrink_tile(4096, 4096, 16, 2, False, False)
         assert f"S, pass over x block_m {tile.block_m}, block_c {tile.block_c}" in words

@@ -21,7 +21,7 @@ SELFTEST     := build/selftest
 TRITON_STAMP := $(VENV)/.stamp-triton-$(OLDEST_TRITON)
 OLD_TRITON   := $(VENV)/triton-$(basename $(OLDEST_TRITON))
 
-.PHONY: help setup demo test selftest sanitize bench lint format gpu aot-all clean
+.PHONY: help setup demo test selftest sanitize bench lint format gpu aot-all resources clean
 .NOTPARALLEL:
 # Ahead-of-time compilation fails under the interpreter: only the stage that wants it gets it.
 unexport TRITON_INTERPRET
@@ -36,6 +36,7 @@ help:
 	@echo "make lint          ruff: rules and format"
 	@echo "make format        ruff: put both right"
 	@echo "make aot-all       compile every configuration of every kernel, for every architecture"
+	@echo "make resources     write docs/kernels.md: registers, spills, shared memory and blocks an SM of every kernel"
 	@echo "make gpu MINUTES=9 the GPU suite, then the GPU benchmarks, with the python3 on PATH as it is"
 
 # --- Set-up --------------------------------------------------------------------------------------------------
@@ -119,6 +120,10 @@ sanitize:
 aot-all: setup $(TRITON_STAMP)
 	$(call stage,every configuration by the newest Triton,PEFT_KERNELS_AOT=all $(XDIST) tests/aot)
 	$(call stage,every configuration by Triton $(OLDEST_TRITON),PEFT_KERNELS_AOT=all PYTHONPATH=$(OLD_TRITON) $(XDIST) tests/aot)
+
+# Of Triton's kernels as they are launched and of the native library's; by the newest Triton.
+resources: setup
+	@$(PY) -m tests.aot.table
 
 lint: $(LINT_STAMP)
 	@echo "checking rules and format with ruff"

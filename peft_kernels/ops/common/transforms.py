@@ -8,12 +8,14 @@ tensor goes through an op by its values.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
-from torch._C import _are_functorch_transforms_active
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _set_tracing_state
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
-from torch.jit import is_tracing
+from torch.compiler import is_dynamo_compiling
 
 from ... import backends
 from .library import without_autocast
@@ -22,7 +24,8 @@ from .library import without_autocast
 def is_transformed() -> bool:
     """Whether an op called now has to be a composition: a `torch.func` transform is active, or a level of forward mode,
     or `torch.jit.trace`."""
-    return _are_functorch_transforms_active() or forward_ad._current_level >= 0 or is_tracing()
+    # Asked at every call. Dynamo traces each of them; `torch.jit.is_tracing` costs the host as much again as all three.
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0 or _get_tracing_state() is not None
 
 
 def compose(op: str, check: Callable[[], None], composition: Callable, *args):
@@ -40,30 +43,61 @@ def compose(op: str, check: Callable[[], None], composition: Callable, *args):
 @contextlib.contextmanager
 def untraced() -> Iterator[None]:
     """What is done inside is no part of a graph that `torch.jit.trace` records, and sees sizes as plain numbers."""
-    state = torch._C._get_tracing_state()
-    if state is not None:
-        torch._C._set_tracing_state(None)
+    state = _get_tracing_state()
+    if state is None:
+        yield
+        return
+    _set_tracing_state(None)
     try:
         yield
     finally:
-        if state is not None:
-            torch._C._set_tracing_state(state)
+        _set_tracing_state(state)
 
 
-def refuse_tangents(op: str, grads: tuple[torch.Tensor | None, ...]) -> None:
-    """Of a backward whose forward did not run as a composition.
+def backward_of(op: str) -> Callable[[Callable], Callable]:
+    """Decorates the backward `(ctx, *grads)` of an op, whose forward was not a composition: under `is_grads_batched`
+    (torch's older vmap, which knows nothing of Functions) it runs once for each example.
 
-    Raises:
-        RuntimeError: a gradient that comes in carries a tangent, which the backward would lose.
+    Raises, from the backward:
+        RuntimeError: a gradient that comes in carries a tangent, which would be lost.
     """
-    if forward_ad._current_level < 0:
-        return
+
+    def decorate(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def call(ctx, *grads):
+            if not is_dynamo_compiling():
+                if forward_ad._current_level >= 0:
+                    _refuse_tangents(op, grads)
+                if any(grad is not None and is_legacy_batchedtensor(grad) for grad in grads):
+                    return _one_by_one(backward, ctx, grads)
+            return backward(ctx, *grads)
+
+        return call
+
+    return decorate
+
+
+def _refuse_tangents(op: str, grads: tuple[torch.Tensor | None, ...]) -> None:
     dual = (grad is not None and forward_ad.unpack_dual(grad).tangent is not None for grad in grads)
     if _are_functorch_transforms_active() or any(dual):
         raise RuntimeError(
             f"{op}: expected a forward inside of the dual level or torch.func.jvp that its backward is differentiated "
             f"in, got one outside of it"
         )
+
+
+def _one_by_one(backward: Callable, ctx, grads: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    batched = [grad is not None and is_legacy_batchedtensor(grad) for grad in grads]
+    whole = [torch._remove_batch_dim(grad, level, 1, 0) for grad, found in zip(grads, batched) if found]
+    results = []
+    for examples in zip(*(grad.unbind() for grad in whole), strict=True):
+        each = iter(examples)
+        results.append(backward(ctx, *(next(each) if found else grad for grad, found in zip(grads, batched))))
+    return tuple(
+        None if column[0] is None else torch._add_batch_dim(torch.stack(column), 0, level) for column in zip(*results)
+    )
 
 
 class StraightThrough(torch.autograd.Function):

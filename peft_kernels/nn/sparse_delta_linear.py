@@ -199,9 +199,9 @@ class SparseDeltaLinear(nn.Linear):
 
     def _written_apart(self, weight: torch.Tensor, delta: NamedDelta) -> torch.Tensor:
         """W₀ + Δ where torch differentiates, batches or traces what makes it, in a copy: what a transform wraps cannot be
-        written into the weight. A graph that is traced without gradients reads the weight itself."""
+        written into the weight. A traced graph of values that are frozen reads the weight itself."""
         values = delta._parameters["values"]
-        if torch.jit.is_tracing() and not (torch.is_grad_enabled() and values.requires_grad):
+        if torch.jit.is_tracing() and not values.requires_grad:  # torch checks a trace without gradients
             with untraced():
                 self.write()
             return weight

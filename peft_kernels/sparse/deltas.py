@@ -111,7 +111,9 @@ def merge_deltas(model: nn.Module) -> None:
 
 def _check_model(model: nn.Module) -> None:
     if isinstance(model, SparseDeltaLinear):
-        raise ValueError(f"expected a model with layers in it, got a {type(model).__name__}: use its restore() and merge()")
+        raise ValueError(
+            f"expected a model with layers in it, got a {type(model).__name__}: use its restore() and merge()"
+        )
 
 
 def _layout(delta: SparseLayout | SparseDelta) -> SparseLayout:

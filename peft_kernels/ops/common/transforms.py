@@ -55,8 +55,9 @@ def untraced() -> Iterator[None]:
 
 
 def backward_of(op: str) -> Callable[[Callable], Callable]:
-    """Decorates the backward `(ctx, *grads)` of an op, whose forward was not a composition: under `is_grads_batched`
-    (torch's older vmap, which knows nothing of Functions) it runs once for each example.
+    """Decorates the backward `(ctx, *grads)` of an op, whose forward was not a composition. It can be differentiated
+    once: a second derivative is refused when it is asked for. Under `is_grads_batched` (torch's older vmap, which knows
+    nothing of Functions) it runs once for each example.
 
     Raises, from the backward:
         RuntimeError: a gradient that comes in carries a tangent, which would be lost.
@@ -65,16 +66,39 @@ def backward_of(op: str) -> Callable[[Callable], Callable]:
     def decorate(backward: Callable) -> Callable:
         @functools.wraps(backward)
         def call(ctx, *grads):
-            if not is_dynamo_compiling():
-                if forward_ad._current_level >= 0:
-                    _refuse_tangents(op, grads)
-                if any(grad is not None and is_legacy_batchedtensor(grad) for grad in grads):
-                    return _one_by_one(backward, ctx, grads)
-            return backward(ctx, *grads)
+            if is_dynamo_compiling():
+                return backward(ctx, *grads)
+            if forward_ad._current_level >= 0:
+                _refuse_tangents(op, grads)
+            run = backward
+            if any(grad is not None and is_legacy_batchedtensor(grad) for grad in grads):
+                run = functools.partial(_one_by_one, backward)
+            if not torch.is_grad_enabled():
+                return run(ctx, *grads)
+            with torch.no_grad():  # create_graph=True
+                results = run(ctx, *grads)
+            found = [result for result in results if result is not None]
+            kept = iter(Once.apply(op, len(found), *found, *grads, *ctx.saved_tensors))
+            return tuple(None if result is None else next(kept) for result in results)
 
         return call
 
     return decorate
+
+
+class Once(torch.autograd.Function):
+    """`apply(op, count, *tensors)`: the first `count` of the tensors, which must not be differentiated by any of the
+    others. torch's own `once_differentiable` is not connected to these, so that `torch.autograd.functional.jvp` and
+    `hvp`, which ask for a derivative by them, get zeros and no error."""
+
+    @staticmethod
+    def forward(ctx, op: str, count: int, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        ctx.op = op
+        return tuple(tensor.detach() for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(f"{ctx.op}: expected a first derivative, got asked to differentiate twice")
 
 
 def _refuse_tangents(op: str, grads: tuple[torch.Tensor | None, ...]) -> None:
@@ -86,7 +110,7 @@ def _refuse_tangents(op: str, grads: tuple[torch.Tensor | None, ...]) -> None:
         )
 
 
-def _one_by_one(backward: Callable, ctx, grads: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
+def _one_by_one(backward: Callable, ctx, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     level = torch._C._vmapmode_increment_nesting() - 1
     torch._C._vmapmode_decrement_nesting()
     batched = [grad is not None and is_legacy_batchedtensor(grad) for grad in grads]
@@ -100,9 +124,16 @@ def _one_by_one(backward: Callable, ctx, grads: tuple[torch.Tensor | None, ...])
     )
 
 
+def straight_through(value: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """The numbers of `value`, and the derivatives of value + slope, of any order and in either mode; of one shape and
+    dtype. A traced graph is to hold torch's operations alone: by it infinite slopes have no derivative."""
+    if _get_tracing_state() is None:
+        return StraightThrough.apply(value, slope)
+    return value + (slope - slope.detach()).nan_to_num(0.0)
+
+
 class StraightThrough(torch.autograd.Function):
-    """`apply(value, slope)`, of one shape and dtype: the numbers of `value`, and the derivatives of value + slope, of
-    any order and in either mode."""
+    """`apply(value, slope)` for `straight_through`."""
 
     generate_vmap_rule = True
 

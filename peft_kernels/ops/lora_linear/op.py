@@ -194,8 +194,6 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad_ys):
-        if torch.is_grad_enabled():  # create_graph=True: a second derivative is refused when it is asked for
-            return _backward_once(ctx, *grad_ys)
         return _call_backward(ctx, *grad_ys)
 
 
@@ -263,11 +261,6 @@ def _call_backward(ctx, *grad_ys: torch.Tensor | None) -> tuple[torch.Tensor | N
             if needs[4 * number + position]:
                 result[3 + 5 * j + position] = next(grads)
     return tuple(result)
-
-
-@torch.autograd.function.once_differentiable
-def _backward_once(ctx, *grad_ys):
-    return _call_backward(ctx, *grad_ys)
 
 
 # `projections` of forward: five tensors each (weight, bias, lora_A, lora_B, row_scaling); of backward: four

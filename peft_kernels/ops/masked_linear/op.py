@@ -136,8 +136,6 @@ class MaskedLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y):
-        if torch.is_grad_enabled():  # create_graph=True: a second derivative is refused when it is asked for
-            return _backward_once(ctx, grad_y)
         return _call_backward(ctx, grad_y)
 
 
@@ -172,11 +170,6 @@ def _call_backward(ctx, grad_y: torch.Tensor | None) -> tuple[torch.Tensor | Non
     (threshold, backend, needs), tensors = ctx.options, ctx.saved_tensors
     grads = iter(_backward_op(grad_y, *tensors[:3], threshold, tensors[3], needs, ctx.scores_dtype, backend))
     return None, *(next(grads) if needed else None for needed in needs), None
-
-
-@torch.autograd.function.once_differentiable
-def _backward_once(ctx, grad_y):
-    return _call_backward(ctx, grad_y)
 
 
 # `needs`: the answers of x, weight, scores and bias; backward returns the gradients that are needed, in this order.

@@ -166,7 +166,6 @@ class SparseDeltaLinearFunction(torch.autograd.Function):
         return _forward_op(x, weight, values, bias, *_flat(options.layout), options.backend)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         return _backward(ctx, dy)
 
@@ -181,7 +180,6 @@ class SparseGradientFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         *_, grad_values, _ = _backward(ctx, dy)
         return None, dy, None, grad_values

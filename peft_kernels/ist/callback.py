@@ -108,7 +108,7 @@ class ISTCallback(TrainerCallback, ExportableState):
             raise ValueError(f"ISTCallback: expected a dataset with a length or a batch_source, got {kind}")
 
         def batch() -> Mapping[str, Any]:
-            generator = torch.Generator().manual_seed(config.seed + len(self.ist.history))
+            generator = torch.Generator().manual_seed(config.seed + self.ist.estimates)
             chosen = torch.randint(len(dataset), (max(config.examples, world),), generator=generator)
             return collate([dataset[index] for index in chosen[rank::world].tolist()])
 

@@ -19,7 +19,7 @@ from .backward import Backward
 from .budget import MOST, Budgeted
 from .config import ISTConfig
 from .ddp import DDPGradients, unwrapped
-from .estimator import Estimator
+from .estimator import Estimator, weight_of
 from .layers import adapter_parameters, around, find_layers, is_compiled_itself
 from .samplers import Fixed, checked, make_sampler
 
@@ -61,7 +61,8 @@ class IST:
         active: indices of the layers that train now.
         step: optimizer steps begun.
         updates: how often each layer was chosen.
-        history: (step, importance [L], rewards of the candidates) of every estimate.
+        history: (step, importance [L], rewards of the candidates) of every estimate that changed importance.
+        left_out: how many estimates did not, by the reason: no label counted, or a loss was not finite.
         estimate_seconds: spent in estimates by this process.
 
     Raises:
@@ -116,6 +117,7 @@ class IST:
         self.step = 0
         self.updates = [0] * count
         self.history: list[tuple[int, list[float], list[float]]] = []
+        self.left_out: dict[str, int] = {}
         self.estimate_seconds = 0.0
         self._group = process_group
         self._agreed = False  # with the other processes, on what to draw from
@@ -134,6 +136,11 @@ class IST:
         if optimizer is not None:
             optimizer_state.check_holds(optimizer, self.layers)
         self._optimizer = optimizer
+
+    @property
+    def estimates(self) -> int:
+        """How many there were, with those that changed nothing: what the batch of the next may be drawn by."""
+        return len(self.history) + sum(self.left_out.values())
 
     @property
     def skipped(self) -> float:
@@ -189,8 +196,11 @@ class IST:
     def estimate(self, batch: Mapping[str, Any]) -> None:
         """One update of the importance from the losses on `batch`; model, modes and random state stay as they were.
 
+        Where no label of the batch counts, or a loss or exp(−loss) is not finite, importance stays what it was, and
+        `left_out` counts the estimate.
+
         Raises:
-            ValueError: if a loss is not a number; importance is then what it was.
+            ValueError: if the model gives no loss, see `loss_of`.
         """
         began = time.perf_counter()
         self._agree()
@@ -199,12 +209,14 @@ class IST:
         sets = importance.draw_suppress_sets(self.unimportance, size, config.candidates, self._generator)
         losses, weight = self.estimator(sets, _moved(batch, self._device()))
         losses = parallel.joined_losses(losses, weight, self._device(), self._group)
-        if any(math.isnan(loss) for loss in losses):
-            raise ValueError(f"IST: expected losses that are numbers before step {self.step}, got {losses}")
+        self.estimate_seconds += time.perf_counter() - began
+        if not importance.rewards_of(losses).isfinite().all() or not all(map(math.isfinite, losses)):
+            reason = "a loss was not finite" if self._anywhere_labelled(batch) else "no label counted"
+            self.left_out[reason] = self.left_out.get(reason, 0) + 1
+            return
         self.unimportance, rewards = importance.updated(self.unimportance, sets, losses, config.rate)
         self._agreed = False  # processors differ in the last bit of exp
         self.history.append((self.step, self.importance.tolist(), rewards))
-        self.estimate_seconds += time.perf_counter() - began
 
     def set_active(self, layers: Sequence[int]) -> None:
         """Let the adapters of these layers train, and no others; what does not train has no gradient, not zeros.
@@ -234,6 +246,7 @@ class IST:
             writer.add_scalar(f"ist_updates/{layer.name}", updates, step)
         writer.add_scalar("ist/reward_spread", max(rewards) - min(rewards), step)
         writer.add_scalar("ist/skipped_backward", self.skipped, step)
+        writer.add_scalar("ist/estimates_left_out", sum(self.left_out.values()), step)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs to go on as this one would, in lists and tensors."""
@@ -245,6 +258,7 @@ class IST:
             "updates": list(self.updates),
             "skipped": self._skipped,
             "history": list(self.history),
+            "left_out": dict(self.left_out),
             "estimator": self.estimator.state_dict(),
             "generator": self._generator.get_state(),
         }
@@ -263,6 +277,7 @@ class IST:
         self.step, self.updates, self._skipped = state["step"], list(state["updates"]), state["skipped"]
         self.estimator.load_state_dict(state["estimator"])
         self.history = [tuple(entry) for entry in state["history"]]
+        self.left_out = dict(state["left_out"])
         self.set_active(state["active"])
         self._agreed = False
 
@@ -272,6 +287,10 @@ class IST:
         self._in_charge.remove()
         if self._gradients is not None:
             self._gradients.remove()
+
+    def _anywhere_labelled(self, batch: Mapping[str, Any]) -> bool:
+        """Whether a label counts in any process; a batch without labels [examples, tokens] is taken for labelled."""
+        return not parallel.everywhere(weight_of(batch, 0) == 0, self._device(), self._group)
 
     def _device(self) -> torch.device:
         return self.layers[0].parameters[0].device
@@ -343,7 +362,12 @@ class IST:
         lines = [f"{self.step} steps, {self.skipped:.0%} of backward skipped, {estimates} of importance"]
         if self.history:
             lines.append(f"rewards of candidates differ by {self.reward_spread:.1e} (median)")
+        if self.estimator.why:
             lines += textwrap.wrap(f"losses by {self.estimator.why}", 78, subsequent_indent="  ")
+        for reason, count in self.estimator.one_by_one.items():
+            lines += textwrap.wrap(f"one by one in {count} estimates: {reason}", 78, subsequent_indent="  ")
+        for reason, count in self.left_out.items():
+            lines.append(f"estimates left out: {count} ({reason})")
         names = [layer.name.removeprefix("base_model.model.") for layer in self.layers]
         inside = {id(parameter) for layer in self.layers for parameter in layer.parameters}
         adapters = adapter_parameters(self.model, self._is_adapter)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import peft_kernels as pk
-from peft_kernels import _native, backends
+from peft_kernels import backends
 from peft_kernels.testing import assert_within_eager
 from peft_kernels.testing.sparse_delta import SparseCase, eager, truth
+
+from .providers import why_not_installed
+from .providers.ours import why_not
 
 BARE, DENSE, SCATTER = "bare linear", "dense, masked", "clone + scatter"
 SHIRA, ACCELERATED = "PEFT SHiRA", "PEFT SHiRA, accelerated"
@@ -218,15 +222,25 @@ class Apart(Forced):
             return pk.sparse_delta_linear(self.x, self.case.weight, self.trained, self.case.layout)
 
 
-def makers(device: str, shira: bool, native: bool = True) -> list[Callable[[SparseCase], Lane]]:
-    """What can run here, the bare linear first. `shira`: whether the layout is one that PEFT's SHiRA can have;
+def makers(device: str, shira: bool, native: bool = True) -> dict[str, Callable[[SparseCase], Lane]]:
+    """Name → what makes it, the bare linear first. `shira`: whether the layout is one that PEFT's SHiRA can have;
     `native`: whether the native CUDA kernels compute anything of it."""
-    found: list[Callable[[SparseCase], Lane]] = [Lane, DenseMasked, CloneScatter]
-    found += [Shira, AcceleratedShira] if shira else []
+    kinds = [Lane, DenseMasked, CloneScatter, *([Shira, AcceleratedShira] if shira else [])]
+    found: dict[str, Callable[[SparseCase], Lane]] = {kind.name: kind for kind in kinds}
     of_cpu = backends.choose("sparse_delta_linear", torch.empty(0))
-    on_gpu = ("triton", "cuda", "reference") if native and _native.load() else ("triton", "reference")
+    on_gpu = ("triton", "cuda", "reference") if native else ("triton", "reference")
     for backend in on_gpu if device == "cuda" else (of_cpu,):
-        found += [lambda case, kind=kind, backend=backend: kind(case, backend) for kind in (Ours, Apart)]
+        for kind in (Ours, Apart):
+            found[f"{kind.name}, {backend}"] = partial(kind, backend=backend)
+    return found
+
+
+def absent(device: str) -> dict[str, str]:
+    """Name → why it is not here."""
+    found = {name: why for name in (SHIRA, ACCELERATED) if (why := why_not_installed("peft"))}
+    for backend in ("triton", "cuda") if device == "cuda" else ():
+        if why := why_not(backend):
+            found |= {f"{kind.name}, {backend}": why for kind in (Ours, Apart)}
     return found
 
 

@@ -13,14 +13,11 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 import peft_kernels as pk
 from peft_kernels.testing import saved_tensors
 
-from .authors_ist import AuthorsIST
 from .guard import Guard
 from .providers import why_not_installed
 
@@ -63,6 +60,8 @@ class Case(NamedTuple):
 
 def load(device: str, length: int, tiny: bool) -> Case:
     """Text is what Python's own help brings. For a random model a byte is a token: no time depends on which it is."""
+    from transformers import AutoModelForCausalLM, LlamaConfig  # here: a machine without it has the other ops
+
     text = "\n".join(topics.values())
     ids: Sequence[int] = text.encode()
     if tiny or device == "cuda":
@@ -91,6 +90,8 @@ class Lane:
     def __init__(
         self, name: str, base: nn.Module, accelerated: bool = False, ist: Callable[[nn.Module], Any] | None = None
     ) -> None:
+        from peft import LoraConfig, get_peft_model
+
         self.name, self.mixed, self.peak = name, base.dtype == torch.bfloat16, 0
         shared = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
         torch.manual_seed(0)
@@ -141,6 +142,7 @@ class Lane:
 
 def make_lanes(base: nn.Module, guard: Guard) -> list[Lane]:
     """Those that can be made."""
+    from .authors_ist import AuthorsIST
 
     def ours(**settings: Any) -> Callable[[nn.Module], pk.ist.IST]:
         return lambda model: pk.ist.IST(model, pk.ist.ISTConfig(interval=NEVER, **settings))

@@ -149,7 +149,7 @@ def interleave(
     examples, parts = case.batch(1, EXAMPLES, labelled), parts_of(lanes[0], (case.rows, case.text.shape[1]))
     calls: dict[tuple[str, str], Callable] = {(lane.name, "step"): lane.step for lane in lanes}
     calls |= {(lane.name, "loop"): lambda _, loop=lane.loop: loop(examples) for lane in lanes if lane.ist}
-    calls |= {(part, "part"): call for part, call in parts.items()}
+    calls |= {(part, "part"): call for part, call in parts.items() if part not in guard.without}
     rounds: list[dict[tuple[str, str], tuple[float, int]]] = []
     order = random.Random(0)
     with tqdm(total=max(1, round(seconds)), bar_format="{desc} |{bar}| {n:.0f}/{total} s") as bar:

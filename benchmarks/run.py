@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -67,7 +69,6 @@ def main(options: argparse.Namespace) -> list[Path]:
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()))
     facts |= {key: ", ".join(found) for key in ("provider", "mode") if (found := getattr(options, key))}
 
-    guard = Guard(LIMIT if device == "cuda" else None)
     planned = {spec.name: asked_for(spec, device, options) for spec in specs}
     files, aside, peaks = {}, [], {}
     for spec in specs:
@@ -85,13 +86,42 @@ def main(options: argparse.Namespace) -> list[Path]:
     total = sum(map(len, planned.values()))
     if len(left) < total:
         console.print(f"{total - len(left)} of {total} cases are there already")
+    took = measure(left, files, device, options, deadline, total)
+    if left:
+        console.print(f"out of time, {len(left)} cases are left: the same command goes on with them")
+    for spec in specs:
+        rows = files[spec.name].rows
+        if rows:
+            seconds = sum(sum(times) for (name, _), times in took.items() if name == spec.name)
+            console.print(f"{spec.name}, {seconds / 60:.1f} min: {spec.summary(rows)}", highlight=False)
+            if not options.no_plots and any("mode" in row for row in rows):
+                console.print(f"plot: {spec.plot(rows, where(facts), files[spec.name].path.with_suffix('.png'))}")
+    return [file.path for file in files.values()]
+
+
+#: Whose failure is no single provider's.
+EVERYONE = "every provider"
+_BAR = "{desc} |{bar}| {n_fmt}/{total_fmt}, {elapsed}"
+
+
+def measure(
+    left: list[Unit],
+    files: dict[str, ResultFile],
+    device: str,
+    options: argparse.Namespace,
+    deadline: float,
+    total: int,
+) -> dict[tuple[str, int], list[float]]:
+    """Into the files, until time is over; what is measured is no longer `left`. The seconds that each took, by kind."""
     took: dict[tuple[str, int], list[float]] = {unit.kind: [] for unit in left}
-    with tqdm(total=total, initial=total - len(left), unit="case", bar_format=_BAR, leave=False) as bar:
+    console = Console(width=WIDTH)
+    guarding = contextlib.closing(Guard(LIMIT if device == "cuda" else None))
+    counting = tqdm(total=total, initial=total - len(left), unit="case", bar_format=_BAR, leave=False, disable=None)
+    with guarding as guard, counting as bar:
         while unit := next_unit(left, took, remaining := deadline - time.perf_counter()):
             file, case = files[unit.spec.name], str(unit.case)
             bar.set_description(f"{remaining / 60:.1f} min left, {unit}"[:60])
-            guard.failed, guard.without = {}, file.lost
-            guard.lose = lambda provider, why, file=file, case=case: lose(file, case, provider, why)
+            guard.failed, guard.without, guard.lose = {}, file.lost, partial(lose, file, unit)
             request = Request(
                 device, file.ceilings, seconds_of(unit, left, remaining), tuple(options.mode), tuple(options.provider),
                 unit.part, guard,
@@ -109,28 +139,15 @@ def main(options: argparse.Namespace) -> list[Path]:
                 console.print(tables.terminal(file.cases[case], unit.spec.columns))
             tqdm.write(capture.get())
             bar.update()
-    guard.close()
-    if left:
-        console.print(f"out of time, {len(left)} cases are left: the same command goes on with them")
-    for spec in specs:
-        rows = files[spec.name].rows
-        if rows:
-            seconds = sum(sum(times) for (name, _), times in took.items() if name == spec.name)
-            console.print(f"{spec.name}, {seconds / 60:.1f} min: {spec.summary(rows)}", highlight=False)
-            if not options.no_plots:
-                console.print(f"plot: {spec.plot(rows, where(facts), files[spec.name].path.with_suffix('.png'))}")
-    return [file.path for file in files.values()]
+    return took
 
 
-#: Whose failure is no single provider's.
-EVERYONE = "every provider"
-_BAR = "{desc} |{bar}| {n_fmt}/{total_fmt}, {elapsed}"
-
-
-def lose(file: ResultFile, case: str, provider: str, why: str) -> NoReturn:
-    """Notes who took the process with it, and ends it without the end of a program: a lost GPU would answer that."""
-    file.add(case, [{"provider": provider, "failed": f"it took the process with it: {why}"}], part=None)
-    print(f"{case}: {provider}: {why}: the same command goes on without it", flush=True)
+def lose(file: ResultFile, unit: Unit, provider: str, why: str) -> NoReturn:
+    """Notes who took the process with it, and ends it without the end of a program: a lost GPU would answer that. The
+    case is still to do, unless it was no single provider."""
+    rows = [{"provider": provider, "failed": f"it took the process with it: {why}"}]
+    file.add(str(unit.case), rows, unit.part.name if provider == EVERYONE else None)
+    print(f"{unit}: {provider}: {why}: the same command goes on without it", flush=True)
     os._exit(LOST)
 
 

@@ -60,17 +60,20 @@ def fault(row: Row, wrong: str) -> str:
     return f"{wrong}: {row['error']}" if row.get("error") else ""
 
 
-def terminal(rows: list[Row], columns: Columns) -> Table:
+def terminal(rows: list[Row], columns: Columns) -> Table | Text:
     """Of one case. Who was wrong or failed stands at the foot, with the reason; who could not run is left out."""
     title = f"{rows[0]['op']}: {rows[0]['case']}"
-    result = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), caption_justify="left")
+    wrong = [f"{row['provider']}: {what}" for row in rows if (what := fault(row, "wrong, not timed"))]
+    faults = Text("\n".join(wrong), "bold red")
     head, body = lines(rows, columns)
+    if not body:  # a table would be as narrow as its headings
+        return Text.assemble(title, "\n", faults)
+    result = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), caption_justify="left")
     for number, heading in enumerate(head):
         result.add_column(heading, justify="right" if number else "left", no_wrap=True)
     for cells in body:
         result.add_row(*cells)
-    wrong = [f"{row['provider']}: {what}" for row in rows if (what := fault(row, "wrong, not timed"))]
-    result.caption = Text("\n".join(wrong), "bold red") if wrong else None
+    result.caption = faults if wrong else None
     return result
 
 

@@ -503,6 +503,18 @@ def test_host_costs():
     assert "× PEFT's forward: ours, nn.LoRALinear" in host.summary([row | {"case": "c"} for row in rows])
 
 
+def test_a_machine_without_peft_has_the_other_providers(tmp_path):
+    code = (
+        "import sys; sys.modules['peft'] = sys.modules['transformers'] = None\n"
+        "from benchmarks import ist_step, host\nfrom benchmarks.registry import Request\n"
+        "rows = host.measure(host.LAYER, Request('cpu', seconds=0.01))\n"
+        "print([row.get('failed', row['provider']) for row in rows if row.get('mode') != 'forward'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert "'nn.Linear', 'ours, nn.LoRALinear'" in done.stdout, done.stderr
+    assert done.stdout.count("ModuleNotFoundError: ") == 2
+
+
 def test_rows_are_json():
     rows = lora.measure(SMALL, Request("cpu", CEILINGS, 0.1, providers=("ours",)))
     assert json.loads(json.dumps(rows)) == rows

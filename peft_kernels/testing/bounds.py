@@ -25,9 +25,9 @@ class Sums(NamedTuple):
 
     *On tensor cores*, as "bf16x6": six products of bfloat16 pieces for one. What does not fit beside a partial sum is
     cut off, 8 products at a time (16 on some), so that errors have the sign of the partial sum and add up: half an ulp
-    of it each, 6·n/8 of them: Σⱼ 2⁻²⁴·√(j/J) over J = 3·n/4 is 2⁻²³·J/3 = 2⁻²³·n/4. The three products that are left out
-    are below 2⁻²³ of each term, of either sign, and do not count beside it. Operands rounded to bfloat16 would err by
-    2⁻⁹ and to tf32 by 2⁻¹², whatever n is: far more at every n that is tested.
+    of it each, 6·n/8 of them: Σⱼ 2⁻²⁴·√(j/J) over J = 3·n/4 is 2⁻²³·J/3 = 2⁻²³·n/4. The three products that are left
+    out are below 2⁻²³ of each term, of either sign, and do not count beside it. Operands rounded to bfloat16 would err
+    by 2⁻⁹ and to tf32 by 2⁻¹², whatever n is: far more at every n that is tested.
 
     Attributes:
         terms: the products behind an element: of a product of products those of both, whose errors are independent.

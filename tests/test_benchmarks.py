@@ -230,7 +230,7 @@ class TestOrder:
         assert {unit.part.name for unit in self.units("--op", "host", "--provider", "PEFT")} == {"all"}
 
     def test_native_providers_ask_for_the_library(self, monkeypatch):
-        monkeypatch.setattr(providers.ours._native, "why_not", lambda: "it was not built")
+        monkeypatch.setattr(providers.ours._native, "why_not", lambda cuda=False: "it was not built")
         found = {p.name: p.why_not for p in providers.ours.providers("cuda")}
         assert found["ours, cuda:passes"] == found["ours, cuda:fused"] == "it was not built"
         assert found["ours, reference"] is None

@@ -29,7 +29,7 @@ def why_not(family: str) -> str | None:
     """Why a family of backends is not here, whatever the tensors."""
     if family == "triton" and find_spec("triton") is None:
         return "Triton is not installed"
-    return (family == "cuda" and _native.why_not()) or None
+    return (family == "cuda" and _native.why_not(cuda=True)) or None
 
 
 def build(case: LoRACase, backend: str) -> Ready:

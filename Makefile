@@ -16,12 +16,14 @@ XDIST  := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2
 VENV_STAMP   := $(VENV)/.stamp-venv
 LINT_STAMP   := $(VENV)/.stamp-lint
 ENV_STAMP    := $(VENV)/.stamp-env
-NATIVE_STAMP := $(VENV)/.stamp-native
+# nvcc where setup.py finds it. A library built without it is another one, to be built anew when nvcc is there.
+NVCC := $(or $(CUDACXX),$(shell PATH="$(abspath $(VENV))/bin:$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin"; command -v nvcc))
+NATIVE_STAMP := $(VENV)/.stamp-native$(if $(NVCC),,-cpu)
 SELFTEST     := build/selftest
 TRITON_STAMP := $(VENV)/.stamp-triton-$(OLDEST_TRITON)
 OLD_TRITON   := $(VENV)/triton-$(basename $(OLDEST_TRITON))
 
-.PHONY: help setup demo test selftest sanitize bench lint format gpu aot-all clean
+.PHONY: help setup demo test selftest sanitize bench lint format gpu aot-all resources clean
 .NOTPARALLEL:
 # Ahead-of-time compilation fails under the interpreter: only the stage that wants it gets it.
 unexport TRITON_INTERPRET
@@ -36,11 +38,14 @@ help:
 	@echo "make lint          ruff: rules and format"
 	@echo "make format        ruff: put both right"
 	@echo "make aot-all       compile every configuration of every kernel, for every architecture"
+	@echo "make resources     write docs/kernels.md: registers, spills, shared memory and blocks an SM of every kernel"
 	@echo "make gpu MINUTES=9 the GPU suite, then the GPU benchmarks, with the python3 on PATH as it is"
 
 # --- Set-up --------------------------------------------------------------------------------------------------
 
+# Ends with what was built, and what was not and why.
 setup: $(ENV_STAMP) $(NATIVE_STAMP)
+	@cat $(NATIVE_STAMP)
 
 $(VENV_STAMP):
 	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; \
@@ -63,8 +68,9 @@ $(ENV_STAMP): pyproject.toml constraints.txt setup.py $(VENV_STAMP)
 	@touch $@
 
 $(NATIVE_STAMP): $(ENV_STAMP) $(NATIVE_SOURCES)
-	@$(PY) setup.py -q build_ext --inplace
-	@touch $@
+	@echo "building the native library$(if $(NVCC), with its CUDA kernels: minutes)"
+	@rm -f $(VENV)/.stamp-native*
+	@$(PY) setup.py -q build_ext --inplace >$@
 
 $(TRITON_STAMP): $(VENV_STAMP)
 	@echo "installing Triton $(OLDEST_TRITON) beside the newest"
@@ -101,8 +107,7 @@ test: setup $(TRITON_STAMP)
 
 # The CUDA sources on the CPU, thread by thread, and on a GPU where there is one. Takes nvcc, and no torch.
 selftest: $(ENV_STAMP)
-	@command -v nvcc >/dev/null || test -x $${CUDA_HOME:-/usr/local/cuda}/bin/nvcc || \
-	  { echo "no self-test of the CUDA sources: nvcc was not found"; exit 0; }; \
+	@test -n "$(NVCC)" || { echo "no self-test of the CUDA sources: nvcc was not found"; exit 0; }; \
 	PATH="$(abspath $(VENV))/bin:$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin"; \
 	cmake -S csrc/selftest -B $(SELFTEST) -G Ninja -DCMAKE_BUILD_TYPE=Release >/dev/null && \
 	cmake --build $(SELFTEST) -- --quiet && ctest --test-dir $(SELFTEST) --parallel 2 --output-on-failure
@@ -119,6 +124,10 @@ sanitize:
 aot-all: setup $(TRITON_STAMP)
 	$(call stage,every configuration by the newest Triton,PEFT_KERNELS_AOT=all $(XDIST) tests/aot)
 	$(call stage,every configuration by Triton $(OLDEST_TRITON),PEFT_KERNELS_AOT=all PYTHONPATH=$(OLD_TRITON) $(XDIST) tests/aot)
+
+# Of Triton's kernels as they are launched and of the native library's; by the newest Triton.
+resources: setup
+	@$(PY) -m tests.aot.table
 
 lint: $(LINT_STAMP)
 	@echo "checking rules and format with ruff"

@@ -1,10 +1,12 @@
 """Has CMake build the native library where it can be built (CMakeLists.txt says how).
 
-Without nvcc or torch the package installs as Python only, and one line says why. PEFT_KERNELS_NATIVE=0 never
-builds; PEFT_KERNELS_NATIVE=1 fails where it cannot.
+Without a C++ compiler or torch the package installs as Python only, without nvcc the library is built without CUDA
+kernels, and one line says why. PEFT_KERNELS_NATIVE=0 never builds, =cpu builds no CUDA kernels, =1 fails where not all
+can be built.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 11)
+REQUEST = os.environ.get("PEFT_KERNELS_NATIVE") or None
+if REQUEST not in (None, "0", "1", "cpu"):
+    raise SystemExit(f"expected PEFT_KERNELS_NATIVE of 0, 1 or cpu, got {REQUEST!r}")
 
 
 def find_tool(name: str, *folders: str) -> "str | None":
@@ -31,9 +36,13 @@ def find_nvcc() -> "str | None":
     return os.environ.get("CUDACXX") or find_tool("nvcc", os.path.join(toolkit, "bin"))
 
 
+def find_compiler() -> "str | None":
+    return os.environ.get("CXX") or find_tool("c++") or find_tool("g++") or find_tool("clang++")
+
+
 def why_not_native() -> "str | None":
     """The one reason why the native library is not built here, or None."""
-    if os.environ.get("PEFT_KERNELS_NATIVE") == "0":
+    if REQUEST == "0":
         return "PEFT_KERNELS_NATIVE=0"
     if sys.platform != "linux":
         return f"expected Linux, got {sys.platform}"
@@ -43,12 +52,19 @@ def why_not_native() -> "str | None":
         return "torch is not installed beside setuptools (pip hides it without --no-build-isolation)"
     if tuple(int(part) for part in torch.split(".")[:2]) < OLDEST_TORCH:
         return f"expected torch >= {'.'.join(map(str, OLDEST_TORCH))}, got {torch}"
-    if find_nvcc() is None:
-        return "nvcc was not found (on PATH, in CUDA_HOME, in /usr/local/cuda)"
     missing = [tool for tool in ("cmake", "ninja") if find_tool(tool) is None]
+    if find_compiler() is None:
+        missing.append("a C++ compiler")
     if find_spec("pybind11") is None:
         missing.append("pybind11")
     return f"{', '.join(missing)} not found" if missing else None
+
+
+def why_not_cuda() -> "str | None":
+    """The one reason why the library is built without its CUDA kernels, or None."""
+    if REQUEST == "cpu":
+        return "PEFT_KERNELS_NATIVE=cpu"
+    return None if find_nvcc() else "nvcc was not found (on PATH, in CUDA_HOME, in /usr/local/cuda)"
 
 
 class BuildNative(build_ext):
@@ -59,14 +75,21 @@ class BuildNative(build_ext):
             return
         started = time.monotonic()
         build, library = ROOT / self.build_temp, self._library_folder()
-        self._call(
+        missing = why_not_cuda()
+        cuda = ["OFF"] if missing else ["ON", f"-DCMAKE_CUDA_COMPILER={find_nvcc()}"]
+        configured = self._call(
             *(find_tool("cmake"), "-S", ROOT, "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release"),
-            *(f"-DCMAKE_CUDA_COMPILER={find_nvcc()}", f"-DPython_EXECUTABLE={sys.executable}"),
-            f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
+            *(f"-DPython_EXECUTABLE={sys.executable}", f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}"),
+            *(f"-DPEFT_KERNELS_CUDA={cuda[0]}", *cuda[1:]),
         )
+        for note in re.findall(r"^-- (TORCH_CUDA_ARCH_LIST has .*)$", configured, flags=re.MULTILINE):
+            print(f"peft_kernels: {note}", flush=True)
         self._call(find_tool("cmake"), "--build", build)
         self._call(find_tool("cmake"), "--install", build, "--prefix", library)
-        print(f"peft_kernels: built the native library in {time.monotonic() - started:.0f} s", flush=True)
+        (what,) = re.findall(r"^-- native library (for .*)$", configured, flags=re.MULTILINE)
+        without = f", without CUDA kernels: {missing}" if missing else ""
+        took = time.monotonic() - started
+        print(f"peft_kernels: built the native library {what}{without} ({took:.0f} s)", flush=True)
 
     def get_outputs(self) -> "list[str]":
         return [str(path) for path in sorted(self._library_folder().glob("*.so"))]
@@ -78,19 +101,24 @@ class BuildNative(build_ext):
         return (ROOT if self.inplace else (ROOT / self.build_lib)) / "peft_kernels" / "_lib"
 
     @staticmethod
-    def _call(*command: object) -> None:
-        """Run quietly; show what it printed only where it fails."""
+    def _call(*command: object) -> str:
+        """Run quietly, for what it prints; show that only where it fails."""
         words = [str(word) for word in command]
         result = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if result.returncode:
             print(result.stdout, file=sys.stderr, flush=True)
-            raise SystemExit(f"peft_kernels: the native build failed: {' '.join(words)}")
+            raise SystemExit(
+                f"peft_kernels: the native build failed: {' '.join(words)}\n"
+                "(PEFT_KERNELS_NATIVE=cpu builds no CUDA kernels, =0 installs without the library)"
+            )
+        return result.stdout
 
 
 reason = why_not_native()
+incomplete = reason or why_not_cuda()
 builds = {"build_ext", "bdist_wheel", "editable_wheel", "install", "build"} & set(sys.argv)
-if reason and os.environ.get("PEFT_KERNELS_NATIVE") == "1":
-    raise SystemExit(f"PEFT_KERNELS_NATIVE=1: expected to build the native library, but {reason}")
+if incomplete and REQUEST == "1":
+    raise SystemExit(f"PEFT_KERNELS_NATIVE=1: expected to build the whole native library, but {incomplete}")
 if reason and builds:
     print(f"peft_kernels: Python only, without the native library: {reason}", flush=True)
 

@@ -157,8 +157,7 @@ def measure(work: Work, request: Request) -> list[Row]:
     lanes: dict[str, Lane] = {}
     rows: list[Row] = []
     results = right_results(case)
-    native = layout.kind in ("entries", "n_of_m") and shape.dtype.itemsize == 2
-    for make in makers(request.device, shira=pattern.r > 0, native=native):
+    for make in makers(request.device, pattern.r > 0, shape.dtype, layout.kind):
         lane = make(case)
         if not request.wants(lane.name) and lane.name not in REFERENCES.values():
             continue
@@ -234,7 +233,7 @@ def providers(device: str) -> dict[str, str | None]:
 
     tiny = make_case(Shape(2, 64, 64, torch.float32), Pattern("entries", r=1), "cpu")
     peft = find_spec("peft") is not None
-    names = {make(tiny).name: None for make in makers(device, shira=peft)}
+    names = {make(tiny).name: None for make in makers(device, peft, torch.bfloat16)}
     return names | ({} if peft else {SHIRA: "peft is not installed"})
 
 

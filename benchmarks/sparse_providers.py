@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import peft_kernels as pk
-from peft_kernels import _native, backends
+from peft_kernels import backends
 from peft_kernels.testing import assert_within_eager
 from peft_kernels.testing.sparse_delta import SparseCase, eager, truth
 
@@ -170,7 +170,8 @@ class Forced(Lane):
     def __init__(self, case: SparseCase, backend: str) -> None:
         super().__init__(case)
         self.name = f"{type(self).name}, {backend}"
-        chosen = backends.choose("sparse_delta_linear", case.x) == backend  # then forcing only costs the host time
+        # Where it is what is taken anyway, forcing only costs CPU time.
+        chosen = backend in ("auto", backends.choose("sparse_delta_linear", case.x, case.layout.kind))
         self.forced = contextlib.nullcontext if chosen else lambda: pk.use_backend(backend)
 
 
@@ -218,14 +219,16 @@ class Apart(Forced):
             return pk.sparse_delta_linear(self.x, self.case.weight, self.trained, self.case.layout)
 
 
-def makers(device: str, shira: bool, native: bool = True) -> list[Callable[[SparseCase], Lane]]:
-    """What can run here, the bare linear first. `shira`: whether the layout is one that PEFT's SHiRA can have;
-    `native`: whether the native CUDA kernels compute anything of it."""
+def makers(
+    device: str, shira: bool, dtype: torch.dtype = torch.float32, kind: str = "entries"
+) -> list[Callable[[SparseCase], Lane]]:
+    """What can run here for a layout of this kind, the bare linear first: on a GPU each backend, on a CPU what `auto`
+    takes. `shira`: whether the layout is one that PEFT's SHiRA can have."""
     found: list[Callable[[SparseCase], Lane]] = [Lane, DenseMasked, CloneScatter]
     found += [Shira, AcceleratedShira] if shira else []
-    of_cpu = backends.choose("sparse_delta_linear", torch.empty(0))
-    on_gpu = ("triton", "cuda", "reference") if native and _native.load() else ("triton", "reference")
-    for backend in on_gpu if device == "cuda" else (of_cpu,):
+    on_gpu = ("triton", "cuda", "reference")
+    can_run = [backend for backend in on_gpu if backends.takes("sparse_delta_linear", backend, device, dtype, kind)]
+    for backend in can_run if device == "cuda" else ("auto",):
         found += [lambda case, kind=kind, backend=backend: kind(case, backend) for kind in (Ours, Apart)]
     return found
 

@@ -2,9 +2,9 @@
 
     python ptxas_gate.py nvcc -c kernel.cu -o kernel.o
 
-ptxas says so in lines of kind "info", which neither `-Werror` nor a warning level reaches: C7508 that it ignores setmaxnreg;
-C7510, C7511, C7514, C7515 that it serialises wgmma; C7517, C7519 that it puts waits between them. CMake puts this before
-every compilation of CUDA.
+ptxas says so in lines of kind "info", which neither `-Werror` nor a warning level reaches: C7508 that it ignores
+setmaxnreg; C7510, C7511, C7514, C7515 that it serialises wgmma; C7517, C7519 that it puts waits in between. CMake runs
+every compilation of CUDA by it.
 """
 
 import re

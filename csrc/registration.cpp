@@ -1,5 +1,5 @@
 // The schemas of the native ops, and nothing else. Implementations register themselves beside their
-// kernels; the public ops, their fakes and their gradients are Python's.
+// kernels, those for a GPU where nvcc compiled them; the public ops, their fakes and their gradients are Python's.
 
 #include <torch/csrc/stable/library.h>
 
@@ -19,6 +19,7 @@ STABLE_TORCH_LIBRARY(peft_kernels_native, m) {
   m.def(
       "lora_outer(Tensor wide, Tensor narrow, Tensor? right, Tensor? keep, int streams, bool transposed) "
       "-> (Tensor, Tensor)");
+  m.def("cuda_version() -> int");
   m.def("has_boxes(int device) -> bool");
   m.def("draw_mask(Tensor seed, int rows, int columns, int threshold, int streams) -> Tensor");
   m.def(

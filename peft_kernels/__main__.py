@@ -158,6 +158,20 @@ def _library() -> Iterator[tuple[str, str]]:
     facts = _native.build_facts()
     for fact in ("cuda", "torch", "architectures", "compiler"):
         yield f"built: {fact}", facts.get(fact, "not known to this Python")
+    yield "CUDA kernels", _kernels()
+
+
+def _kernels() -> str:
+    """Whether the library has some, and whether the driver here, if any, is new enough for the runtime they bring."""
+    version, least = _native.cuda_version(), _native.least_driver()
+    if not version:
+        return f"none: {_native.why_not(cuda=True)}"
+    takes = f"CUDA {version // 1000}.{version % 1000 // 10}'s runtime takes a driver of {least or '?'} or later"
+    driver = _driver_version()
+    major = driver.partition(".")[0]
+    if not major.isdecimal() or least is None:
+        return f"{takes}; the driver here: {driver}"
+    return f"{takes}; the driver here, {driver}, is {'new enough' if int(major) >= least else 'too old for it'}"
 
 
 def _choices() -> Iterator[tuple[str, str]]:

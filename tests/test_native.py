@@ -18,6 +18,10 @@ HAS_NVCC = bool(shutil.which("nvcc") or os.path.exists("/usr/local/cuda/bin/nvcc
 pytestmark = pytest.mark.skipif(
     not HAS_NVCC and not _native.LIBRARY.exists(), reason="needs nvcc, or a native library built before"
 )
+#: What nvcc compiles: there is a library without it where there is no nvcc.
+CUDA = pytest.mark.skipif(
+    not HAS_NVCC and not _native.load(cuda=True), reason="needs nvcc, or a native library built with it before"
+)
 
 
 def split_reduce(partials, row_scale, scale, out_dtype):
@@ -31,14 +35,17 @@ def draw_mask(*args):
 
 @pytest.fixture(scope="module", autouse=True)
 def library():
-    # Where nvcc is, a library that is missing or does not load is a failure, not a skip.
-    assert _native.load(), f"{_native.why_not()} (`make setup` builds it)"
+    # Where nvcc is, a library that is missing, has no CUDA kernels, or does not load is a failure, not a skip.
+    assert _native.load(cuda=HAS_NVCC), f"{_native.why_not(cuda=HAS_NVCC)} (`make setup` builds it)"
 
 
 def test_schema():
     assert str(torch.ops.peft_kernels_native.split_reduce.default._schema) == (
         "peft_kernels_native::split_reduce(Tensor[] partials, Tensor?[] row_scale, float[] scale, "
         "ScalarType out_dtype) -> Tensor[]"
+    )
+    assert str(torch.ops.peft_kernels_native.cuda_version.default._schema) == (
+        "peft_kernels_native::cuda_version() -> int"
     )
     assert str(torch.ops.peft_kernels_native.has_boxes.default._schema) == (
         "peft_kernels_native::has_boxes(int device) -> bool"
@@ -72,7 +79,17 @@ def test_build_facts():
     if not facts:
         pytest.skip("the facts were built for another Python")
     assert set(facts) == {"cuda", "torch", "architectures", "compiler"}
-    assert {"sm_80", "sm_90a"} <= set(facts["architectures"].split(", "))
+    if _native.load(cuda=True):
+        major, minor = divmod(_native.cuda_version(), 1000)
+        assert facts["cuda"].startswith(f"{major}.{minor // 10}.")
+        assert {"sm_80", "sm_90a"} <= set(facts["architectures"].split(", "))
+    else:
+        assert facts["cuda"] == facts["architectures"] == "none"
+
+
+@CUDA
+def test_says_which_driver_its_runtime_takes():
+    assert _native.least_driver() == {12: 525, 13: 580}[_native.cuda_version() // 1000]
 
 
 def find_cuobjdump():
@@ -106,6 +123,7 @@ BUDGETS = {
 }
 
 
+@CUDA
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_89", "sm_90a"])
 def test_resource_use(architecture):
     """Every kernel is there for the architecture, spills nothing, and keeps to its registers."""
@@ -121,6 +139,7 @@ def test_resource_use(architecture):
     assert len(use) == sum(count for count, _ in BUDGETS.values())
 
 
+@CUDA
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 def test_instructions(architecture):
     """The tensor cores multiply what cp.async brought; passes over memory are by 16 bytes."""
@@ -135,7 +154,7 @@ def test_instructions(architecture):
             if "gathered" not in name:
                 assert len(re.findall(r"\bLDG[.]", sass)) == ("shrink" in name), name
         elif "sm90" in name and architecture == "sm_90a":
-            wanted = {"HGMMA.64x", "UTMALDG.2D", "USETMAXREG", "UTMALDG.2D.MULTICAST"}  # clusters share operands
+            wanted = {"HGMMA.64x", "UTMALDG.2D", "USETMAXREG", "UTMALDG.2D.MULTICAST"}  # clusters share an operand
             wanted |= {"UTMASTG.2D"} if "gathered" not in name else set()
             assert not {instruction for instruction in wanted if instruction not in sass}, name
             # A stage's four products, or eight with those of S, follow one another: no reason to wait in between.
@@ -171,7 +190,17 @@ class TestArchitectures:
     @pytest.mark.parametrize("architectures", ["8.0;9.0a+PTX", "8.0 9.0a+PTX"])
     def test_honoured(self, tmp_path, architectures):
         printed = self.configure(tmp_path, architectures).stdout
-        assert "for sm_80, sm_90a, compute_90a\n" in printed
+        assert "native library for the CPU, sm_80, sm_90a, compute_90a\n" in printed
+
+    @pytest.mark.parametrize(
+        ("architectures", "built"),
+        [("9.0", "sm_90a"), ("8.0;9.0+PTX", "sm_80, sm_90a, compute_90"), ("9.0;9.0a", "sm_90a")],
+    )
+    def test_9_0_is_built_as_9_0a(self, tmp_path, architectures, built):
+        """What images have; without `a` there is no wgmma."""
+        printed = self.configure(tmp_path, architectures).stdout
+        assert "has 9.0" in printed and "built as sm_90a, as sm_90 has no wgmma" in printed
+        assert f"native library for the CPU, {built}\n" in printed
 
     @pytest.mark.parametrize("architectures", ["7.5", "Ampere", "8.0;80"])
     def test_refused_in_one_line(self, tmp_path, architectures):

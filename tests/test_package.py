@@ -97,6 +97,22 @@ def test_env_command_prints_the_table():
     assert result.stdout.strip() == env()
 
 
+@pytest.mark.parametrize("op", backends.OPS)
+def test_a_backend_that_an_op_lacks_is_refused(op):
+    for name in set(backends.NAMES) - {"auto", *backends.OPS[op].backends}:
+        with (
+            peft_kernels.use_backend(name),
+            pytest.raises(RuntimeError, match=f"^{op}: expected one of the backends .*, got '{name}'$"),
+        ):
+            backends.choose(op, torch.ones(1))
+
+
+def test_a_suffix_is_not_ignored():
+    one = torch.ones(2, 2)
+    with peft_kernels.use_backend("triton:fused"), pytest.raises(RuntimeError, match="got 'triton:fused'"):
+        peft_kernels.masked_linear(one, one, one)
+
+
 def test_env_says_what_an_impossible_request_would_meet():
     if torch.cuda.is_available():
         pytest.skip("the request is possible here")
@@ -112,7 +128,7 @@ class TestExplained:
         assert max(map(len, text.split("\n"))) <= 80
         words = " ".join(text.split())
         assert words.startswith("lora_linear with M 4096, K 4096, N 4096, R 16, bfloat16")
-        assert "backend triton (no crossover to cuda was measured on sm_90)" in words
+        assert "triton from 17179869184 on, no crossover to cuda was measured on sm_90)" in words
         assert "low-rank product blas (no crossover was measured on sm_90)" in words
         tile = configs.shrink_tile(4096, 4096, 16, 2, False, False)
         assert f"S, pass over x block_m {tile.block_m}, block_c {tile.block_c}" in words
@@ -153,6 +169,31 @@ class TestExplained:
     def test_refuses_what_it_does_not_know(self, given, message):
         with pytest.raises(ValueError, match=re.escape(message)):
             explained(*given)
+
+
+class TestDriver:
+    """CUDA 13's static runtime takes a driver of 580 or later: `env` says so, and whether the one here is."""
+
+    @pytest.mark.parametrize(
+        ("version", "driver", "takes", "here"),
+        [
+            (13000, "580.65.06", "CUDA 13.0's runtime takes a driver of 580 or later", ", 580.65.06, is new enough"),
+            (13010, "570.86", "CUDA 13.1's runtime takes a driver of 580 or later", ", 570.86, is too old for it"),
+            (12080, "535.1", "CUDA 12.8's runtime takes a driver of 525 or later", ", 535.1, is new enough"),
+            (13000, "unknown (why)", "CUDA 13.0's runtime takes a driver of 580 or later", ": unknown (why)"),
+            (14000, "700.1", "CUDA 14.0's runtime takes a driver of ? or later", ": 700.1"),
+        ],
+    )
+    def test_env_says_whether_it_is_new_enough(self, monkeypatch, version, driver, takes, here):
+        monkeypatch.setattr(_native, "_load", lambda _: "")
+        monkeypatch.setattr(_native, "cuda_version", lambda: version)
+        monkeypatch.setattr("peft_kernels.__main__._driver_version", lambda: driver)
+        assert f"CUDA kernels {takes}; the driver here{here}" in " ".join(env().split())
+
+    def test_without_kernels_it_takes_none(self, monkeypatch):
+        monkeypatch.setattr(_native, "_load", lambda _: "")
+        monkeypatch.setattr(_native, "cuda_version", lambda: 0)
+        assert "CUDA kernels none: the library was built without them" in " ".join(env().split())
 
 
 def test_a_missing_library_is_explained(tmp_path):

@@ -22,18 +22,19 @@ from benchmarks.sparse_providers import (
     makers,
     right_results,
 )
-from peft_kernels import backends
 from peft_kernels.integrations.peft.shira import FusedShiraLinear
 from peft_kernels.testing.timing import interleaved
 
-OURS, APART = (f"{kind.name}, {backends.choose('sparse_delta_linear', torch.empty(0))}" for kind in (Ours, Apart))
+OURS, APART = (f"{kind.name}, auto" for kind in (Ours, Apart))
 TINY = Shape(8, 128, 96, torch.float32)
 ENTRIES, COLUMNS, RANK = Pattern("entries", 1.0), Pattern("columns", 5.0), Pattern("entries", r=4)
 
 
 def lanes_of(shape, pattern):
     case = make_case(shape, pattern, "cpu")
-    return case, {lane.name: lane for lane in (make(case) for make in makers("cpu", shira=pattern.r > 0))}
+    return case, {
+        lane.name: lane for lane in (make(case) for make in makers("cpu", pattern.r > 0, shape.dtype, case.layout.kind))
+    }
 
 
 def test_flops_and_bytes_by_hand():

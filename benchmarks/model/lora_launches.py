@@ -226,12 +226,16 @@ def triton(layers: list[Layer], ceilings: Ceilings, path: str, adapter: int = 0)
 
     # Backward: one pass over each dy for dH and dB, one over x for every dA, then dx.
     backward = [launch for one in layers for launch in _dy_pass(one, wide, processors)]
+    sums = [launch for launch in backward if launch.name == "dy pass"]
+    if sums:
+        partials = sum(one.written for one in sums)
+        backward.append(elementwise("reduce dH and dB", partials, sum(one.S + wide * one.B for one in layers)))
     tile = configs.x_pass_tile(l.M, l.K, C // masks, l.size, False)
     programs = math.ceil(l.K / tile.block_k) * masks * math.ceil(C // masks / tile.block_c)
     chunks, _ = configs.split(l.M, tile.block_m, programs, processors)
     dA = F32 * chunks * l.R * l.K
     backward.append(Launch("x pass", 2 * l.M * l.K * C, l.x + n * l.S + bits, n * dA))
-    backward += [elementwise("reduce dA", dA, wide * l.A)] * n
+    backward.append(elementwise("reduce dA", n * dA, n * wide * l.A))
     flops = sum(one.low_rank_dx().flops for one in layers)
     dx = Launch("Σ D(dH·A)", flops, n * (l.S + wide * l.A) + bits, l.x)
     if path == "fused":
@@ -245,7 +249,7 @@ def triton(layers: list[Layer], ceilings: Ceilings, path: str, adapter: int = 0)
 
 
 def _dy_pass(l: Layer, wide: int, processors: int) -> list[Launch]:
-    """dH and dB; by the vendor's products where the partial sums of a pass over dy would be too large."""
+    """dH and dB, in partial sums; by products of cuBLAS where these would be too large."""
     if configs.LARGEST_RANK_OF_DY_PASS[l.size] < l.R:
         dB = F32 * l.N * l.R  # float32 whatever B is
         return [*cast("B", wide * l.B, l.B), l.dH(), l.dB()._replace(written=dB), *cast("dB", dB, wide * l.B)]
@@ -253,10 +257,7 @@ def _dy_pass(l: Layer, wide: int, processors: int) -> list[Launch]:
     blocks = math.ceil(l.N / tile.block_n)
     chunks, _ = configs.split(l.M, tile.block_m, blocks, processors)
     dH, dB = F32 * blocks * l.M * l.R, F32 * chunks * l.N * l.R
-    return [
-        Launch("dy pass", 4 * l.M * l.N * l.R, l.y + wide * l.B + l.S, dH + dB), elementwise("reduce dH", dH, l.S),
-        elementwise("reduce dB", dB, wide * l.B),
-    ]  # fmt: skip
+    return [Launch("dy pass", 4 * l.M * l.N * l.R, l.y + wide * l.B + l.S, dH + dB)]
 
 
 def cuda(layers: list[Layer], ceilings: Ceilings, path: str) -> Passes | None:

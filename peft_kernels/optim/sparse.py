@@ -146,7 +146,7 @@ class SparseAdamW(_WritesWeights, torch.optim.AdamW):
 
     @staticmethod
     def _has_kernel(layer: SparseDeltaLinear) -> bool:
-        return backends.choose("sparse_delta_linear", layer.values).startswith("triton")
+        return backends.choose("sparse_delta_linear", layer.weight, layer.layout.kind) == "triton"
 
     def _step_kernel(self, stepped: list[tuple[dict[str, Any], SparseDeltaLinear]]) -> None:
         if not stepped:

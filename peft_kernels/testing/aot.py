@@ -1,84 +1,95 @@
-"""Compile a Triton kernel for a GPU that is not there, and read what it takes."""
+"""Compile a Triton kernel for a GPU that is not there, as a launch would, and read what it takes."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 #: Shared memory that one block can have, in bytes (CUDA programming guide, table of compute capabilities).
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, "gfx942": 64 * 1024}
+#: The same of all blocks on a multiprocessor.
+_SHARED_MEMORY_OF_ALL = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+#: ptxas says by these that it serialises what wgmma computes: the multiplications of a tile wait for one another.
+SERIALISED = ("C7508", "C7510", "C7514", "C7515")
+
+
+class Launch(NamedTuple):
+    """What Triton compiles for a launch: the arguments' types, what is constant among them by its place, what is
+    known of the others, and the options."""
+
+    kernel: Any
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    num_warps: int
+    num_stages: int
+    target: GPUTarget
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+    @property
+    def key(self) -> tuple:
+        """Equal where the same would be compiled."""
+        return (self.name, str(self.signature), str(self.constants), str(self.attributes), *self[4:])
+
+    def constant(self, name: str) -> Any:
+        """What a parameter is, where it is constant."""
+        return self.constants[(self.kernel.arg_names.index(name),)]
 
 
 class Resources(NamedTuple):
-    """Of a compiled kernel: registers a thread, spills (stores to local memory in its machine code), bytes of
-    shared memory a block."""
+    """Of a compiled kernel, as ptxas reports it: registers a thread; bytes that a thread spills; bytes of shared
+    memory and warps a block; blocks a multiprocessor; the warnings that wgmma is serialised."""
 
     registers: int
-    spills: int
+    spilled: int
     shared: int
+    warps: int
+    blocks: int
+    serialised: tuple[str, ...]
 
 
-def compile_kernel(kernel, arguments: dict[str, Any], architecture: int | str, num_warps: int, num_stages: int):
-    """Compile as a launch with such arguments would.
-
-    Args:
-        arguments: for each parameter a type as a string ("i32", "fp32", "*bf16", "tensordesc<…>"; "*bf16:16" and
-            "i32:16" are divisible by 16), a constant (None, an int, a bool, a str), or a tuple of these.
-        architecture: 80, 90, 100, … or "gfx942".
+def compile_launch(launch: Launch) -> tuple[Any, Resources | None]:
+    """Compile what a launch would compile, whether or not it is in Triton's cache.
 
     Returns:
-        triton.compiler.CompiledKernel, with `asm` and `metadata`.
+        triton.compiler.CompiledKernel, with `asm` and `metadata`; its resources on an NVIDIA GPU.
     """
-    signature, constants, attributes = {}, {}, {}
-
-    def describe(value: Any, path: tuple[int, ...]) -> Any:
-        if isinstance(value, tuple):
-            return tuple(describe(item, (*path, i)) for i, item in enumerate(value))
-        if not isinstance(value, str) or value in _STRING_CONSTANTS:
-            constants[path] = value
-            return "constexpr"
-        kind, _, divisible = value.partition(":")
-        if divisible:
-            attributes[path] = [["tt.divisibility", int(divisible)]]
-        return kind
-
-    for position, name in enumerate(kernel.arg_names):
-        signature[name] = describe(arguments[name], (position,))
-    target = (
-        GPUTarget("hip", architecture, 64) if isinstance(architecture, str) else GPUTarget("cuda", architecture, 32)
-    )
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
+    source = ASTSource(launch.kernel, launch.signature, constexprs=launch.constants, attrs=launch.attributes)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    log = io.StringIO()
+    with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        knobs.compilation.always_compile = True  # what lies in the cache has no log
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=launch.target, options=options)
+    if launch.target.backend != "cuda":
+        return compiled, None
+    text = log.getvalue()
+    registers = int(re.search(r"Used (\d+) registers", text).group(1))
+    spilled = sum(map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text).groups()))
+    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    blocks = blocks_per_processor(registers, shared, warps, launch.target.arch)
+    serialised = tuple(line for line in text.splitlines() if any(number in line for number in SERIALISED))
+    return compiled, Resources(registers, spilled, shared, warps, blocks, serialised)
 
 
-_STRING_CONSTANTS = ("ieee", "tf32", "bf16x6")  # values of `input_precision`, not types
+def blocks_per_processor(registers: int, shared: int, warps: int, architecture: int) -> int:
+    """How many blocks (CTAs) of `warps` warps fit on a multiprocessor of sm_80, sm_90 or sm_100 at a time.
 
-
-def resources(compiled) -> Resources:
-    """Registers and spills as the disassembler reports them, shared memory as Triton asks for it.
-
-    Raises:
-        RuntimeError: where cuobjdump, which Triton's wheel carries, cannot be found.
+    As `cuda_occupancy.h` of the CUDA toolkit counts: 64 warps and 32 blocks; 16,384 registers in each of four parts,
+    given by the warp in units of 256, to as many warps in each part; shared memory in units of 128 bytes, of which the
+    system takes 1 KiB a block.
     """
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    cuobjdump = shutil.which("cuobjdump", path=str(folder)) or shutil.which("cuobjdump")
-    if cuobjdump is None:
-        raise RuntimeError(f"expected cuobjdump in {folder} or on PATH, found none")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage = subprocess.check_output([cuobjdump, "--dump-resource-usage", cubin.name], text=True)
-        found = {key: int(value) for key, value in re.findall(r"\b(REG|LOCAL|STACK):(\d+)", usage)}
-        spills = 0
-        if found["LOCAL"] + found["STACK"] > 0:  # a stack frame may also be alignment only
-            code = subprocess.check_output([cuobjdump, "--dump-sass", cubin.name], text=True)
-            spills = len(re.findall(r"\bSTL\b", code))
-    return Resources(found["REG"], spills, compiled.metadata.shared)
+    registers_of_warp = -(-max(registers, 1) * 32 // 256) * 256
+    by_registers = 16384 // registers_of_warp * 4 // warps
+    by_shared = _SHARED_MEMORY_OF_ALL[architecture] // (-(-(shared + 1024) // 128) * 128)
+    return min(32, 64 // warps, by_registers, by_shared)

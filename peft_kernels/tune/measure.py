@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from typing import Any
 
@@ -10,7 +11,7 @@ import triton
 
 from ..testing.bounds import assert_within_eager
 from ..testing.timing import Timer, interleaved, whole
-from .plan import Job
+from .plan import CROSSOVERS, Job
 from .problems import Problem, problem
 
 _SECONDS = 0.3  # spent on the timing of one job, if the fewest rounds take less
@@ -31,9 +32,15 @@ class Measure:
         except torch.OutOfMemoryError:
             return ["skipped: the operands do not fit into the GPU's memory"] * len(job.candidates)
         sound = [number for number, result in enumerate(results) if not result]
-        calls = {n: whole(lambda n=n: prepared.launch(job.candidates[n])) for n in sound}
+        count = CROSSOVERS[job.choice].calls if job.at else 1
+
+        def launch(number: int) -> None:
+            for _ in range(count):
+                prepared.launch(job.candidates[number])
+
+        calls = {number: whole(functools.partial(launch, number)) for number in sound}
         times = interleaved(calls, self.timer, _SECONDS, most=_MOST)
-        return [results[n] or statistics.median(us for (us,) in times[n]) for n in range(len(results))]
+        return [results[n] or statistics.median(us for (us,) in times[n]) / count for n in range(len(results))]
 
 
 def check(prepared: Problem, candidates: tuple) -> list[str]:

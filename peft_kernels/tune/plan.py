@@ -84,12 +84,18 @@ def largest_up_to(points: list[tuple[float, bool]]) -> float:
 
 
 class Crossover(NamedTuple):
-    """Two ways, the sizes at which they are compared, and what follows from (product of sizes, second way faster)."""
+    """Two ways, the sizes at which they are compared, and what follows from (product of sizes, second way faster).
+
+    Attributes:
+        only_on: an architecture.
+        calls: how many are timed one right after another. With many the slower of GPU and CPU decides, as in training.
+    """
 
     ways: tuple[str, str]
     sizes: list[tuple]
     of: Callable[[list[tuple[float, bool]]], float]
-    only_on: int | None = None  # an architecture
+    only_on: int | None = None
+    calls: int = 1
 
 
 CROSSOVERS = {
@@ -104,9 +110,19 @@ CROSSOVERS = {
         smallest_from,
         only_on=90,
     ),
+    # M, N, K, smaller than those of "fused_from": launches rule there
+    "triton_from": Crossover(
+        ("reference", "triton"),
+        [(M, N, N) for M in (4096, 1024, 256, 64) for N in (4096, 2048, 1024)],
+        smallest_from,
+        calls=16,
+    ),
     # M, N, K, with a smaller M than that of "fused_from": the depth is split there
     "cuda_from": Crossover(
-        ("triton", "cuda"), [(M, N, N) for M in (8192, 2048, 512, 64) for N in (8192, 4096, 2048, 1024)], smallest_from
+        ("reference or triton", "cuda"),
+        [(M, N, N) for M in (8192, 2048, 512, 64) for N in (8192, 4096, 2048, 1024)],
+        smallest_from,
+        calls=16,
     ),
     # density
     "sampled_up_to": Crossover(

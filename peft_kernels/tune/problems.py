@@ -15,10 +15,12 @@ import torch
 from .. import _native
 from ..ops.common import dropout
 from ..ops.common.machine import architecture
+from ..ops.common.reduce import split_reduce
 from ..ops.lora_linear import configs as lora_configs
 from ..ops.lora_linear import cuda, triton_backward, triton_forward
+from ..ops.lora_linear import reference as lora_reference
 from ..ops.lora_linear.reference import add_base
-from ..ops.lora_linear.triton_backward import grad_lora_A, grad_low_rank, grad_x_of
+from ..ops.lora_linear.triton_backward import grad_lora_A, grad_x_of, sums_over_dy
 from ..ops.lora_linear.triton_forward import shrink
 from ..ops.lora_linear.triton_gemm import extended_gemm
 from ..ops.masked_linear.triton_backward import masked_grad
@@ -95,7 +97,9 @@ def _dy_pass(inputs: Inputs, M, N, R, **_) -> Problem:
 
     def launch(tile):
         dh = torch.empty_like(s)
-        return dh, grad_low_rank(dy, lora_B, s, dh, 1.0, None, dy.dtype, False, tile)
+        grad_B, sums = sums_over_dy(dy, lora_B, s, dh, 1.0, None, dy.dtype, False, tile)
+        split_reduce(sums, M)
+        return dh, grad_B
 
     return Problem(launch, lambda dy, lora_B, s: (dy @ lora_B, dy.t() @ s), (dy, lora_B, s))
 
@@ -170,8 +174,8 @@ def _cuda_fused_from(inputs: Inputs, at, table, element_size) -> Problem:
     lora_A, lora_B = inputs.normal(R, K, scale=K**-0.5), inputs.normal(N, R, scale=R**-0.5)
 
     def launch(backend):
-        if not _native.load():
-            raise RuntimeError(_native.why_not())
+        if not _native.load(cuda=True):
+            raise RuntimeError(_native.why_not(cuda=True))
         projection = [weight, None, lora_A, lora_B, None]
         return tuple(cuda.forward(x, projection, [1.0], None, 0.0, False, [True], False, False, backend))
 
@@ -182,7 +186,7 @@ def _cuda_fused_from(inputs: Inputs, at, table, element_size) -> Problem:
     return Problem(launch, expression, (x, weight, lora_A, lora_B))
 
 
-def _cuda_from(inputs: Inputs, at, table, element_size) -> Problem:
+def _backend_from(inputs: Inputs, at, table, element_size) -> Problem:
     """Output and every gradient of a layer without dropout, by each backend, the way that was found for it; Triton's
     tiles are those of the tables in force."""
     (M, N, K), R, arch = at, _RANK, architecture(inputs.device)
@@ -190,15 +194,18 @@ def _cuda_from(inputs: Inputs, at, table, element_size) -> Problem:
     lora_A, lora_B = inputs.normal(R, K, scale=K**-0.5), inputs.normal(N, R, scale=R**-0.5)
 
     def launch(backend):
+        if backend == "reference or triton":
+            backend = lora_configs.reference_or_triton(M, N, K, x.dtype, table)
         if backend == "cuda":
-            if not _native.load():
-                raise RuntimeError(_native.why_not())
+            if not _native.load(cuda=True):
+                raise RuntimeError(_native.why_not(cuda=True))
             forward = backward = cuda
-            way = lora_configs.cuda_path(M, N, K, x.dtype, arch, backend, table)
-        else:
+            backend = f"cuda:{lora_configs.cuda_path(M, N, K, x.dtype, arch, backend, table)}"
+        elif backend == "triton":
             forward, backward = triton_forward, triton_backward
-            way = lora_configs.expand_path(M, N, K, R, x.dtype, arch, backend, table)
-        backend = f"{backend}:{way}"
+            backend = f"triton:{lora_configs.expand_path(M, N, K, R, x.dtype, arch, backend, table)}"
+        else:
+            forward = backward = lora_reference
         projection = [weight, None, lora_A, lora_B, None]
         y, s = forward.forward(x, projection, [1.0], None, 0.0, False, [True], False, False, backend)
         needs = [False, False, True, True]
@@ -296,7 +303,8 @@ _PROBLEMS: dict[tuple[str, str], Callable[..., Problem]] = {
     ("lora_linear", "gemm_tile"): _gemm,
     ("lora_linear", "fused_from"): _fused_from,
     ("lora_linear", "cuda_fused_from"): _cuda_fused_from,
-    ("lora_linear", "cuda_from"): _cuda_from,
+    ("lora_linear", "triton_from"): _backend_from,
+    ("lora_linear", "cuda_from"): _backend_from,
     ("masked_linear", "gemm_tile"): _masked_gemm,
     ("masked_linear", "grad_tile"): _masked_grad,
     ("sparse_delta", "grad_tile"): _gathered,

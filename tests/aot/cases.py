@@ -1,24 +1,93 @@
-"""Every kernel of every room with every configuration that the rules of its `configs.py` can pick, and with the
-candidates that a measurement may prefer, as compilations."""
+"""Every distinct compilation that the scenarios ask for."""
 
 from __future__ import annotations
 
-from tests.aot import lora_linear, masked_linear, sparse_delta
-from tests.aot.case import Case
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+from unittest import mock
 
-#: Each has `cases(architecture)` and `candidates(architecture)`; what they repeat is compiled once.
+import peft_kernels as pk
+from peft_kernels.ops.common.tuning import Choice
+from peft_kernels.testing.aot import Launch
+from tests.aot import lora_linear, masked_linear, sparse_delta
+from tests.aot.phantom import Gpu
+from tests.aot.record import recording
+from tests.aot.scenario import Scenario
+
+#: Each has `scenarios()`.
 ROOMS = (lora_linear, masked_linear, sparse_delta)
 
 
-def cases(architecture: int | str, everything: bool, candidates: bool = False) -> list[Case]:
-    """All distinct compilations for an architecture, or the first of each kernel."""
+class Case(NamedTuple):
+    """A compilation, and the first call that asks for it, a regular one if there is one."""
+
+    launch: Launch
+    scenario: Scenario
+
+    @property
+    def name(self) -> str:
+        return f"{self.launch.name}-{self.scenario.name}"
+
+
+def scenarios() -> list[Scenario]:
+    return [scenario for room in ROOMS for scenario in room.scenarios()]
+
+
+def cases(gpu: Gpu, wanted: Iterable[Scenario]) -> list[Case]:
+    """What the launches of these scenarios compile on a GPU, each once, with the tiles that the rules pick."""
     found: dict[tuple, Case] = {}
-    for room in ROOMS:
-        for case in (*room.cases(architecture), *(room.candidates(architecture) if candidates else ())):
-            found.setdefault((case.kernel.__name__, str(case.arguments), case[3:]), case)
-    if everything:
-        return list(found.values())
+    for scenario in _regular_first(wanted):
+        _add(found, gpu, scenario)
+    return list(found.values())
+
+
+def candidates(gpu: Gpu, wanted: Iterable[Scenario]) -> list[Case]:
+    """The same with every tile that a measurement may prefer."""
+    found: dict[tuple, Case] = {}
+    for scenario in _regular_first(wanted):
+        number, table = 0, _Candidates(scenario.configs.CHOICES, gpu)
+        while number < table.most:
+            table.number = number
+            with mock.patch.object(scenario.configs, "tuned", table.of):
+                _add(found, gpu, scenario)
+            number += 1
+    return list(found.values())
+
+
+def first_of_each_kernel(found: Iterable[Case]) -> list[Case]:
     first: dict[str, Case] = {}
-    for case in found.values():
-        first.setdefault(case.kernel.__name__, case)
+    for case in found:
+        first.setdefault(case.launch.name, case)
     return list(first.values())
+
+
+def _regular_first(wanted: Iterable[Scenario]) -> list[Scenario]:
+    """What both ask for is then held to what regular calls are held to."""
+    return sorted(wanted, key=lambda scenario: not scenario.regular)
+
+
+def _add(found: dict[tuple, Case], gpu: Gpu, scenario: Scenario) -> None:
+    with recording(gpu) as launches, pk.use_backend(scenario.backend):
+        scenario.run(gpu.device)
+    for launch in launches:
+        found.setdefault(launch.key, Case(launch, scenario))
+
+
+class _Candidates:
+    """A room's table of what was measured, were the fastest tile always the candidate of this `number` (or the last).
+    `most`: how many the choices have that were looked up."""
+
+    def __init__(self, choices: Mapping[str, Choice], gpu: Gpu) -> None:
+        self.number, self.most = 0, 1
+        self._choices, self._architecture = choices, gpu.target.arch if gpu.target.backend == "cuda" else 0
+
+    def of(self, _device: Any) -> _Candidates:
+        return self
+
+    def get(self, key: tuple, default: Any = None) -> Any:
+        name, *values = key
+        if self._choices[name].candidates is None:
+            return default
+        tiles = self._choices[name].candidates(*values, self._architecture)
+        self.most = max(self.most, len(tiles))
+        return tiles[min(self.number, len(tiles) - 1)]

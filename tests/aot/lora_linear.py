@@ -1,203 +1,127 @@
-"""Every kernel of the LoRA linear room with every configuration that `configs.py` can pick, as compilations."""
+"""What the LoRA linear ops launch: calls of them, as a user makes them."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from peft_kernels.ops.common.reduce import blocks, split_reduce_kernel
+import torch
+
+import peft_kernels as pk
 from peft_kernels.ops.lora_linear import configs
-from peft_kernels.ops.lora_linear.triton_backward import dy_pass_kernel, x_pass_kernel
-from peft_kernels.ops.lora_linear.triton_forward import shrink_kernel
-from peft_kernels.ops.lora_linear.triton_gemm import extended_gemm_kernel, extended_gemm_tma_kernel
-from tests.aot.case import BYTES, FLOAT32, INT, SEED, WIDE, Case
+from tests.aot.scenario import DTYPES, Scenario, backward
+
+#: M, K and N, multiples of 16; the first is the one at which speed is planned.
+SHAPES = [(8192, 4096, 4096), (1, 4096, 4096), (64, 4096, 4096), (256, 4096, 4096), (2048, 256, 256)]
+#: The same beside the tiles: still multiples of 16, then neither of 16 nor of 2.
+BESIDE_TILES, ODD = (1000, 4112, 4144), (1000, 4095, 4097)
+#: PEFT's default first.
+RANKS = [8, 16, 32, 64, 3]
 
 
-class Variant(NamedTuple):
-    """What beside the tile makes another program: `n` projections, dropout, float32 adapters, their precision."""
+class Layer(NamedTuple):
+    """One call with its backward. `n` layers share x; masks: of dropout, "own" to each of them or "shared"; rows: a
+    scaling for every row; trains: which of x, A and B take a gradient."""
 
+    rank: int = 8
+    shape: tuple[int, int, int] = SHAPES[0]
     dtype: str = "bf16"
-    adapter: str = "bf16"
-    n: int = 1
-    dropout: bool = False
+    adapter: str = ""
     high: bool = False
+    n: int = 1
+    masks: str = ""
+    rows: bool = False
+    trains: str = "xAB"
 
     @property
-    def pointer(self) -> str:
-        return f"*{self.dtype}:16"
-
-    @property
-    def size(self) -> int:
-        return 4 if self.dtype == "fp32" else 2
-
-    @property
-    def precision(self) -> dict[str, Any]:
-        return {"HIGH": "bf16x6" if self.high else None, "PRECISION": "ieee"}
-
-    @property
-    def low_rank_pointer(self) -> str:
-        """Of S and dH."""
-        return FLOAT32 if self.high else self.pointer
-
     def name(self) -> str:
-        words = [self.dtype, f"adapters-{self.adapter}", f"x{self.n}"]
-        return "-".join(words + ["dropout"] * self.dropout + ["high"] * self.high)
+        words = ["lora", self.dtype, f"r{self.rank}", "x".join(map(str, self.shape))]
+        words += (
+            [f"{self.adapter}-adapters"] * bool(self.adapter) + ["high"] * self.high + [f"n{self.n}"] * (self.n > 1)
+        )
+        words += [f"{self.masks}-masks"] * bool(self.masks) + ["rows"] * self.rows
+        trains = f"trains-{self.trains}" if self.trains else "frozen"
+        return "-".join(words + [trains] * (self.trains != "xAB"))
+
+    def run(self, device: torch.device) -> None:
+        (M, K, N), dtype, adapter = self.shape, DTYPES[self.dtype], DTYPES[self.adapter or self.dtype]
+
+        def empty(*shape: int, dtype: torch.dtype = dtype, trains: bool = False) -> torch.Tensor:
+            return torch.empty(*shape, dtype=dtype, device=device, requires_grad=trains)
+
+        x = empty(M, K, trains="x" in self.trains)
+        projections = [
+            pk.Projection(
+                empty(N, K),
+                empty(self.rank, K, dtype=adapter, trains="A" in self.trains),
+                empty(N, self.rank, dtype=adapter, trains="B" in self.trains),
+                empty(M, dtype=torch.float32) if self.rows else 2.0,
+                empty(N) if self.n == 1 else None,
+            )
+            for _ in range(self.n)
+        ]
+        ys = pk.lora_linear_shared_input(
+            x, projections, dropout_p=0.1 if self.masks else 0.0, training=True, shared_dropout=self.masks == "shared",
+            adapter_precision="high" if self.high else "default",
+        )  # fmt: skip
+        if self.trains:
+            backward(*ys)
 
 
 VARIANTS = [
-    Variant(),
-    Variant(dropout=True),
-    Variant(n=3),
-    Variant(n=3, dropout=True),
-    Variant(adapter="fp32"),
-    Variant(adapter="fp32", high=True),
-    Variant(adapter="fp32", high=True, n=3, dropout=True),
-    Variant(dtype="fp16", adapter="fp16", dropout=True),
-    Variant(dtype="fp32", adapter="fp32"),
-    Variant(dtype="fp32", adapter="fp32", n=3, dropout=True),
+    Layer(),
+    Layer(masks="own"),
+    Layer(n=3),
+    Layer(n=3, masks="own"),
+    Layer(adapter="fp32"),
+    Layer(adapter="fp32", high=True),
+    Layer(adapter="fp32", high=True, n=3, masks="own"),
+    Layer(dtype="fp16", masks="own"),
+    Layer(dtype="fp32"),
+    Layer(dtype="fp32", n=3, masks="own"),
 ]
-SHAPES = [(1, 4096), (64, 4096), (256, 4096), (2048, 256), (8192, 4096)]  # M, and N = K
-RANKS = [8, 32, 64, 512]
+#: With these nothing changes but a few arguments: at one rank.
+FEW = [
+    Layer(n=2),
+    Layer(n=2, masks="own"),
+    Layer(n=3, masks="shared"),
+    Layer(rows=True),
+    Layer(rows=True, n=3, masks="own"),
+    Layer(trains="x"),
+    Layer(trains="B"),
+    Layer(trains="", masks="own"),
+]
 
 
-def cases(architecture: int | str) -> Iterator[Case]:
-    for variant in VARIANTS:
-        for M, N in SHAPES[::-1]:
-            for R in RANKS:
-                yield from _cases_of(architecture, variant, M, N, R)
+#: What a rank that is not among the first two is tried with in every run.
+OFTEN = VARIANTS[:5]
 
 
-def candidates(architecture: int | str) -> Iterator[Case]:
-    """Of 16-bit layers, at a large and at a small shape. A tile that was measured on one layer serves three as well."""
-    arch = architecture if isinstance(architecture, int) else 0
-    shapes = itertools.product((SHAPES[-1], SHAPES[1]), RANKS[:3])
-    for v, ((M, N), R) in itertools.product([v for v in VARIANTS if v.size == 2 and not v.high], shapes):
-        width, masks = R if v.dropout else v.n * R, v.n * v.dropout
-        for tile in configs.shrink_candidates(M, N, width, v.size, v.dropout, v.high, arch):
-            yield _shrink(v, tile)
-        for tile in configs.x_pass_candidates(M, N, width, v.size, v.high, arch):
-            yield _x_pass(v, tile)
-        for tile in configs.dy_pass_candidates(M, N, R, v.size, v.high, arch):
-            yield _dy_pass(v, tile)
-        for tile in configs.gemm_candidates(M, N, R, v.size, False, masks, v.high, True, arch):
-            yield _gemm(v, tile, base=True)
-            yield _gemm(v, tile, base=False)
-        for tile in configs.gemm_candidates(M, N, R, v.size, True, masks, v.high, True, arch) if arch >= 90 else ():
-            yield from (_gemm_tma(v, tile, R, transposed) for transposed in (True, False))
+def layers() -> Iterator[tuple[str, Layer]]:
+    """Each with where it is compiled."""
+    for layer in (VARIANTS[0], VARIANTS[3]):
+        yield "everywhere", layer
+    for rank, layer in itertools.product(RANKS, VARIANTS):
+        yield "sm_90" if rank in RANKS[:2] or layer in OFTEN else "all", layer._replace(rank=rank)
+    for layer in FEW:
+        yield "sm_90", layer
+    for shape, rank, layer in itertools.product(SHAPES[1:], (8, 16), (VARIANTS[0], VARIANTS[3])):
+        yield "sm_90" if rank == 8 else "all", layer._replace(shape=shape, rank=rank)
+    for masks in ("", "own"):
+        yield "all", Layer(n=4, masks=masks)  # more than descriptors are for
+    for rank in (32, 512):
+        yield "all", Layer(rank=rank, shape=SHAPES[1])
+        yield "sm_90" if rank == 512 else "all", Layer(rank=rank, n=3, masks="own")
+    for shape, rank in ((BESIDE_TILES, 8), (ODD, 8), (ODD, 3), (ODD, 32)):
+        for layer in (VARIANTS[0], VARIANTS[1], VARIANTS[3], VARIANTS[5]):
+            yield "sm_90" if rank == 8 else "all", layer._replace(shape=shape, rank=rank)
 
 
-def _cases_of(architecture: int | str, v: Variant, M: int, N: int, R: int) -> list[Case]:
-    arch = architecture if isinstance(architecture, int) else 0
-    masks = v.n * v.dropout
-    tile = configs.gemm_tile(M, N, R, v.size, arch, False, masks, v.high)
-    made = [
-        _shrink(v, configs.shrink_tile(M, N, R if v.dropout else v.n * R, v.size, v.dropout, v.high)),
-        _gemm(v, tile, base=True),
-        _gemm(v, tile, base=False),
-        _x_pass(v, configs.x_pass_tile(M, N, R if v.dropout else v.n * R, v.size, v.high)),
-        _reduce(v, R),
-        _reduce(v, N),
-    ]
-    if configs.LARGEST_RANK_OF_DY_PASS[v.size] >= R:
-        made.append(_dy_pass(v, configs.dy_pass_tile(M, N, R, v.size, v.high, arch)))
-    if arch >= 90 and v.size == 2:
-        tile = configs.gemm_tile(M, N, R, v.size, arch, True, masks, v.high)
-        made += [_gemm_tma(v, tile, R, transposed) for transposed in (True, False)]
-    return made
-
-
-def _case(kernel: Any, v: Variant, tile: Any, arguments: dict[str, Any], matrix: bool = True) -> Case:
-    blocks = "x".join(str(arguments[name]) for name in arguments if name.startswith("BLOCK_"))
-    name = f"{kernel.__name__}-{v.name()}-{blocks}"
-    return Case(name, kernel, arguments, tile.num_warps, tile.num_stages, matrix and v.dtype != "fp32")
-
-
-def _shrink(v: Variant, tile: configs.ShrinkTile) -> Case:
-    arguments = {
-        "x_ptr": v.pointer, "a_ptr": f"*{v.adapter}:16", "s_ptr": v.low_rank_pointer,
-        "mask_ptr": BYTES if v.dropout else None, "seed_ptr": SEED if v.dropout else None,
-        "scales": ("fp32",) * v.n, "row_scale_ptrs": (None,) * v.n, "row_scale_strides": (INT,) * v.n,
-        "M": INT, "K": WIDE, "C": WIDE, "R": WIDE, "width": WIDE, "k_per_split": WIDE,
-        "stride_xm": WIDE, "stride_xk": 1, "stride_ac": WIDE, "stride_ak": 1, "stride_split": WIDE,
-        "mask_stride_stream": WIDE, "mask_stride_row": WIDE, "threshold": INT,
-        "NUM": v.n, "DROPOUT": v.dropout, "SPLIT": False,
-        "BLOCK_M": tile.block_m, "BLOCK_C": tile.block_c, "BLOCK_K": tile.block_k, **v.precision,
-    }  # fmt: skip
-    return _case(shrink_kernel, v, tile, arguments)
-
-
-def _gemm_common(v: Variant, tile: configs.GemmTile) -> dict[str, Any]:
-    n = v.n
-    return {
-        "e_ptrs": (v.low_rank_pointer,) * n, "f_ptrs": (f"*{v.adapter}:16",) * n,
-        "bias_ptr": v.pointer if n == 1 else None, "mask_ptr": BYTES if v.dropout else None,
-        "M": INT, "N": WIDE, "Ks": (WIDE,) * n, "R": WIDE,
-        "strides_em": (WIDE,) * n, "strides_fr": (1,) * n, "strides_fn": (WIDE,) * n,
-        "mask_stride_stream": INT, "mask_stride_row": INT, "NUM": n,
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BLOCK_R": tile.block_r,
-        "GROUP_M": tile.group_m, **v.precision,
-    }  # fmt: skip
-
-
-def _gemm(v: Variant, tile: configs.GemmTile, base: bool) -> Case:
-    n = v.n
-    arguments = {
-        "p_ptrs": (v.pointer,) * n, "q_ptrs": (v.pointer,) * n, "out_ptr": v.pointer,
-        "strides_pm": (WIDE,) * n, "strides_pk": (1,) * n, "strides_qk": (1,) * n, "strides_qn": (WIDE,) * n,
-        "stride_om": WIDE, "stride_on": 1, "BASE": base, **_gemm_common(v, tile),
-    }  # fmt: skip
-    return _case(extended_gemm_kernel, v, tile, arguments)
-
-
-def _gemm_tma(v: Variant, tile: configs.GemmTile, R: int, transposed: bool) -> Case:
-    n, q_block = v.n, (tile.block_n, tile.block_k) if transposed else (tile.block_k, tile.block_n)
-
-    def descriptors(name: str, *block: int) -> dict[str, str | None]:
-        kind = f"tensordesc<{v.dtype}[{block[0]}, {block[1]}]>"
-        return {f"{name}{j}": kind if j < n else None for j in range(3)}
-
-    out_columns = tile.block_n // 2 if tile.split_epilogue else tile.block_n
-    arguments = {
-        **descriptors("p_desc", tile.block_m, tile.block_k),
-        **descriptors("q_desc", *q_block),
-        "out_desc": f"tensordesc<{v.dtype}[{tile.block_m}, {out_columns}]>",
-        "Q_TRANSPOSED": transposed,
-        "PREFETCH": n == 1 and not v.dropout and not v.high and tile.block_r >= R,
-        "SPLIT_EPILOGUE": tile.split_epilogue, **_gemm_common(v, tile),
-    }  # fmt: skip
-    if not transposed:  # as for dx: F is A, row by row, and there is no bias
-        arguments |= {"strides_fr": (WIDE,) * n, "strides_fn": (1,) * n, "bias_ptr": None}
-    return _case(extended_gemm_tma_kernel, v, tile, arguments)
-
-
-def _dy_pass(v: Variant, tile: configs.PassTile) -> Case:
-    arguments = {
-        "dy_ptr": v.pointer, "b_ptr": f"*{v.adapter}:16", "s_ptr": v.low_rank_pointer,
-        "dh_ptr": FLOAT32, "db_ptr": FLOAT32, "M": INT, "N": WIDE, "R": WIDE, "rows_per_chunk": WIDE,
-        "stride_dym": WIDE, "stride_dyn": 1, "stride_bn": WIDE, "stride_br": 1, "stride_sm": WIDE,
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_R": tile.block_r, **v.precision,
-    }  # fmt: skip
-    return _case(dy_pass_kernel, v, tile, arguments)
-
-
-def _x_pass(v: Variant, tile: configs.PassTile) -> Case:
-    arguments = {
-        "x_ptr": v.pointer, "dh_ptr": v.low_rank_pointer, "da_ptr": FLOAT32,
-        "mask_ptr": BYTES if v.dropout else None, "M": INT, "K": WIDE, "C": WIDE, "width": WIDE,
-        "rows_per_chunk": WIDE, "stride_xm": WIDE, "stride_xk": 1, "stride_dhm": WIDE,
-        "mask_stride_stream": WIDE, "mask_stride_row": WIDE,
-        "BLOCK_M": tile.block_m, "BLOCK_C": tile.block_c, "BLOCK_K": tile.block_k, **v.precision,
-    }  # fmt: skip
-    return _case(x_pass_kernel, v, tile, arguments)
-
-
-def _reduce(v: Variant, columns: int) -> Case:
-    block_m, block_n = blocks(columns)
-    arguments = {
-        "partial_ptr": FLOAT32, "out_ptr": v.low_rank_pointer, "scales": ("fp32",) * v.n,
-        "row_scale_ptrs": (FLOAT32,) * v.n, "row_scale_strides": (1,) * v.n,
-        "rows_total": INT, "columns_total": WIDE, "splits": INT, "stride_split": WIDE, "stride_row": WIDE,
-        "stride_om": WIDE, "stride_on": 1, "R": WIDE, "NUM": v.n, "BLOCK_M": block_m, "BLOCK_N": block_n,
-    }  # fmt: skip
-    return _case(split_reduce_kernel, v, configs.GemmTile(0, 0, 0, 0, 0, 4, 3), arguments, matrix=False)
+def scenarios() -> Iterator[Scenario]:
+    places: dict[Layer, str] = {}
+    for place, layer in layers():
+        places.setdefault(layer, place)
+    for (layer, place), way in itertools.product(places.items(), ("fused", "blas")):
+        regular = layer.rank % 8 == 0 and all(size % 16 == 0 for size in layer.shape[1:])
+        yield Scenario(f"{layer.name}-{way}", f"triton:{way}", layer.run, layer.dtype, regular, place, configs)

@@ -1,46 +1,72 @@
-"""Every Triton kernel compiled ahead of time, without a GPU: every sm_90 configuration, one a kernel elsewhere
-(all of them, and all candidates of a measurement, with PEFT_KERNELS_AOT=all, `make aot-all`)."""
+"""Every Triton kernel as the launchers launch it, compiled ahead of time without a GPU: for sm_90 at every kind of call
+and shape, one compilation a kernel elsewhere (all of them, and all candidates of a measurement, with
+PEFT_KERNELS_AOT=all, `make aot-all`)."""
+
+from __future__ import annotations
 
 import os
 
 import pytest
 
-from peft_kernels.testing.aot import SHARED_MEMORY, compile_kernel, resources
-from tests.aot.cases import cases
+from peft_kernels.testing.aot import SHARED_MEMORY, compile_launch
+from tests.aot.cases import candidates, cases, first_of_each_kernel, scenarios
+from tests.aot.phantom import GPUS
 
 EVERYTHING = os.environ.get("PEFT_KERNELS_AOT") == "all"
 #: Which instruction shows that the tensor cores are used.
 MATRIX = {80: ("mma.sync",), 90: ("wgmma", "mma.sync"), 100: ("tcgen05", "mma.sync"), "gfx942": ("mfma",)}
+#: Kernels that multiply no matrices.
+WITHOUT_MATRICES = {"split_reduce_kernel", "sampled_kernel", "write_kernel", "adamw_kernel"}
+#: Bytes that a thread may store to and load from local memory at sizes that are no multiples of 16, or ranks of 8,
+#: where everything is loaded element by element; nothing elsewhere.
+SPILLED_AT_ODD_SIZES = {"thin_kernel": 1400, "shrink_kernel": 1300}
 
 
-@pytest.mark.parametrize(
-    ("architecture", "case"),
-    [
-        pytest.param(architecture, case, id=f"{architecture}-{case.name}-{number}")
-        for architecture in (80, 90, 100)
-        for number, case in enumerate(cases(architecture, EVERYTHING or architecture == 90, EVERYTHING))
-    ],
-)
-def test_nvidia(architecture, case):
-    compiled = compile_kernel(case.kernel, case.arguments, architecture, case.num_warps, case.num_stages)
-    used = resources(compiled)
-    assert used.spills == 0, f"{used} of {case.name}"
-    assert used.shared <= SHARED_MEMORY[architecture], f"{used} of {case.name}"
-    if case.matrix:
+def to_compile(architecture):
+    every = scenarios()
+    if EVERYTHING:
+        tuned = candidates(GPUS[architecture], [one for one in every if one.regular and one.compiled != "all"])
+        known = {case.launch.key: case for case in (*cases(GPUS[architecture], every), *tuned)}
+        return list(known.values())
+    if architecture == 90:
+        return cases(GPUS[90], [one for one in every if one.compiled != "all"])
+    return first_of_each_kernel(cases(GPUS[architecture], [one for one in every if one.compiled == "everywhere"]))
+
+
+def parameters(*architectures):
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(case, id=f"{architecture}-{case.name}-{number}")
+            for architecture in architectures
+            for number, case in enumerate(to_compile(architecture))
+        ],
+    )
+
+
+def multiplies(case):
+    """Whether the tensor cores have to show: not for float32, which they would round."""
+    return case.launch.name not in WITHOUT_MATRICES and case.scenario.dtype != "fp32"
+
+
+@parameters(80, 90, 100)
+def test_nvidia(case):
+    architecture = case.launch.target.arch
+    compiled, used = compile_launch(case.launch)
+    assert used.shared <= SHARED_MEMORY[architecture], used
+    if case.scenario.regular:
+        assert used.spilled == 0, used
+        assert not used.serialised, used
+    else:
+        assert used.spilled <= SPILLED_AT_ODD_SIZES.get(case.launch.name, 0), used
+    if multiplies(case):
         assert any(instruction in compiled.asm["ptx"] for instruction in MATRIX[architecture])
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=f"{case.name}-{number}")
-        for number, case in enumerate(cases("gfx942", EVERYTHING, EVERYTHING))
-        if "desc" not in str(case.arguments)
-    ],
-)
+@parameters("gfx942")
 def test_amd(case):
     """The pointer kernels are not CUDA only."""
-    compiled = compile_kernel(case.kernel, case.arguments, "gfx942", case.num_warps, case.num_stages)
+    compiled, _ = compile_launch(case.launch)
     assert compiled.metadata.shared <= SHARED_MEMORY["gfx942"]
-    if case.matrix:
+    if multiplies(case):
         assert any(instruction in compiled.asm["amdgcn"] for instruction in MATRIX["gfx942"])

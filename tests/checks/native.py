@@ -21,7 +21,7 @@ def standing_in(*kernels: Callable) -> Iterator[None]:
     for kernel in kernels:
         library.impl(kernel.__name__, kernel, "CPU")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "_why_not", lambda *_: "")  # on CPU tensors
+        patch.setattr(backends, "_why_not_here", lambda *_: "")  # on CPU tensors
         yield
     library._destroy()
 

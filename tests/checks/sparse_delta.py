@@ -6,9 +6,11 @@ from __future__ import annotations
 import copy
 import math
 
+import pytest
 import torch
 
 import peft_kernels as pk
+from peft_kernels import backends
 from peft_kernels.ops.sparse_delta import cpu, cuda, reference, write_delta
 from peft_kernels.testing import assert_within_eager, poisoned_allocations, saved_tensors
 from peft_kernels.testing.sparse_delta import LEAVES, eager, make_case, make_layout, ours, ours_in_weight, run, truth
@@ -31,6 +33,17 @@ LAYOUTS = {
     "n-of-m": {"kind": "n_of_m"},
 }
 KINDS = ("entries", "rows", "columns", "blocks", "n_of_m")
+
+
+def kinds_of(backend: str) -> tuple[str, ...]:
+    """The kinds of layout that a backend takes; it refuses all others."""
+    return backends.OPS["sparse_delta_linear"].backends[backend].options or KINDS
+
+
+def layouts_of(backend: str) -> dict[str, dict]:
+    return {name: layout for name, layout in LAYOUTS.items() if layout["kind"] in kinds_of(backend)}
+
+
 EXPRESSIONS = {"sparse_delta_linear": ours, "in weight": ours_in_weight}
 SAMPLES = 64  # a case with fewer elements is drawn several times and judged as a whole
 
@@ -61,7 +74,7 @@ def check_within_eager(backend: str, autocast: torch.dtype | None = None, **case
 def check_subsets(backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
     """Every subset of what takes a gradient: the same numbers as with all of them, and nothing saved that the subset
     does not need. The weight and the values saved are the parameters themselves, which cost nothing."""
-    for layout in LAYOUTS.values():
+    for layout in layouts_of(backend).values():
         arguments = {"batch": (5, 4), "in_features": 40, "out_features": 24, "dtype": dtype, "device": device} | layout
         everything = None
         for frozen in subsets(LEAVES):
@@ -83,7 +96,7 @@ def check_subsets(backend: str, device: str = "cpu", dtype: torch.dtype = torch.
 
 def check_strides(backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
     """Strided x, a transposed weight, values and a bias that are views, a gradient of strides (0, 0)."""
-    for layout in LAYOUTS.values():
+    for layout in layouts_of(backend).values():
         case = make_case(
             **({"batch": (6, 10), "in_features": 48, "out_features": 32} | layout), dtype=dtype, device=device
         )
@@ -106,7 +119,7 @@ def check_strides(backend: str, device: str = "cpu", dtype: torch.dtype = torch.
 def check_empty(backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
     """M = 0 and nnz = 0: empty outputs, zero gradients, the bare product."""
     of = {"device": device, "dtype": dtype}
-    for layout in LAYOUTS.values():
+    for layout in layouts_of(backend).values():
         case = make_case(**({"batch": (0,), "in_features": 48, "out_features": 32} | layout), **of)
         with pk.use_backend(backend):
             results = run(case)
@@ -114,10 +127,11 @@ def check_empty(backend: str, device: str = "cpu", dtype: torch.dtype = torch.fl
         for name, value in results.items():
             assert not value.any(), name
     nothing = torch.tensor([], dtype=torch.long)
-    for layout in (
+    empty = (
         pk.SparseLayout.from_indices((32, 48), nothing), pk.SparseLayout.rows((32, 48), nothing),
         pk.SparseLayout.columns((32, 48), nothing), pk.SparseLayout.blocks((32, 48), (4, 8), nothing),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for layout in (one for one in empty if one.kind in kinds_of(backend)):
         case = make_case(batch=(5,), in_features=48, out_features=32, **of)
         case.layout, case.values = layout.to(device), case.values[:0]
         with pk.use_backend(backend):
@@ -127,15 +141,32 @@ def check_empty(backend: str, device: str = "cpu", dtype: torch.dtype = torch.fl
         assert results["grad of values"].shape == (0,)
 
 
-def check_runs(backend: str, device: str, monkeypatch) -> None:
+def check_refusals(backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    """Kinds that the backend has no kernel for are refused in one line, and nothing is written."""
+    for kind in set(KINDS) - set(kinds_of(backend)):
+        case = make_case(kind, device=device, dtype=dtype)
+        weight, base = case.weight.clone(), case.layout.take(case.weight)
+        x, values, y = case.x, case.values.requires_grad_(), case.x @ case.weight.t()
+        calls = (
+            lambda x=x, case=case: pk.sparse_delta_linear(x, case.weight, case.values, case.layout),
+            lambda x=x, y=y, case=case: pk.with_sparse_gradient_(y, x, case.values, case.layout),
+            lambda base=base, values=values, case=case: write_delta(case.weight, base, values.detach(), case.layout),
+        )
+        for call in calls:
+            with pk.use_backend(backend), pytest.raises(RuntimeError, match=f"expected layout .*, got {kind}$"):
+                call()
+        assert torch.equal(case.weight, weight)
+
+
+def check_runs(backend: str, device: str, monkeypatch, dtype: torch.dtype = torch.float32) -> None:
     """The backend asked for is the one that runs, backward included, also outside of the block."""
-    modules = [{"cpu": cpu, "cuda": cuda}.get(backend.partition(":")[0], reference)]
+    modules = [{"cpu": cpu, "cuda": cuda}.get(backend, reference)]
     if backend == "triton":
         from peft_kernels.ops.sparse_delta import triton_backward, triton_forward
 
         modules = [triton_forward, triton_backward]
     calls = record_calls(monkeypatch, modules)
-    case = make_case(device=device)
+    case = make_case(device=device, dtype=dtype)
     with pk.use_backend(backend):
         y = pk.sparse_delta_linear(case.x.requires_grad_(), case.weight, case.values, case.layout)
     y.sum().backward()

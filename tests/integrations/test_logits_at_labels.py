@@ -17,6 +17,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 import peft_kernels as pk
 from peft_kernels.integrations.transformers import cross_entropy, logits_at_labels
 from peft_kernels.ist import IST, ISTConfig
+from tests.interrupts import ERRORS, everywhere
 
 VOCABULARY = 32
 SIZES = dict(
@@ -299,23 +300,52 @@ def test_threads_on_one_model():
         assert output.loss.item() == pytest.approx(expected[number % 6], rel=1e-5)
 
 
+@pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("where", ["in a layer", "before the first"])
-def test_a_forward_that_raises_leaves_nothing(where):
+def test_a_forward_that_raises_leaves_nothing(where, error):
     model = make()
 
     def fail(*_):
-        raise RuntimeError("out of luck")
+        raise error("out of luck")
 
-    with logits_at_labels(model) as handle:
+    with logits_at_labels(model):
         broken = model.register_forward_pre_hook(fail) if where == "before the first" else None
         broken = broken or model.model.layers[1].register_forward_pre_hook(fail)
-        with pytest.raises(RuntimeError, match="out of luck"):
+        with pytest.raises(error, match="out of luck"):
             model(**batch_for())
         broken.remove()
-        assert not handle._forwards
+        assert model.lm_head(torch.randn(3, 9, 16)).shape == (3, 9, VOCABULARY)
+        assert model.forward(input_ids=batch_for()["input_ids"]).logits.shape == (3, 9, VOCABULARY)
         assert model(input_ids=batch_for()["input_ids"]).logits.shape == (3, 9, VOCABULARY)
         with torch.no_grad():
             assert model(**batch_for()).logits.shape == (3, 9, VOCABULARY)
+        assert model(**batch_for()).logits.shape == (1, count_labels(batch_for()), VOCABULARY)
+
+
+def test_an_error_that_is_kept_for_its_traceback():
+    """As notebooks keep it, with all that the forward held: the next forward is another one all the same."""
+    model, kept = make(), []
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with logits_at_labels(model):
+        broken = model.model.layers[1].register_forward_pre_hook(fail)
+        try:
+            model(**batch_for())
+        except KeyboardInterrupt as error:
+            kept.append(error)
+        broken.remove()
+        with torch.no_grad():
+            assert model.eval()(input_ids=batch_for()["input_ids"]).logits.shape == (3, 9, VOCABULARY)
+
+
+def test_interrupted_anywhere():
+    model, batch = make(), batch_for(rows=1)
+    with logits_at_labels(model):
+        for at in everywhere(lambda: model(**batch), every=7):
+            assert model.lm_head(torch.randn(1, 9, 16)).shape == (1, 9, VOCABULARY), at
+        assert at > 200
 
 
 def test_output_embeddings_that_are_not_there_any_more():
@@ -329,9 +359,8 @@ def test_output_embeddings_that_are_not_there_any_more():
 def test_hidden_states_of_another_shape():
     model = make()
     model.model.norm.register_forward_hook(lambda module, args, output: output[:, :2])
-    with logits_at_labels(model) as handle, pytest.raises(ValueError, match=r"\[3, 9\], got \[3, 2\]"):
+    with logits_at_labels(model), pytest.raises(ValueError, match=r"\[3, 9\], got \[3, 2\]"):
         model(**batch_for())
-    assert not handle._forwards
 
 
 def with_a_loss_of_its_own():

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import peft_kernels as pk
 from peft_kernels.integrations.peft import shared_input
 from peft_kernels.testing import saved_tensors
+from tests.interrupts import ERRORS, everywhere
 from tests.integrations.peft_models import assert_equal, make, run
 
 accelerate = pk.integrations.peft.accelerate
@@ -60,7 +61,7 @@ def gradients(model, x, *args):
 
 def nothing_left(model):
     groups = [member[0] for module in model.modules() if (member := getattr(module, "_shared_input", None))]
-    return bool(groups) and not any(group.calls for group in groups)
+    return bool(groups) and all(group.running() is None for group in groups)
 
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
@@ -221,11 +222,57 @@ def test_an_exception_leaves_nothing(taken):
     assert_equal(gradients(ours, X), gradients(plain, X))
 
 
+class Stack(nn.Module):
+    """Two blocks; the output of the first is what the graph of the second would keep."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), Together()
+
+    def forward(self, x):
+        below = torch.tanh(self.first(x))  # its backward keeps it
+        self.below = weakref.ref(below)
+        return self.second(below)
+
+
+def stack():
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["first", "q", "k", "v"], init_lora_weights=False)
+    model = get_peft_model(Stack(), config).base_model.model
+    assert accelerate(model).shared == (("second.q", "second.k", "second.v"),)
+    return model
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("where", ["q", "v"])
+def test_a_forward_that_is_interrupted_keeps_no_graph(where, error):
+    def fail(*_):
+        raise error
+
+    model = stack()
+    broken = getattr(model.second, where).register_forward_hook(fail)
+    with pytest.raises(error):
+        model(X)
+    gc.collect()
+    assert model.below() is None and nothing_left(model)
+    broken.remove()
+    y = model(X)
+    assert torch.equal(y, model(X)) and nothing_left(model)
+
+
+def test_interrupted_anywhere():
+    model = stack()
+    model(X)
+    for at in everywhere(lambda: model(X), every=3):
+        assert model.below() is None and nothing_left(model), at
+    assert at > 100
+
+
 def test_results_do_not_outlive_the_parent_s_forward():
     results = []
 
     def remember(module, x):
-        call = module.q._shared_input[0].calls[threading.get_ident()]
+        call = module.q._shared_input[0].running()
         results.extend(weakref.ref(y) for y in call.results.values())
 
     ours, _, _ = make_pair(cls=Together)
@@ -405,5 +452,5 @@ def test_a_group_is_no_module_and_carries_no_results():
     assert [name for name, _ in ours.named_children()] == ["q", "k", "v"]
     twin = copy.deepcopy(ours)
     assert twin.q._shared_input[0] is twin.k._shared_input[0] is not group
-    hook = next(iter(twin._forward_hooks.values()))
+    (hook,) = twin._forward_pre_hooks.values()
     assert hook.__self__ is twin.q._shared_input[0]

@@ -25,18 +25,21 @@ DTYPES = {
 
 NATIVE = pytest.mark.skipif(not _native.load(), reason=_native.why_not())
 BACKENDS = pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=NATIVE)])
+BACKENDS_AND_LAYOUTS = pytest.mark.parametrize(
+    ("backend", "layout"),
+    [("reference", layout) for layout in checks.LAYOUTS]
+    + [pytest.param("cpu", layout, marks=NATIVE) for layout in checks.layouts_of("cpu")],
+)
 
 
-@BACKENDS
+@BACKENDS_AND_LAYOUTS
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", checks.LAYOUTS)
 @pytest.mark.parametrize("shape", checks.SHAPES)
 def test_within_eager(backend, dtype, layout, shape):
     checks.check_within_eager(backend, **checks.SHAPES[shape], **checks.LAYOUTS[layout], **DTYPES[dtype])
 
 
-@BACKENDS
-@pytest.mark.parametrize("layout", checks.LAYOUTS)
+@BACKENDS_AND_LAYOUTS
 def test_within_eager_under_autocast(backend, layout):
     checks.check_within_eager(
         backend, autocast=torch.bfloat16, **checks.SHAPES["odd"], **checks.LAYOUTS[layout], dtype=torch.float32
@@ -46,7 +49,7 @@ def test_within_eager_under_autocast(backend, layout):
 @BACKENDS
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
-    kind=st.sampled_from(["entries", "rows", "columns", "blocks", "n_of_m"]),
+    kind=st.sampled_from(checks.KINDS),
     batch=st.lists(st.integers(1, 12), max_size=3).map(tuple),
     in_features=st.integers(1, 25).map(lambda n: 8 * n),
     out_features=st.integers(1, 30).map(lambda n: 4 * n),
@@ -59,8 +62,9 @@ def test_within_eager_under_autocast(backend, layout):
     kind="entries", batch=(3, 7, 10), in_features=16, out_features=4, density=1.0, tile=(1, 1), dtype=torch.float32,
     bias=False,
 )  # fmt: skip
-def test_drawn_shapes(backend, **case_arguments):
-    checks.check_within_eager(backend, **case_arguments)
+def test_drawn_shapes(backend, kind, **case_arguments):
+    kind = kind if kind in checks.kinds_of(backend) else "entries"
+    checks.check_within_eager(backend, kind=kind, **case_arguments)
 
 
 @pytest.mark.parametrize("kind", ["entries", "rows", "columns", "blocks", "n_of_m"])
@@ -103,14 +107,20 @@ def test_runs(backend, monkeypatch):
 
 @BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", checks.KINDS)
-def test_writing(backend, kind, dtype):
-    checks.check_writing(backend, kind, "cpu", dtype)
+def test_writing(backend, dtype):
+    for kind in checks.kinds_of(backend):
+        checks.check_writing(backend, kind, "cpu", dtype)
+
+
+@NATIVE
+def test_kinds_without_a_native_kernel_are_refused():
+    checks.check_refusals("cpu")
 
 
 def test_what_auto_takes():
-    taken = pk.backends.choose("sparse_delta_linear", torch.ones(1))
-    assert taken == ("cpu" if _native.load() else "reference")
+    for kind in checks.KINDS:
+        taken = pk.backends.choose("sparse_delta_linear", torch.ones(1), kind)
+        assert taken == ("cpu" if _native.load() and kind == "entries" else "reference")
     assert pk.backends.choose("sparse_delta_linear", torch.ones(1, dtype=torch.float64)) == "reference"
     assert pk.backends.choose("lora_linear", torch.ones(1)) == "reference"
 
@@ -194,8 +204,11 @@ class largest_allocation(torch.utils._python_dispatch.TorchDispatchMode):
 class TestTorch:
     """torch.compile, opcheck, autocast, torch.func, checkpointing, graphs of autograd."""
 
-    @BACKENDS
-    @pytest.mark.parametrize("kind", ["entries", "columns", "blocks", "n_of_m"])
+    @pytest.mark.parametrize(
+        ("backend", "kind"),
+        [("reference", kind) for kind in ("entries", "columns", "blocks", "n_of_m")]
+        + [pytest.param("cpu", "entries", marks=NATIVE)],
+    )
     def test_opcheck(self, backend, kind):
         case = make_case(kind, (4, 5), 24, 16, tile=(4, 8))
         layout = list(case.layout.tensors.values()), case.layout.kind, case.layout.tile

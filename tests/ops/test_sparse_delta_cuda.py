@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import peft_kernels as pk
 from peft_kernels import _native
+from peft_kernels.testing.sparse_delta import make_case
 from tests.checks import sparse_delta as checks
 from tests.checks.native import HALVES, sparse_gathered, split_reduce, standing_in
 
@@ -14,7 +16,6 @@ DTYPES = {
     "bfloat16": {"dtype": torch.bfloat16},
     "float16": {"dtype": torch.float16},
     "float32-values": {"dtype": torch.bfloat16, "values_dtype": torch.float32},
-    "float32": {"dtype": torch.float32},
 }
 
 
@@ -25,7 +26,7 @@ def kernels():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", checks.LAYOUTS)
+@pytest.mark.parametrize("layout", checks.layouts_of("cuda"))
 @pytest.mark.parametrize("shape", checks.SHAPES)
 def test_within_eager(dtype, layout, shape):
     checks.check_within_eager("cuda", **checks.SHAPES[shape], **checks.LAYOUTS[layout], **DTYPES[dtype])
@@ -59,12 +60,22 @@ def test_empty():
     checks.check_empty("cuda", dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("backend", ["cuda", "cuda:fused"])
-def test_runs(backend, monkeypatch):
-    checks.check_runs(backend, "cpu", monkeypatch)
+def test_runs(monkeypatch):
+    checks.check_runs("cuda", "cpu", monkeypatch, torch.bfloat16)
 
 
-@pytest.mark.parametrize("kind", checks.KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", checks.kinds_of("cuda"))
+@pytest.mark.parametrize("dtype", HALVES)
 def test_writing(kind, dtype):
     checks.check_writing("cuda", kind, "cpu", dtype)
+
+
+def test_kinds_without_a_kernel_are_refused():
+    checks.check_refusals("cuda", dtype=torch.bfloat16)
+
+
+def test_float32_is_refused():
+    case = make_case("entries", dtype=torch.float32)
+    expected = "the backend 'cuda' cannot run here: expected bfloat16 or float16, got float32$"
+    with pk.use_backend("cuda"), pytest.raises(RuntimeError, match=expected):
+        pk.sparse_delta_linear(case.x, case.weight, case.values, case.layout)

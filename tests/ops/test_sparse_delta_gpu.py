@@ -24,9 +24,16 @@ SHAPES = checks.SHAPES | {
 LAYOUTS = checks.LAYOUTS | {"entries-few": {"kind": "entries", "density": 0.001}}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("backend", "layout", "dtype"),
+    [
+        (backend, layout, dtype)
+        for backend in BACKENDS
+        for layout, options in LAYOUTS.items()
+        for dtype in DTYPES
+        if options["kind"] in checks.kinds_of(backend) and (backend, dtype) != ("cuda", "float32")
+    ],
+)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_within_eager(backend, dtype, layout, shape):
     checks.check_within_eager(backend, device="cuda", **SHAPES[shape], **LAYOUTS[layout], **DTYPES[dtype])
@@ -49,14 +56,18 @@ def test_empty(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_runs(backend, monkeypatch):
-    checks.check_runs(backend, "cuda", monkeypatch)
+    checks.check_runs(backend, "cuda", monkeypatch, torch.bfloat16)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("kind", checks.KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_writing(backend, kind, dtype):
-    checks.check_writing(backend, kind, "cuda", dtype)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_writing(backend, dtype):
+    for kind in checks.kinds_of(backend):
+        checks.check_writing(backend, kind, "cuda", dtype)
+
+
+def test_kinds_without_a_kernel_are_refused():
+    checks.check_refusals("cuda", "cuda", torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

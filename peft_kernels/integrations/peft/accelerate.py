@@ -29,8 +29,9 @@ def accelerate(model: nn.Module) -> Report:
     LoRA layers that the parent's forward calls on the same variable (query/key/value, gate/up) run as one op; see
     `shared_input.py`.
 
-    A SHiRA layer runs without a clone of its weight and without a dense dW; see `shira.py`. It compiles with
-    `fullgraph=True`, which PEFT's does not. An adapter added to it later has to run once before that, or the
+    A SHiRA layer runs without a dense dW, and keeps no clone of its weight until backward: forward and dx copy and
+    patch rows or columns of it, at most half at a time (by the backend `cuda` all of it); see `shira.py`. It compiles
+    with `fullgraph=True`, which PEFT's does not. An adapter added to it later has to run once before that, or the
     graph breaks.
 
     Args:
@@ -71,7 +72,7 @@ def restore(model: nn.Module) -> None:
     """
     changed = _layers_of_peft(model, "restore")
     changed = [layer for layer in changed.values() if isinstance(layer, FUSED)]
-    hooked = [module for module in model.modules() if any(map(_is_ours, module._forward_hooks.values()))]
+    hooked = [module for module in model.modules() if any(map(_is_ours, module._forward_pre_hooks.values()))]
     if not changed and not hooked:
         raise ValueError("restore: expected a model that `accelerate` took layers of, got one without such layers")
     for layer in changed:
@@ -79,13 +80,9 @@ def restore(model: nn.Module) -> None:
         layer.__dict__.pop("_positions", None)
         layer.__class__ = lora.Linear if isinstance(layer, LoraLayer) else shira.Linear
     for module in hooked:
-        for hooks, flags in (
-            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-            (module._forward_hooks, module._forward_hooks_always_called),
-        ):
-            for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
-                del hooks[key]
-                flags.pop(key, None)
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
+            del hooks[key]
 
 
 def _layers_of_peft(model: nn.Module, asked: str = "accelerate") -> dict[str, LoraLayer | ShiraLayer]:

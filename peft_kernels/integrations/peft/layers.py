@@ -9,8 +9,6 @@ vanilla LoRA adapter on one plain linear layer: then PEFT's own forward runs.
 
 from __future__ import annotations
 
-import threading
-
 import torch
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -37,7 +35,7 @@ class FusedLoraLinear(lora.Linear):
         call = None
         if self._shared_input is not None and not torch.compiler.is_compiling():
             group, name = self._shared_input
-            call = group.calls.get(threading.get_ident())
+            call = group.running()
             if call is not None and (y := call.computed(name, x)) is not None:
                 return y
         autocast = _is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)

@@ -5,11 +5,15 @@ it calls on the same variable, one after another. No list of names: `self.q_proj
 `self.k_proj(hidden_states)` is a group, and the query of a cross-attention, which reads another variable than
 its key and value, is not in theirs.
 
-How: while the parent's forward runs in a thread, a `_Call` stands in the group's `calls` under that thread.
+How: while the parent's forward runs in a thread, a `_Call` is found in the group's `calls` under that thread.
 The member that is called first computes all members that would compute the same thing from the same tensor,
 and the others find their results there, each under its own call with its own hooks. A result is handed out
 only for the very same tensor, unchanged, under the same grad mode and autocast; else the member computes for
-itself. The parent's forward hook, which runs also when forward raises, drops what was not asked for.
+itself.
+
+The `_Call` is a local of the frame that runs the parent's forward, and the group refers to it weakly. So it ends
+with that forward, however it ends, and what was not asked for ends with it: torch runs no hook after a
+KeyboardInterrupt, and results that were kept would keep the graph of all blocks below.
 
 The source only decides what is worth trying. What is right is decided at run time, so that a wrong guess
 costs time and nothing else. Whether members run together must not depend on the past, or a recomputation by
@@ -24,8 +28,10 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import sys
 import textwrap
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -40,13 +46,14 @@ from .layers import FusedLoraLinear, read
 class SharedInput:
     """A group: the members' names in their parent, in the order in which it calls them.
 
-    Its bound methods are the parent's hooks. It holds no module, so a copy of the model, a replica or one
+    Its bound method is the parent's hook. It holds no module, so a copy of the model, a replica or one
     layer by itself never drags the others along: the parent that is running says who the members are.
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
-        self.calls: dict[int, _Call] = {}  # by thread
+        self.key = "peft_kernels." + "+".join(names)
+        self._calls: dict[int, weakref.ref[_Call]] = {}  # by thread
 
     def __reduce__(self):
         return SharedInput, (self.names,)  # deepcopy and pickle: never the running calls
@@ -54,27 +61,29 @@ class SharedInput:
     def join(self, parent: nn.Module) -> None:
         for name in self.names:
             parent._modules[name]._shared_input = (self, name)
-        # Keys that are the same in every parent: torch's own are numbers that count up, and torch.compile guards on
-        # those of hooks that are always called, so that each block would get a graph of its own.
-        key = "peft_kernels." + "+".join(self.names)
-        parent._forward_pre_hooks[key] = self.begin
-        parent._forward_hooks[key] = self.end
-        parent._forward_hooks_always_called[key] = True
+        # A key that is the same in every parent: torch's own are numbers that count up, and torch.compile may guard on
+        # them, so that each block would get a graph of its own.
+        parent._forward_pre_hooks[self.key] = self.begin
 
     def begin(self, parent: nn.Module, args) -> None:
         # A forward of the instance may be anything, such as a checkpoint whose recomputation runs no hooks.
         if not torch.compiler.is_compiling() and "forward" not in parent.__dict__:
-            self.calls[threading.get_ident()] = _Call(parent)
+            call = _Call(parent)
+            # Of the frame of nn.Module's that calls the hooks and then forward: names that the function does not have
+            # stay with the frame (PEP 667; before Python 3.13 in its dictionary of locals).
+            sys._getframe(1).f_locals[self.key] = call
+            self._calls[threading.get_ident()] = weakref.ref(call)
 
-    def end(self, parent: nn.Module, args, output) -> None:
-        if not torch.compiler.is_compiling():
-            self.calls.pop(threading.get_ident(), None)
+    def running(self) -> _Call | None:
+        """The parent's forward that this thread is in."""
+        call = self._calls.get(threading.get_ident())
+        return call and call()
 
 
 class _Call:
     """One forward of the parent: who has been called, and what was computed ahead."""
 
-    __slots__ = ("called", "parent", "results", "state", "version", "x")
+    __slots__ = ("__weakref__", "called", "parent", "results", "state", "version", "x")
 
     def __init__(self, parent: nn.Module) -> None:
         self.parent = parent

@@ -1,7 +1,8 @@
 """PEFT's `shira.Linear` with a forward by the sparse op, and the conditions under which it is the same computation.
 
 PEFT adds a sparse tensor to a clone of the weight, multiplies with the clone, keeps it for backward and computes a
-dense dW there, of which it takes the trained positions. The op makes none of these whole.
+dense dW there, of which it takes the trained positions. The op keeps no clone, and makes none of these whole: bands of
+the weight, at most half of it, are copied and patched (all of it where the backend `cuda` is forced).
 
 As in `layers.py`, a layer is taken over by setting its `__class__`, and `read` looks at it afresh at every call: where
 PEFT's forward is not that of exactly one adapter on a plain weight, it runs itself.

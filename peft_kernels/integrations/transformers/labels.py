@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +22,12 @@ OWN_CHOICE = ("logits_to_keep", "shift_labels", "ignore_index", "fused_lm_head")
 
 
 class _Positions(NamedTuple):
+    """Where a forward wants logits. It ends with that forward, however that ends (torch runs no hook after a
+    KeyboardInterrupt): the labels are an argument that was made for it, and are referred to weakly."""
+
     flat: torch.Tensor  # in a batch of one row after the other
     batch: torch.Size  # [examples, tokens]
+    labels: weakref.ref[torch.Tensor]
 
 
 class Handle:
@@ -43,7 +48,6 @@ class Handle:
     def _join(self, model: PreTrainedModel) -> Handle:
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            model.register_forward_hook(self._after_forward, always_call=True),
             # Ahead of hooks that shard what the module is given.
             _head(model).register_forward_pre_hook(self._select, prepend=True),
         ]
@@ -63,6 +67,7 @@ class Handle:
         self.remove()
 
     def _before_forward(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+        self._forwards.pop(threading.get_ident(), None)  # of one that never came to its output embeddings
         labels = kwargs.get("labels")
         if not (model.training and torch.is_grad_enabled()) or any(name in kwargs for name in OWN_CHOICE):
             return None
@@ -76,13 +81,14 @@ class Handle:
             raise ValueError(
                 "expected the output embeddings that logits_at_labels was called with, got others: call it again"
             )
-        self._forwards[threading.get_ident()] = _Positions(flat, labels.shape)
-        return args, kwargs | {"shift_labels": targets[flat][None]}
+        labels_there = targets[flat][None]
+        self._forwards[threading.get_ident()] = _Positions(flat, labels.shape, weakref.ref(labels_there))
+        return args, kwargs | {"shift_labels": labels_there}
 
     def _select(self, head: nn.Module, args: tuple) -> tuple | None:
         """[examples, tokens, features] → [1, labels, features], once in a forward."""
         positions = self._forwards.pop(threading.get_ident(), None)
-        if positions is None:
+        if positions is None or positions.labels() is None:
             return None
         hidden, *others = args
         if hidden.shape[:-1] != positions.batch:
@@ -92,10 +98,6 @@ class Handle:
             )
         # index_select, not [positions]: its backward adds rows without sorting them first.
         return hidden.flatten(0, 1).index_select(0, positions.flat.to(hidden.device))[None], *others
-
-    def _after_forward(self, model: PreTrainedModel, args: tuple, output: Any) -> None:
-        """Also where the forward raised before it came to its output embeddings."""
-        self._forwards.pop(threading.get_ident(), None)
 
 
 def logits_at_labels(model: nn.Module) -> Handle:

@@ -11,6 +11,14 @@ _ROUNDS = tl.constexpr(ROUNDS)
 
 
 @triton.jit
+def divisible(n, DIVISOR: tl.constexpr):
+    """n, a size or a stride that DIVISOR divides, in a form that shows the compiler so. Of arguments Triton itself
+    tells only multiples of 16 (and 1) from others, and `tl.multiple_of` has no effect on them: with strides of 8, as of
+    rank 8, every element would be loaded by itself. DIVISOR comes from `triton_host.divisor`."""
+    return n // DIVISOR * DIVISOR
+
+
+@triton.jit
 def draw_mask_bytes(seed, rows, groups, stream, threshold):
     """The packed mask of `rows` [BM] (int64) × `groups` of eight columns [BG] (int32) as the dropout contract has
     it (`dropout.py`): int32 [BM, BG], bit i set where column 8·group + i is kept."""

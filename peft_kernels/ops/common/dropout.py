@@ -17,9 +17,13 @@ checkpointing and CUDA graphs replay it. Kept elements are multiplied by 1/(1−
 
 from __future__ import annotations
 
+import math
+
 import torch
+from torch.jit import is_tracing
 
 from ... import _native
+from .library import LIBRARY, register, register_vmap_by_loop
 
 ROUNDS = 7
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
@@ -110,3 +114,27 @@ def _philox(seed: torch.Tensor, counter: tuple[torch.Tensor, ...]) -> list[torch
         c1, c3 = product_1 & _LOW, product_0 & _LOW
         k0, k1 = (k0 + _WEYL_0) & _LOW, (k1 + _WEYL_1) & _LOW
     return [c0, c1, c2, c3]
+
+
+LIBRARY.define("dropout_mask(Tensor seed, SymInt rows, SymInt columns, float p, int streams) -> Tensor")
+_mask_op = register("dropout_mask", draw_mask)
+register_vmap_by_loop("dropout_mask")
+
+
+@torch.library.register_fake("peft_kernels::dropout_mask", lib=LIBRARY)
+def _(seed, rows, columns, p, streams):
+    return seed.new_empty(streams, rows, mask_bytes(columns), dtype=torch.uint8)
+
+
+def dropped(x: torch.Tensor, p: float, streams: int) -> list[torch.Tensor]:
+    """D_j(x) of x [..., K] for each stream j, by operations that torch may differentiate, batch and trace.
+
+    The mask is that of the kernels, from a seed drawn as theirs; under vmap the seed is drawn, or refused, as its flag
+    `randomness` says. A traced graph draws by torch's own dropout at each run: it is to hold nothing but torch's ops.
+    """
+    if is_tracing():
+        return [torch.dropout(x, p, True) for _ in range(streams)]
+    columns = x.shape[-1]
+    masks = _mask_op(draw_seed(x.device), math.prod(x.shape[:-1]), columns, p, streams)
+    kept = (unpack_mask(mask, columns, x.dtype) for mask in masks.unbind())
+    return [x * one.reshape(x.shape) * rescale(p) for one in kept]

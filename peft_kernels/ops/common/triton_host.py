@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 
@@ -11,6 +13,12 @@ def dot_precision(dtype: torch.dtype) -> str:
     if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
+
+
+def divisor(*sizes: int) -> int:
+    """The largest power of two, up to 16, that divides all of these sizes and strides: what `device.divisible` takes as
+    a constant. It follows from ranks and features, not from the number of tokens, so that no batch compiles anew."""
+    return math.gcd(16, *sizes)
 
 
 def high_precision(wanted: bool) -> str | None:

@@ -82,11 +82,14 @@ def shrink_tile(
             return tile
     if element_size == 4:  # multiplied without tensor cores: operands fill the registers
         return ShrinkTile(32, rank_block(width, 16), 32, num_warps=4, num_stages=2)
-    block_m, block_k = (64, 128) if M > 64 else (16, 64)
-    return ShrinkTile(
-        block_m, rank_block(width, 64), 32 if high else block_k, num_warps=8 if block_m == 64 else 4,
-        num_stages=2 if dropping or high else 3,
-    )  # fmt: skip
+    block_c = rank_block(width, 64)
+    if M <= 64:
+        return ShrinkTile(16, block_c, 32 if high else 64, num_warps=4, num_stages=2 if dropping or high else 3)
+    if high:
+        return ShrinkTile(64, block_c, 32, num_warps=8, num_stages=2)
+    if dropping:  # Philox fills the registers: of 64 × 128 elements one program would fit a multiprocessor
+        return ShrinkTile(64, block_c, 64, num_warps=4, num_stages=2)
+    return ShrinkTile(64, block_c, 128, num_warps=8, num_stages=3)
 
 
 def shrink_candidates(
@@ -112,9 +115,11 @@ def dy_pass_tile(M: int, N: int, R: int, element_size: int, high: bool, arch: in
         return PassTile(32, 32, block_r, num_warps=4, num_stages=2)
     if high:
         return PassTile(32, 64, block_r, num_warps=4, num_stages=2)
-    # Wide, since the partials of dH are written once for each block of columns.
-    block_n, num_warps = (256, 8) if block_r == 16 else (128, 4)
-    return PassTile(64, block_n, block_r, num_warps, num_stages=3 if arch else 2)
+    # Wide, since the partials of dH are written once for each block of columns. `split` plans two programs a
+    # multiprocessor; with three stages of 256 columns the shared memory of sm_90 would hold one.
+    if block_r == 16:
+        return PassTile(64, 256, block_r, num_warps=8, num_stages=2)
+    return PassTile(64, 128, block_r, num_warps=4, num_stages=3 if arch else 2)
 
 
 def dy_pass_candidates(M: int, N: int, R: int, element_size: int, high: bool, arch: int) -> list[PassTile]:
@@ -204,7 +209,7 @@ def gemm_candidates(
 # that is not here was not measured.
 #: Triton's fused GEMM, faster than the vendor's with beta = 1.
 FUSED_FROM: dict[tuple[int, int], int] = {}
-#: The native CUDA kernels, faster than Triton's.
+#: The native CUDA kernels, faster than both other ways.
 CUDA_FROM: dict[tuple[int, int], int] = {}
 #: S and y by one native kernel, faster than a pass over x and the GEMM.
 CUDA_FUSED_FROM: dict[tuple[int, int], int] = {}
@@ -219,10 +224,31 @@ def expand_path(
     return forced or ("fused" if _reached(smallest, M, N, K) else "blas")
 
 
-def gpu_backend(M: int, N: int, K: int, dtype: torch.dtype, arch: int, table: Table = UNTUNED) -> str:
-    """ "cuda" where its kernels were measured faster (N of all projections together), else "triton"."""
+#: By element size, where nothing was measured: M·N·K from which Triton's kernels are taken, not the reference's torch
+#: products. Below, launches rule: Triton's cost the CPU about 0.2 ms a layer, forward and backward, which a GPU of 300
+#: TFLOP/s needs for 4·M·N·K operations at 2³⁴ (1024 tokens of 4096 × 4096). Torch's products take about half of that on
+#: the CPU, and on the GPU one pass over dy more. Without tensor cores a GPU is an order slower.
+TRITON_FROM = {2: 2**34, 4: 2**31}
+
+
+def triton_from(element_size: int, table: Table = UNTUNED) -> float:
+    return table.get(("triton_from", element_size), TRITON_FROM[element_size])
+
+
+def gpu_backend(
+    M: int, N: int, K: int, dtype: torch.dtype, arch: int, table: Table = UNTUNED, dropping: bool = False
+) -> str:
+    """ "cuda" where its kernels were measured faster (N of all projections together), else as
+    :func:`reference_or_triton`."""
     smallest = table.get(("cuda_from", dtype.itemsize), CUDA_FROM.get((arch, dtype.itemsize)))
-    return "cuda" if _reached(smallest, M, N, K) else "triton"
+    return "cuda" if _reached(smallest, M, N, K) else reference_or_triton(M, N, K, dtype, table, dropping)
+
+
+def reference_or_triton(
+    M: int, N: int, K: int, dtype: torch.dtype, table: Table = UNTUNED, dropping: bool = False
+) -> str:
+    """ "reference" where launches rule and no mask is drawn or applied, which takes torch many passes over x."""
+    return "triton" if dropping or _reached(triton_from(dtype.itemsize, table), M, N, K) else "reference"
 
 
 def cuda_path(M: int, N: int, K: int, dtype: torch.dtype, arch: int, backend: str, table: Table = UNTUNED) -> str:
@@ -243,6 +269,7 @@ CHOICES = {
     "gemm_tile": tuning.Choice(("M", "N", "R", "element_size", "tma", "masks", "high", "base"), gemm_candidates),
     "fused_from": tuning.Choice(("element_size",)),  # M·N·K
     "cuda_fused_from": tuning.Choice(("element_size",)),  # M·N·K
+    "triton_from": tuning.Choice(("element_size",)),  # M·N·K
     "cuda_from": tuning.Choice(("element_size",)),  # M·N·K
 }
 

@@ -3,9 +3,9 @@ for y, or both by one kernel; one pass over dy for dH and dB, one GEMM for dx of
 pass over x for dA beside its last tiles.
 
 They multiply 16-bit operands whose rows start on 16 bytes. Low-rank matrices are filled up with zeros to a multiple of
-8 ranks, and a wide matrix whose rows lie otherwise is copied once. A weight that lies otherwise is left to the vendor's
-GEMM, and so are products above rank 64 to which no mask applies; float32 (operands, or adapters at "high" precision) to
-the reference: by these rules, before any launch.
+8 ranks, and a wide matrix whose rows lie otherwise is copied once. A weight that lies otherwise is left to cuBLAS, and
+so are products above rank 64 to which no mask applies: by these rules, before any launch. Float32 operands and adapters
+at "high" precision are refused (`backends.OPS`), and so is "cuda:fused" where one kernel cannot compute S and y.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def forward(
     high_precision: bool,
     backend: str,
 ) -> list[torch.Tensor]:
-    """As `reference.forward`."""
-    if x.dtype == torch.float32 or high_precision:
-        return reference.forward(
-            x, projections, scalings, seed, dropout_p, shared_dropout, save_s, save_mask, high_precision
-        )
+    """As `reference.forward`, of 16-bit operands.
+
+    Raises:
+        RuntimeError: for "cuda:fused" where one kernel cannot compute S and y; the line says why.
+    """
     rows, num = flatten(x), len(scalings)
-    if num == 1 and seed is None and _in_one_kernel(rows, projections[0], projections[2].shape[0], backend):
+    if _takes_one_kernel(rows, projections, seed, backend):
         y, s = _in_one(aligned(rows), *projections, scalings[0] * dropout.rescale(dropout_p))
         return [unflatten(y, x), *([s.contiguous()] if save_s[0] else [])]
     wide, masks = aligned(rows), None
@@ -89,12 +89,8 @@ def backward(
     high_precision: bool,
     backend: str,
 ) -> list[torch.Tensor]:
-    """As `reference.backward`."""
+    """As `reference.backward`, of 16-bit operands."""
     dtype = grad_ys[0].dtype
-    if dtype == torch.float32 or high_precision:
-        return reference.backward(
-            grad_ys, x, s, masks, projections, scalings, ranks, dropout_p, needs_x, needs, adapter_dtype, high_precision
-        )
     rows = None if x is None else aligned(flatten(x))
     weights, lora_As, lora_Bs, row_scalings = (projections[i::4] for i in range(4))
     needs_weight, needs_bias, needs_A, needs_B = (needs[i::4] for i in range(4))
@@ -141,13 +137,39 @@ def backward(
     return grads
 
 
-def _in_one_kernel(x: torch.Tensor, weight: torch.Tensor, rank: int, backend: str) -> bool:
-    """Whether one kernel takes the forward, and is to."""
-    (M, K), N, device = x.shape, weight.shape[0], x.device
-    if not (fits_one_kernel(N, rank) and takes(weight) and M * N * K and has_boxes(device)):
+def _takes_one_kernel(
+    x: torch.Tensor, projections: list[torch.Tensor | None], seed: torch.Tensor | None, backend: str
+) -> bool:
+    """Whether one kernel computes S and y."""
+    (M, K), N, device = x.shape, projections[0].shape[0], x.device
+    if backend == "cuda:passes" or M * N * K == 0:
         return False
-    arch = architecture(device)
-    return configs.cuda_path(M, N, K, x.dtype, arch, backend, configs.tuned(device)) == "fused"
+    path = configs.cuda_path(M, N, K, x.dtype, architecture(device), backend, configs.tuned(device))
+    if path != "fused":
+        return False
+    reason = _why_not_one_kernel(projections, seed, device)
+    if reason and backend == "cuda:fused":
+        raise RuntimeError(f"lora_linear: the backend 'cuda:fused' cannot run this layer: {reason}")
+    return not reason
+
+
+def _why_not_one_kernel(projections: list[torch.Tensor | None], seed: torch.Tensor | None, device: torch.device) -> str:
+    """Empty where one kernel can compute S and y."""
+    weight, lora_A = projections[0], projections[2]
+    if len(projections) > 5:
+        return f"expected one projection, got {len(projections) // 5}"
+    if seed is not None:
+        return "expected no dropout"
+    if not fits_one_kernel(weight.shape[0], lora_A.shape[0]):
+        return (
+            f"expected out_features of a multiple of 8 and a rank up to {LARGEST_RANK_OF_FORWARD}, "
+            f"got {weight.shape[0]} and {lora_A.shape[0]}"
+        )
+    if not takes(weight):
+        return f"expected a weight whose rows are adjacent and start on 16 bytes, got strides {weight.stride()}"
+    if not has_boxes(device):
+        return "expected compute capability 9.0, and a native library with code for sm_90a"
+    return ""
 
 
 def fits_one_kernel(out_features: int, rank: int) -> bool:

@@ -29,17 +29,17 @@ def explain(
 
     Args:
         arch: compute capability times 10, as 90.
-        backend: "auto", "triton", or one that forces a way ("triton:fused", "triton:blas").
+        backend: "auto", "triton", or one that forces a path ("triton:fused", "triton:blas").
         table: what was measured on that GPU; the rules stand where it has nothing.
     """
     M, K, N, R = sizes
     size = dtype.itemsize
     if backend == "auto":
         least = table.get(("cuda_from", size), configs.CUDA_FROM.get((arch, size)))
-        reason = f"no crossover to cuda was measured on sm_{arch}"
-        if least is not None:
-            reason = f"M·N·K = {M * N * K}, cuda from {least} on"
-        yield "backend", f"{configs.gpu_backend(M, N, K, dtype, arch, table)} ({reason})"
+        reason = f"M·N·K = {M * N * K}, triton from {configs.triton_from(size, table)} on, "
+        reason += f"no crossover to cuda was measured on sm_{arch}" if least is None else f"cuda from {least} on"
+        chosen = configs.gpu_backend(M, N, K, dtype, arch, table)
+        yield "backend", f"{chosen} ({reason}){', with dropout triton' if chosen == 'reference' else ''}"
     path = configs.expand_path(M, N, K, R, dtype, arch, backend, table)
     forced = backend.partition(":")[2]
     measured = table.get(("fused_from", size), configs.FUSED_FROM.get((arch, size)))
@@ -71,7 +71,7 @@ def explain_native(
     M, K, N, R = sizes
     size = dtype.itemsize
     if size != 2:
-        yield "backend cuda", "the reference: its kernels multiply 16-bit operands"
+        yield "backend cuda", "refused: its kernels multiply 16-bit operands"
         return
     least = table.get(("cuda_fused_from", size), configs.CUDA_FUSED_FROM.get((arch, size)))
     if R > cuda.LARGEST_RANK_OF_PASS:

@@ -10,15 +10,16 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
+from torch._C import _is_any_autocast_enabled
 from torch.compiler import is_dynamo_compiling
 
 from ... import backends
 from ..common import dropout
-from ..common.library import LIBRARY, on_device_of, register
+from ..common.library import LIBRARY, on_device_of, register, register_vmap_by_loop
 from ..common.machine import architecture
 from ..common.tensors import autocast
-from . import configs, cuda, reference
+from ..common.transforms import compose, is_transformed, over_values, refuse_tangents
+from . import composition, configs, cuda, reference
 from .checks import check
 
 
@@ -121,13 +122,21 @@ def _run(
     shared_dropout: bool,
     adapter_precision: str,
 ) -> tuple[torch.Tensor, ...]:
+    if x.is_nested:
+        options = dropout_p, training, shared_dropout, adapter_precision
+        return over_values(op, lambda rows: _run(op, rows, projections, *options), x)
     if _is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         x, projections = _autocast(x, projections)
-    check(op, x, projections, dropout_p, adapter_precision)
-    backend = backends.choose(op, x)
     p = dropout_p if training else 0.0
-    seed = dropout.draw_seed(x.device) if p > 0.0 else None
+    if is_transformed():
+        return compose(
+            op, lambda: check(op, x, projections, dropout_p, adapter_precision),
+            composition.forward, x, projections, p, shared_dropout, adapter_precision == "high",
+        )  # fmt: skip
+    check(op, x, projections, dropout_p, adapter_precision)
     high = adapter_precision == "high" and projections[0][1].dtype != x.dtype
+    backend = backends.choose(op, x, "high" if high else "default")
+    seed = dropout.draw_seed(x.device) if p > 0.0 else None
 
     flat: list[torch.Tensor | None] = []
     scalings: list[float] = []
@@ -145,8 +154,6 @@ def _run(
     needs_x = x.requires_grad
     if torch.is_grad_enabled() and (needs_x or True in needs):
         options = scalings, ranks, p, shared_dropout, high, projections[0][1].dtype, backend, needs_x, needs
-        if _are_functorch_transforms_active():
-            return TransformableLoRALinearFunction.apply(options, seed, x, *flat)[: len(projections)]
         apply = LoRALinearFunction.apply if is_dynamo_compiling() else _apply_eagerly
         return apply(options, seed, x, *flat)
     keep_nothing = [False] * len(projections)
@@ -197,26 +204,6 @@ class LoRALinearFunction(torch.autograd.Function):
 _apply_eagerly = super(torch.autograd.Function, LoRALinearFunction).apply
 
 
-class TransformableLoRALinearFunction(torch.autograd.Function):
-    """The same for `torch.func`, which wants `setup_context` and all that is kept among the outputs. Not used
-    elsewhere: torch then binds the arguments by `inspect` at every call, which costs more than the op itself."""
-
-    @staticmethod
-    def forward(options, seed, x, *flat):
-        return tuple(_call_forward(options, seed, x, flat))
-
-    @staticmethod
-    def setup_context(ctx, inputs, outputs):
-        options, _, x, *flat = inputs
-        kept = outputs[len(flat) // 5 :]
-        ctx.mark_non_differentiable(*kept)
-        _save_for_backward(ctx, options, x, flat, kept)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        return _backward_once(ctx, *grads[: len(ctx.options[0])])
-
-
 def _call_forward(options: Options, seed: torch.Tensor | None, x: torch.Tensor, flat) -> list[torch.Tensor]:
     """The ys; then S if a lora_B trains; then the masks if there is dropout and a gradient needs them."""
     scalings, _, dropout_p, shared_dropout, high_precision, _, backend, needs_x, needs = options
@@ -244,6 +231,7 @@ def _save_for_backward(ctx, options: Options, x: torch.Tensor, flat, kept) -> No
 
 
 def _call_backward(ctx, grad_ys: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
+    refuse_tangents("lora_linear", grad_ys)
     scalings, ranks, dropout_p, _, high_precision, adapter_dtype, backend, needs_x, needs = ctx.options
     count = len(grad_ys)
     result: list[torch.Tensor | None] = [None] * (3 + 5 * count)
@@ -295,49 +283,52 @@ LIBRARY.define(
 )
 
 
-def _forward(x, projections, *rest):
+def _forward(x, projections, scalings, seed, *rest):
     *options, high_precision, backend = rest
+    if backend == "auto":
+        features = sum(weight.shape[0] for weight in projections[0::5])
+        backend = _fastest(x, features, x.shape[-1], seed is not None, high_precision)
+    arguments = x, projections, scalings, seed, *options, high_precision, backend
     if backend == "reference":
-        return reference.forward(x, projections, *rest)
+        return reference.forward(*arguments)
     with on_device_of(x):
-        if backend == "auto":
-            features = sum(weight.shape[0] for weight in projections[0::5])
-            backend = _faster(x, features, x.shape[-1], high_precision)
         if backend.startswith("cuda"):
-            return cuda.forward(x, projections, *options, high_precision, backend)
+            return cuda.forward(*arguments)
         from . import triton_forward  # needs Triton, which the package does not
 
-        return triton_forward.forward(x, projections, *options, high_precision, backend)
+        return triton_forward.forward(*arguments)
 
 
 def _backward(grad_ys, x, s, masks, projections, *rest):
     *options, high_precision, backend = rest
+    if backend == "auto":  # what is saved has the same form, whichever ran forward
+        features = sum(dy.shape[-1] for dy in grad_ys)
+        wide = next((one for one in (x, *projections[0::4], *projections[1::4]) if one is not None), None)
+        in_features = features if wide is None else wide.shape[-1]  # for dB alone nothing has them
+        backend = _fastest(grad_ys[0], features, in_features, masks is not None, high_precision)
+    arguments = grad_ys, x, s, masks, projections, *options, high_precision, backend
     if backend == "reference":
-        return reference.backward(grad_ys, x, s, masks, projections, *rest)
+        return reference.backward(*arguments)
     with on_device_of(grad_ys[0]):
-        if backend == "auto":
-            features = sum(dy.shape[-1] for dy in grad_ys)
-            wide = next((one for one in (x, *projections[0::4], *projections[1::4]) if one is not None), None)
-            # Where only dB is needed nothing has in_features. What is saved has the same form either way.
-            backend = "triton" if wide is None else _faster(grad_ys[0], features, wide.shape[-1], high_precision)
         if backend.startswith("cuda"):
-            return cuda.backward(grad_ys, x, s, masks, projections, *options, high_precision, backend)
+            return cuda.backward(*arguments)
         from . import triton_backward
 
-        return triton_backward.backward(grad_ys, x, s, masks, projections, *options, high_precision, backend)
+        return triton_backward.backward(*arguments)
 
 
-def _faster(rows: torch.Tensor, features: int, in_features: int, high_precision: bool) -> str:
-    """Of "triton" and "cuda", by what was measured on this GPU."""
-    if high_precision or rows.element_size() != 2:  # what the native kernels do not multiply
-        return "triton"
+def _fastest(rows: torch.Tensor, features: int, in_features: int, dropping: bool, high_precision: bool) -> str:
+    """Of "reference", "triton" and "cuda", by sizes (`configs.gpu_backend`)."""
     M, device = math.prod(rows.shape[:-1]), rows.device
-    table = configs.tuned(device)
-    return configs.gpu_backend(M, features, in_features, rows.dtype, architecture(device), table)
+    arch, table = architecture(device), configs.tuned(device)
+    chosen = configs.gpu_backend(M, features, in_features, rows.dtype, arch, table, dropping)
+    takes_cuda = backends.takes("lora_linear", "cuda", device.type, rows.dtype, "high" if high_precision else "default")
+    return "triton" if chosen == "cuda" and not takes_cuda else chosen
 
 
-_forward_op = register("lora_linear_forward", _forward)
-_backward_op = register("lora_linear_backward", _backward)
+_forward_op = register("lora_linear_forward", _forward, composition.forward_flops)
+_backward_op = register("lora_linear_backward", _backward, composition.backward_flops)
+register_vmap_by_loop("lora_linear_backward")
 
 
 @torch.library.register_fake("peft_kernels::lora_linear_forward", lib=LIBRARY)

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import linear
 
 from ..common import dropout
-from ..common.tensors import constant, flatten, mm_over_rows, unflatten
+from ..common.tensors import constant, flatten, matmul_float32, mm_over_rows, unflatten
 
 _TINY_PRODUCT = 1 << 16  # multiply-adds
 
@@ -101,10 +101,10 @@ def backward(
             grads.append(dy.sum(0))
         if needs_A:
             dropped = _as(rows if kept is None else rows * kept, low.dtype)
-            grads.append(_as(mm_over_rows(dh, dropped), adapter_dtype))
+            grads.append(_adapter_grad(dh, dropped, adapter_dtype))
         if needs_B:
             kept_s = s if s.shape[1] == ranks[j] else s[:, column : column + ranks[j]]
-            grads.append(_as(mm_over_rows(low, _as(kept_s, low.dtype)), adapter_dtype))
+            grads.append(_adapter_grad(low, _as(kept_s, low.dtype), adapter_dtype))
             column += ranks[j]
     if not needs_x:
         return grads
@@ -122,11 +122,8 @@ def add_base(
 ) -> torch.Tensor:
     """S·Bᵀ + bias + x·Wᵀ [M, N] in x's dtype. The large product is added onto the small one: it reads y in its
     epilogue, and the low-rank term is rounded where it is small."""
-    low_dtype = s.dtype
-    if low_dtype == x.dtype:
-        return linear(s, _as(lora_B, low_dtype), bias).addmm_(x, weight.t())
-    y = linear(s, _as(lora_B, low_dtype), bias if bias is None else bias.to(low_dtype))
-    return y.add_(linear(x, weight)).to(x.dtype)
+    low_rank = linear(s, _as(lora_B, s.dtype), bias if bias is None else _as(bias, s.dtype))
+    return _as(low_rank, x.dtype).addmm_(x, weight.t())
 
 
 def _low_rank_dtype(rows: torch.Tensor, rank: int, high_precision: bool) -> torch.dtype:
@@ -156,6 +153,13 @@ def scaled_mm(
     if row_scaling is None:
         return product
     return product.mul_(row_scaling.reshape(-1, 1) if row_scaling.dim() else row_scaling)
+
+
+def _adapter_grad(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """leftᵀ·right; on a GPU float32 sums of 16-bit operands leave in float32, unrounded."""
+    if left.is_cuda and dtype == torch.float32:
+        return matmul_float32(left.t(), right)
+    return _as(mm_over_rows(left, right), dtype)
 
 
 def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

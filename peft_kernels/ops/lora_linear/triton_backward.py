@@ -8,11 +8,11 @@ import triton
 import triton.language as tl
 
 from ..common import dropout
-from ..common.device import dot, dot_high, load_mask
+from ..common.device import divisible, dot, dot_high, load_mask
 from ..common.machine import architecture, sm_count
-from ..common.reduce import split_reduce
+from ..common.reduce import SplitSum, split_reduce
 from ..common.tensors import matmul_float32
-from ..common.triton_host import dot_precision
+from ..common.triton_host import divisor, dot_precision
 from ..common.triton_host import high_precision as high
 from . import configs
 from .triton_forward import flat, stack
@@ -23,11 +23,15 @@ from .triton_gemm import extended_gemm
 def dy_pass_kernel(
     dy_ptr, b_ptr, s_ptr, dh_ptr, db_ptr, M, N, R, rows_per_chunk, stride_dym, stride_dyn, stride_bn, stride_br,
     stride_sm,
-    HIGH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    HIGH: tl.constexpr, R_DIVISOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program owns BLOCK_N columns and a chunk of rows of dy, which it reads once. It writes float32 partials:
-    dH[n_block, M, R] = dy·B over its columns, dB[chunk, N, R] = dyᵀ·S over its rows. Either pointer may be None."""
+    dH[n_block, M, R] = dy·B over its columns, dB[chunk, N, R] = dyᵀ·S over its rows. Either pointer may be None.
+
+    dB comes before dH in the loop: in the other order ptxas serialises wgmma (C7515), as dH's accumulator leaves for
+    memory while dB's is in flight (Triton 3.6 and 3.9, sm_90)."""
+    R, stride_bn, stride_sm = divisible(R, R_DIVISOR), divisible(stride_bn, R_DIVISOR), divisible(stride_sm, R_DIVISOR)
     n_block, chunk = tl.program_id(0), tl.program_id(1)
     columns = n_block * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, BLOCK_R)
@@ -38,6 +42,7 @@ def dy_pass_kernel(
             mask=column_inside[:, None] & rank_inside[None, :], other=0.0,
         )  # fmt: skip
     db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    tl.assume(rows_per_chunk > 0)
     first = chunk.to(tl.int64) * rows_per_chunk
     for start in range(0, rows_per_chunk, BLOCK_M):
         rows = first + start + tl.arange(0, BLOCK_M)
@@ -46,17 +51,17 @@ def dy_pass_kernel(
             dy_ptr + rows[:, None] * stride_dym + columns.to(tl.int64)[None, :] * stride_dyn,
             mask=row_inside[:, None] & column_inside[None, :], other=0.0,
         )  # fmt: skip
-        if dh_ptr is not None:
-            dh = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-            dh = dot_high(dy, b, dh, HIGH) if HIGH is not None else dot(dy, b, dh, PRECISION)
-            target = dh_ptr + (n_block.to(tl.int64) * M + rows)[:, None] * R + ranks[None, :]
-            tl.store(target, dh, mask=row_inside[:, None] & rank_inside[None, :])
         if db_ptr is not None:
             s = tl.load(
                 s_ptr + rows[:, None] * stride_sm + ranks[None, :],
                 mask=row_inside[:, None] & rank_inside[None, :], other=0.0,
             )  # fmt: skip
             db = dot_high(dy.T, s, db, HIGH) if HIGH is not None else dot(dy.T, s, db, PRECISION)
+        if dh_ptr is not None:
+            dh = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+            dh = dot_high(dy, b, dh, HIGH) if HIGH is not None else dot(dy, b, dh, PRECISION)
+            target = dh_ptr + (n_block.to(tl.int64) * M + rows)[:, None] * R + ranks[None, :]
+            tl.store(target, dh, mask=row_inside[:, None] & rank_inside[None, :])
     if db_ptr is not None:
         target = db_ptr + (chunk.to(tl.int64) * N + columns)[:, None] * R + ranks[None, :]
         tl.store(target, db, mask=column_inside[:, None] & rank_inside[None, :])
@@ -66,11 +71,14 @@ def dy_pass_kernel(
 def x_pass_kernel(
     x_ptr, dh_ptr, da_ptr, mask_ptr, M, K, C, width, rows_per_chunk, stride_xm, stride_xk, stride_dhm,
     mask_stride_stream, mask_stride_row,
-    HIGH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HIGH: tl.constexpr, C_DIVISOR: tl.constexpr, MASK_DIVISOR: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dA[chunk, C, K] = dHᵀ·D(x) over a chunk of rows: BLOCK_K columns of x and BLOCK_C columns of the stacked dH
     [M, C] a program, float32 partials. Groups of `width` columns of dH share a mask, as in `shrink_kernel`."""
+    width, stride_dhm = divisible(width, C_DIVISOR), divisible(stride_dhm, C_DIVISOR)
+    mask_stride_stream = divisible(mask_stride_stream, MASK_DIVISOR)
+    mask_stride_row = divisible(mask_stride_row, MASK_DIVISOR)
     blocks_per_group = tl.cdiv(width, BLOCK_C)
     blocks = (C // width) * blocks_per_group
     k_block, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -81,6 +89,7 @@ def x_pass_kernel(
     chunk = tl.program_id(1)
     first = chunk.to(tl.int64) * rows_per_chunk
     acc = tl.zeros((BLOCK_C, BLOCK_K), tl.float32)
+    tl.assume(rows_per_chunk > 0)  # a sum that may have no step makes ptxas serialise wgmma (C7515; Triton 3.6, sm_90)
     for start in range(0, rows_per_chunk, BLOCK_M):
         rows = first + start + tl.arange(0, BLOCK_M)
         inside = (rows < M)[:, None] & (columns < K)[None, :]
@@ -101,7 +110,7 @@ def x_pass_kernel(
     tl.store(target, acc, mask=(within < width)[:, None] & (columns < K)[None, :])
 
 
-def grad_low_rank(
+def sums_over_dy(
     dy: torch.Tensor,
     lora_B: torch.Tensor | None,
     s: torch.Tensor | None,
@@ -111,13 +120,14 @@ def grad_low_rank(
     adapter_dtype: torch.dtype,
     high_precision: bool,
     tile: configs.PassTile | None = None,
-) -> torch.Tensor | None:
-    """dH = scale · dy·B into `dh` [M, R] if given, and dB = dyᵀ·S [N, R] if `s` is given: one pass over dy [M, N].
-    `tile`: another than `configs` takes."""
+) -> tuple[torch.Tensor | None, list[SplitSum]]:
+    """dB = dyᵀ·S [N, R] if `s` is given, and dH = scale · dy·B into `dh` [M, R] if that is: by one pass over dy [M, N].
+    Both are there once `split_reduce` has added up the second part of the answer. `tile`: another than `configs` takes.
+    """
     M, N = dy.shape
     R = lora_B.shape[1] if lora_B is not None else s.shape[1]
     if configs.LARGEST_RANK_OF_DY_PASS[dy.element_size()] < R:
-        return _grad_low_rank_blas(dy, lora_B, s, dh, scale, row_scaling, adapter_dtype, high_precision)
+        return _products_with_dy(dy, lora_B, s, dh, scale, row_scaling, adapter_dtype, high_precision), []
     tile = tile or configs.dy_pass_tile(
         M, N, R, dy.element_size(), high_precision, architecture(dy.device), configs.tuned(dy.device)
     )
@@ -129,19 +139,17 @@ def grad_low_rank(
         dy, lora_B, s, dh_partials, db_partials, M, N, R, rows_per_chunk, dy.stride(0), dy.stride(1),
         lora_B.stride(0) if lora_B is not None else 0, lora_B.stride(1) if lora_B is not None else 0,
         s.stride(0) if s is not None else 0,
-        HIGH=high(high_precision), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=tile.block_r,
+        HIGH=high(high_precision),
+        R_DIVISOR=divisor(R, *(matrix.stride(0) for matrix in (lora_B, s) if matrix is not None)),
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_R=tile.block_r,
         PRECISION=dot_precision(dy.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    if dh is not None:
-        split_reduce(dh_partials, dh, (scale,), (row_scaling,))
-    if s is None:
-        return None
-    db = dy.new_empty(N, R, dtype=adapter_dtype)
-    split_reduce(db_partials, db)
-    return db
+    db = None if s is None else dy.new_empty(N, R, dtype=adapter_dtype)
+    sums = [] if dh is None else [SplitSum(dh_partials, dh, N, tile.block_n, scale, row_scaling)]
+    return db, sums if db is None else [*sums, SplitSum(db_partials, db, M, rows_per_chunk)]
 
 
-def _grad_low_rank_blas(dy, lora_B, s, dh, scale, row_scaling, adapter_dtype, high_precision):
+def _products_with_dy(dy, lora_B, s, dh, scale, row_scaling, adapter_dtype, high_precision):
     """The same by the vendor's GEMM: the partials of the pass over dy grow with R, and above a rank of about 32
     they cost more than reading dy twice."""
     low = dy.float() if high_precision else dy
@@ -175,15 +183,18 @@ def grad_lora_A(
     x_pass_kernel[(blocks, chunks)](
         x, dh, partials, masks, M, K, C, C // streams, rows_per_chunk, x.stride(0), x.stride(1), dh.stride(0),
         0 if masks is None else masks.stride(0), 0 if masks is None else masks.stride(1),
-        HIGH=high(high_precision), BLOCK_M=tile.block_m, BLOCK_C=tile.block_c, BLOCK_K=tile.block_k,
+        HIGH=high(high_precision), C_DIVISOR=divisor(C // streams, dh.stride(0)),
+        MASK_DIVISOR=1 if masks is None else divisor(masks.stride(1)),
+        BLOCK_M=tile.block_m, BLOCK_C=tile.block_c, BLOCK_K=tile.block_k,
         PRECISION=dot_precision(x.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    grads = []
-    for j, (rank, needed) in enumerate(zip(ranks, wanted)):
-        if needed:
-            grads.append(x.new_empty(rank, K, dtype=adapter_dtype))
-            split_reduce(partials[:, j * R : j * R + rank], grads[-1])
-    return grads
+    sums = [
+        SplitSum(partials[:, j * R : j * R + rank], x.new_empty(rank, K, dtype=adapter_dtype), M, rows_per_chunk)
+        for j, (rank, needed) in enumerate(zip(ranks, wanted))
+        if needed
+    ]
+    split_reduce(sums, M)
+    return [one.out for one in sums]
 
 
 def backward(
@@ -211,7 +222,7 @@ def backward(
     if any(low_rank):
         allocate = dys[0].new_empty if all(rank == R for rank in ranks) and all(low_rank) else dys[0].new_zeros
         dh = allocate(M, num * R, dtype=torch.float32 if high_precision else dys[0].dtype)
-    grad_Bs, column = [], 0
+    grad_Bs, sums, column = [], [], 0
     for j, dy in enumerate(dys):
         _, _, lora_B, row_scaling = projections[4 * j : 4 * j + 4]
         s_j = None
@@ -219,14 +230,14 @@ def backward(
             s_j = s[:, column : column + ranks[j]]
             column += ranks[j]
         dh_j = dh[:, j * R : j * R + ranks[j]] if low_rank[j] else None
-        grad_Bs.append(
-            grad_low_rank(
-                dy, lora_B, s_j, dh_j, scalings[j] * dropout.rescale(dropout_p), flat(row_scaling), adapter_dtype,
-                high_precision,
-            )
-            if s_j is not None or dh_j is not None
-            else None
-        )  # fmt: skip
+        if s_j is None and dh_j is None:
+            grad_Bs.append(None)
+            continue
+        scale = scalings[j] * dropout.rescale(dropout_p)
+        grad_B, some = sums_over_dy(dy, lora_B, s_j, dh_j, scale, flat(row_scaling), adapter_dtype, high_precision)
+        grad_Bs.append(grad_B)
+        sums += some
+    split_reduce(sums, M)
     rows = x if x is None or x.dim() == 2 else x.reshape(-1, x.shape[-1])
     grad_As = iter(grad_lora_A(rows, dh, masks, ranks, needs_A, adapter_dtype, high_precision) if any(needs_A) else ())
     grads = []

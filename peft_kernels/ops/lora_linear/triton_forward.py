@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 
 from ..common import dropout
-from ..common.device import dot, dot_high, draw_mask_bytes, spread_mask_bytes
+from ..common.device import divisible, dot, dot_high, draw_mask_bytes, spread_mask_bytes
 from ..common.machine import architecture, sm_count
-from ..common.reduce import row_strides, scaling_of, split_reduce
+from ..common.reduce import SplitSum, row_strides, scaling_of, split_reduce
 from ..common.tensors import unflatten
-from ..common.triton_host import dot_precision
+from ..common.triton_host import divisor, dot_precision
 from ..common.triton_host import high_precision as high
 from . import configs
 from .reference import add_base
@@ -27,6 +27,7 @@ def shrink_kernel(
     M, K, C, R, width, k_per_split, stride_xm, stride_xk, stride_ac, stride_ak, stride_split,
     mask_stride_stream, mask_stride_row, threshold,
     NUM: tl.constexpr, DROPOUT: tl.constexpr, SPLIT: tl.constexpr, HIGH: tl.constexpr,
+    C_DIVISOR: tl.constexpr, MASK_DIVISOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """S[M, C] = scaling · D(x)[M, K]·Aᵀ for the stacked A [C, K]: a block of rows and columns a program.
@@ -35,6 +36,9 @@ def shrink_kernel(
     else the R columns of a projection. Programs of one block of rows are neighbours, so that only the first
     of them reads x from memory. With SPLIT, each split of K writes float32 partials, unscaled.
     """
+    C, width, stride_split = divisible(C, C_DIVISOR), divisible(width, C_DIVISOR), divisible(stride_split, C_DIVISOR)
+    mask_stride_stream = divisible(mask_stride_stream, MASK_DIVISOR)
+    mask_stride_row = divisible(mask_stride_row, MASK_DIVISOR)
     blocks_per_group = tl.cdiv(width, BLOCK_C)
     blocks = (C // width) * blocks_per_group
     row_block, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
@@ -49,7 +53,9 @@ def shrink_kernel(
     if DROPOUT:
         seed = tl.load(seed_ptr)
     acc = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    for k in range(k_start, min(k_start + k_per_split, K), BLOCK_K):
+    k_end = min(k_start + k_per_split, K)
+    tl.assume(k_end > k_start)  # a sum that may have no step makes ptxas serialise wgmma (C7515; sm_90)
+    for k in range(k_start, k_end, BLOCK_K):
         inside = k + depth < K
         x_tile = tl.load(x, mask=(rows < M)[:, None] & inside[None, :], other=0.0)
         a_tile = tl.load(a, mask=inside[:, None] & (within < width)[None, :], other=0.0)
@@ -96,17 +102,19 @@ def shrink(
     """
     (M, K), C, num = x.shape, lora_A.shape[0], len(scales)
     streams = 1 if shared_dropout or seed is None else num
+    s = x.new_empty(M, C, dtype=torch.float32 if high_precision else x.dtype)
+    masks = None
+    if save_mask and seed is not None:
+        masks = x.new_empty(streams, M, dropout.mask_bytes(K), dtype=torch.uint8)
+    if K == 0:
+        return s.zero_(), masks
     tile = tile or configs.shrink_tile(
         M, K, C // streams, x.element_size(), seed is not None, high_precision, configs.tuned(x.device)
     )
     blocks = streams * triton.cdiv(C // streams, tile.block_c)
     row_blocks = triton.cdiv(M, tile.block_m)
     splits, k_per_split = configs.split(K, tile.block_k, row_blocks * blocks, sm_count(x.device))
-    s = x.new_empty(M, C, dtype=torch.float32 if high_precision else x.dtype)
     target = x.new_empty(splits, M, C, dtype=torch.float32) if splits > 1 else s
-    masks = None
-    if save_mask and seed is not None:
-        masks = x.new_empty(streams, M, dropout.mask_bytes(K), dtype=torch.uint8)
     scales, row_scalings = tuple(scales), tuple(row_scalings)
     shrink_kernel[(row_blocks * blocks, splits)](
         x, lora_A, target, masks, seed, scales, row_scalings, row_strides(row_scalings),
@@ -114,11 +122,13 @@ def shrink(
         M * C, masks.stride(0) if masks is not None else 0, dropout.mask_bytes(K),
         dropout.threshold(dropout_p) if seed is not None else 0,
         NUM=num, DROPOUT=seed is not None, SPLIT=splits > 1, HIGH=high(high_precision),
+        C_DIVISOR=divisor(C // streams), MASK_DIVISOR=divisor(dropout.mask_bytes(K)),
         BLOCK_M=tile.block_m, BLOCK_C=tile.block_c, BLOCK_K=tile.block_k, PRECISION=dot_precision(x.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if splits > 1:
-        split_reduce(target, s, scales, row_scalings)
+        parts = zip(target.split(C // num, dim=2), s.split(C // num, dim=1), scales, row_scalings)
+        split_reduce([SplitSum(part, out, K, k_per_split, *scaling) for part, out, *scaling in parts], M)
     return s, masks
 
 
@@ -160,6 +170,9 @@ def forward(
         )
         if configs.expand_path(M, N, K, rank, x.dtype, arch, backend, table) == "fused":
             y = extended_gemm([rows], [weight.t()], [s_j], [lora_B.t()], x.new_empty(M, N), contiguous(bias))
+        elif high_precision:
+            y = extended_gemm([], [], [s_j], [lora_B.t()], x.new_empty(M, N), contiguous(bias), base=False)
+            y.addmm_(rows, weight.t())
         else:
             y = add_base(s_j, lora_B, rows, weight, bias)
         ys.append(unflatten(y, x))

@@ -15,29 +15,36 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..common.device import dot, dot_high, load_mask, tile_of
+from ..common.device import divisible, dot, dot_high, load_mask, tile_of
 from ..common.machine import architecture, sm_count
-from ..common.triton_host import dot_precision, high_precision
+from ..common.triton_host import divisor, dot_precision, high_precision
 from . import configs
 
 
 @triton.jit
 def _low_rank(
     acc, e_ptr, f_ptr, rows, first_column, M, N, R, stride_em, stride_fr, stride_fn, HIGH: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    R_DIVISOR: tl.constexpr, FN_DIVISOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + E·F for one tile; E's columns are adjacent."""
     columns = first_column + tl.arange(0, BLOCK_N)
+    tl.assume(R > 0)  # a sum that may have no step makes ptxas serialise wgmma (C7514, C7515; sm_90)
     for r in range(0, R, BLOCK_R):
-        e, f = _load_low_rank(e_ptr, f_ptr, rows, columns, r, M, N, R, stride_em, stride_fr, stride_fn, BLOCK_R)
+        e, f = _load_low_rank(
+            e_ptr, f_ptr, rows, columns, r, M, N, R, stride_em, stride_fr, stride_fn, R_DIVISOR, FN_DIVISOR, BLOCK_R
+        )
         acc = dot_high(e, f, acc, HIGH) if HIGH is not None else dot(e, f, acc, PRECISION)
     return acc
 
 
 @triton.jit
 def _load_low_rank(
-    e_ptr, f_ptr, rows, columns, r, M, N, R, stride_em, stride_fr, stride_fn, BLOCK_R: tl.constexpr
+    e_ptr, f_ptr, rows, columns, r, M, N, R, stride_em, stride_fr, stride_fn, R_DIVISOR: tl.constexpr,
+    FN_DIVISOR: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    R, stride_em = divisible(R, R_DIVISOR), divisible(stride_em, R_DIVISOR)
+    stride_fn = divisible(stride_fn, FN_DIVISOR)
     ranks = r + tl.arange(0, BLOCK_R)
     e = tl.load(
         e_ptr + rows[:, None] * stride_em + ranks[None, :],
@@ -53,16 +60,19 @@ def _load_low_rank(
 @triton.jit
 def _dropped_low_rank(
     acc, e_ptrs, f_ptrs, mask_ptr, rows, first_column, M, N, R, strides_em, strides_fr, strides_fn,
-    mask_stride_stream, mask_stride_row, NUM: tl.constexpr, HIGH: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    mask_stride_stream, mask_stride_row, NUM: tl.constexpr, HIGH: tl.constexpr, R_DIVISOR: tl.constexpr,
+    FN_DIVISOR: tl.constexpr, MASK_DIVISOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + Σ_j D_j(E_j·F_j) for one tile, acc = 0 at first. The masks come before the large products: a second
     accumulator for what they must not touch would spill, so only further masked projections pay for one."""
+    mask_stride_stream = divisible(mask_stride_stream, MASK_DIVISOR)
+    mask_stride_row = divisible(mask_stride_row, MASK_DIVISOR)
     for j in tl.static_range(NUM):
         start = acc if mask_ptr is None or j == 0 else tl.zeros_like(acc)
         product = _low_rank(
             start, e_ptrs[j], f_ptrs[j], rows, first_column, M, N, R, strides_em[j], strides_fr[j], strides_fn[j],
-            HIGH, BLOCK_N, BLOCK_R, PRECISION,
+            HIGH, R_DIVISOR, FN_DIVISOR, BLOCK_N, BLOCK_R, PRECISION,
         )  # fmt: skip
         if mask_ptr is not None:
             mask = mask_ptr + tl.full((), j, tl.int64) * mask_stride_stream
@@ -76,8 +86,9 @@ def extended_gemm_kernel(
     p_ptrs, q_ptrs, e_ptrs, f_ptrs, bias_ptr, mask_ptr, out_ptr, M, N, Ks, R,
     strides_pm, strides_pk, strides_qk, strides_qn, strides_em, strides_fr, strides_fn, stride_om, stride_on,
     mask_stride_stream, mask_stride_row,
-    NUM: tl.constexpr, BASE: tl.constexpr, HIGH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+    NUM: tl.constexpr, BASE: tl.constexpr, HIGH: tl.constexpr, R_DIVISOR: tl.constexpr, FN_DIVISOR: tl.constexpr,
+    MASK_DIVISOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of `out` a program. Without BASE only the low-rank products are computed (the large ones then follow
     by the vendor's GEMM with beta = 1)."""
@@ -88,7 +99,8 @@ def extended_gemm_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = _dropped_low_rank(
         acc, e_ptrs, f_ptrs, mask_ptr, rows, n * BLOCK_N, M, N, R, strides_em, strides_fr, strides_fn,
-        mask_stride_stream, mask_stride_row, NUM, HIGH, BLOCK_N, BLOCK_R, PRECISION,
+        mask_stride_stream, mask_stride_row, NUM, HIGH, R_DIVISOR, FN_DIVISOR, MASK_DIVISOR, BLOCK_N, BLOCK_R,
+        PRECISION,
     )  # fmt: skip
     if BASE:
         for j in tl.static_range(NUM):
@@ -114,6 +126,7 @@ def extended_gemm_tma_kernel(
     p_desc0, p_desc1, p_desc2, q_desc0, q_desc1, q_desc2, out_desc, e_ptrs, f_ptrs, bias_ptr, mask_ptr, M, N, Ks, R,
     strides_em, strides_fr, strides_fn, mask_stride_stream, mask_stride_row,
     NUM: tl.constexpr, Q_TRANSPOSED: tl.constexpr, HIGH: tl.constexpr, PREFETCH: tl.constexpr,
+    R_DIVISOR: tl.constexpr, FN_DIVISOR: tl.constexpr, MASK_DIVISOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr, SPLIT_EPILOGUE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -132,14 +145,17 @@ def extended_gemm_tma_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if PREFETCH:
             e, f = _load_low_rank(
-                e_ptrs[0], f_ptrs[0], rows, columns, 0, M, N, R, strides_em[0], strides_fr[0], strides_fn[0], BLOCK_R
+                e_ptrs[0], f_ptrs[0], rows, columns, 0, M, N, R, strides_em[0], strides_fr[0], strides_fn[0],
+                R_DIVISOR, FN_DIVISOR, BLOCK_R,
             )  # fmt: skip
         else:
             acc = _dropped_low_rank(
                 acc, e_ptrs, f_ptrs, mask_ptr, rows, column, M, N, R, strides_em, strides_fr, strides_fn,
-                mask_stride_stream, mask_stride_row, NUM, HIGH, BLOCK_N, BLOCK_R, PRECISION,
+                mask_stride_stream, mask_stride_row, NUM, HIGH, R_DIVISOR, FN_DIVISOR, MASK_DIVISOR, BLOCK_N, BLOCK_R,
+                PRECISION,
             )  # fmt: skip
         for j in tl.static_range(NUM):
+            tl.assume(Ks[j] > 0)  # as TMA takes nothing else
             for k in range(0, Ks[j], BLOCK_K):
                 p = p_descs[j].load([row, k])
                 if Q_TRANSPOSED:
@@ -193,7 +209,9 @@ def extended_gemm(
     high = es[0].dtype != out.dtype
     masked = len(es) if masks is not None else 0
     layout = _tma_layout(ps, qs, out) if base and arch >= 90 and out.element_size() == 2 else None
-    common = {"NUM": len(es), "HIGH": high_precision(high), "PRECISION": dot_precision(out.dtype)}
+    common = {"NUM": len(es), "HIGH": high_precision(high), "PRECISION": dot_precision(out.dtype),
+              "R_DIVISOR": divisor(R, *strides_em), "FN_DIVISOR": divisor(*strides_fn),
+              "MASK_DIVISOR": divisor(row_stride) if masks is not None else 1}  # fmt: skip
     tile = tile or configs.gemm_tile(
         M, N, R, out.element_size(), arch, layout is not None, masked, high, base, configs.tuned(out.device)
     )

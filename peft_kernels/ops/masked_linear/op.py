@@ -6,17 +6,19 @@ with torch.library so that torch.compile and opcheck see them.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
-from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
+from torch._C import _is_any_autocast_enabled
 from torch.compiler import is_dynamo_compiling
 
 from ... import backends
-from ..common.library import LIBRARY, on_device_of, register
+from ..common.library import LIBRARY, on_device_of, register, register_vmap_by_loop
 from ..common.messages import describe
 from ..common.tensors import autocast
-from . import reference
+from ..common.transforms import compose, is_transformed, over_values, refuse_tangents
+from . import composition, reference
 
 
 def masked_linear(
@@ -51,18 +53,22 @@ def masked_linear(
         ValueError: for shapes, dtypes, devices or a threshold that do not fit, in one line.
         RuntimeError: if the backend asked for cannot run here.
     """
+    if x.is_nested:
+        return over_values("masked_linear", lambda rows: masked_linear(rows, weight, scores, threshold, bias), x)
     if _is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         x, weight, scores, bias = _autocast(x, weight, scores, bias)
-    _check(x, weight, scores, threshold, bias)
-    backend = backends.choose("masked_linear", x)
     is_tensor = isinstance(threshold, torch.Tensor)
     tensors = (x, weight, scores, bias, threshold if is_tensor else None)
+    if is_transformed():
+        given = (*tensors[:4], 0.0 if is_tensor else threshold, tensors[4])
+        check = functools.partial(_check, x, weight, scores, threshold, bias)
+        return compose("masked_linear", check, composition.forward, *given)
+    _check(x, weight, scores, threshold, bias)
+    backend = backends.choose("masked_linear", x)
     needs = [tensor is not None and tensor.requires_grad for tensor in tensors[:4]]
     options = Options(0.0 if is_tensor else float(threshold), backend, needs)
     if not (torch.is_grad_enabled() and True in needs):
         return _call_forward(options, *tensors)
-    if _are_functorch_transforms_active():
-        return TransformableMaskedLinearFunction.apply(options, *tensors)
     apply = MaskedLinearFunction.apply if is_dynamo_compiling() else _apply_eagerly
     return apply(options, *tensors)
 
@@ -140,23 +146,6 @@ class MaskedLinearFunction(torch.autograd.Function):
 _apply_eagerly = super(torch.autograd.Function, MaskedLinearFunction).apply
 
 
-class TransformableMaskedLinearFunction(torch.autograd.Function):
-    """The same for `torch.func`, which wants `setup_context`. Not used elsewhere: torch then binds the arguments by
-    `inspect` at every call."""
-
-    @staticmethod
-    def forward(options, *tensors):
-        return _call_forward(options, *tensors)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _save_for_backward(ctx, inputs[0], inputs[1:])
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        return _backward_once(ctx, grad_y)
-
-
 def _call_forward(options: Options, x, weight, scores, bias, threshold) -> torch.Tensor:
     return _forward_op(x, weight, scores, bias, options.threshold, threshold, options.backend)
 
@@ -179,6 +168,7 @@ def _save_for_backward(ctx, options: Options, tensors: tuple[torch.Tensor | None
 def _call_backward(ctx, grad_y: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     if grad_y is None:
         return (None,) * 6
+    refuse_tangents("masked_linear", (grad_y,))
     (threshold, backend, needs), tensors = ctx.options, ctx.saved_tensors
     grads = iter(_backward_op(grad_y, *tensors[:3], threshold, tensors[3], needs, ctx.scores_dtype, backend))
     return None, *(next(grads) if needed else None for needed in needs), None
@@ -219,8 +209,9 @@ def _backward(*args):
         return triton_backward.backward(*args)
 
 
-_forward_op = register("masked_linear_forward", _forward)
-_backward_op = register("masked_linear_backward", _backward)
+_forward_op = register("masked_linear_forward", _forward, composition.forward_flops)
+_backward_op = register("masked_linear_backward", _backward, composition.backward_flops)
+register_vmap_by_loop("masked_linear_backward")
 
 
 @torch.library.register_fake("peft_kernels::masked_linear_forward", lib=LIBRARY)

@@ -32,6 +32,7 @@ def masked_grad_kernel(
     dy = dy_ptr + rows[:, None] * stride_dyn + tokens.to(tl.int64)[None, :] * stride_dym
     x = x_ptr + tokens.to(tl.int64)[:, None] * stride_xm + columns[None, :] * stride_xk
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    tl.assume(M > 0)  # a sum that may have no step makes ptxas serialise wgmma (C7515; Triton 3.6, sm_90)
     for m in range(0, M, BLOCK_M):
         dy_tile = tl.load(dy, mask=(rows < N)[:, None] & (m + tokens < M)[None, :], other=0.0)
         x_tile = tl.load(x, mask=(m + tokens < M)[:, None] & (columns < K)[None, :], other=0.0)
@@ -46,7 +47,10 @@ def masked_grad_kernel(
     if dw_ptr is not None:
         tau = rounded_threshold(threshold, threshold_ptr, s_ptr.dtype.element_ty)
         s = tl.load(s_ptr + rows[:, None] * stride_sn + columns[None, :] * stride_sk, mask=inside, other=0.0)
-        tl.store(dw_ptr + out, tl.where(s.to(tl.float32) >= tau, acc, 0.0).to(dw_ptr.dtype.element_ty), mask=inside)
+        # The addition comes between the accumulator and its rounding, which ptxas would begin while wgmma runs and then
+        # serialise it (C7514; Triton 3.6, sm_90, scores of 16 bits).
+        kept = tl.where(s.to(tl.float32) >= tau, acc + 0.0, 0.0)
+        tl.store(dw_ptr + out, kept.to(dw_ptr.dtype.element_ty), mask=inside)
 
 
 def masked_grad(
@@ -70,6 +74,11 @@ def masked_grad(
     """
     (M, N), K = dy.shape, x.shape[1]
     if N == 0 or K == 0:
+        return
+    if M == 0:
+        for grad in (grad_weight, grad_scores):
+            if grad is not None:
+                grad.zero_()
         return
     tile = tile or configs.grad_tile(
         N, K, dy.element_size(), architecture(dy.device), aligned(dy, x), configs.tuned(dy.device)

@@ -1,5 +1,7 @@
 """Forward, backward and writing by the native library on a CPU, for entries: a band of W is patched as it is copied,
-and the gradient of the values is a dot product each (SDDMM). Dense entries and all other kinds are the reference's."""
+and the gradient of the values is a dot product each (SDDMM), where entries are not so many that torch's product of all
+of dW is faster. All other kinds of layout are refused (`backends.OPS`). A weight whose rows are not adjacent is patched
+by torch."""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ _native = torch.ops.peft_kernels_native
 
 def grad_values(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: torch.dtype) -> torch.Tensor:
     """As `reference.grad_values`, in float32 until it is rounded to `dtype`."""
-    if layout.kind != "entries" or layout.density > SAMPLED_UP_TO[dy.element_size()]:
+    if layout.density > SAMPLED_UP_TO[dy.element_size()]:
         return reference.grad_values(dy, x, layout, dtype)
     return _native.sparse_sampled(_with_rows(dy), _with_rows(x), *_entries(layout)).to(dtype)
 
@@ -30,7 +32,7 @@ def patched_bands(
     weight: torch.Tensor, values: torch.Tensor, layout: SparseLayout, dim: int
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """As `reference.patched_bands`."""
-    if layout.kind != "entries" or weight.stride(1) != 1:
+    if weight.stride(1) != 1:
         yield from reference.patched_bands(weight, values, layout, dim)
         return
     (N, K), entries, values = layout.shape, _entries(layout), values.contiguous()
@@ -48,7 +50,7 @@ backward = functools.partial(reference.backward, grad_x=grad_x, grad_values=grad
 
 def write(weight: torch.Tensor, base: torch.Tensor, values: torch.Tensor, layout: SparseLayout) -> None:
     """base + values, added in float32 and rounded once, to the layout's positions of `weight`."""
-    if layout.kind != "entries" or weight.stride(1) != 1:
+    if weight.stride(1) != 1:
         layout.put_(weight, base + values)
     else:
         _native.sparse_write(weight, base, values.contiguous(), *_entries(layout))

@@ -1,8 +1,8 @@
 """The gradient of entries and of n of m by the native library's CUDA kernels (csrc/README.md): tiles of dW on the
 tensor cores, of which only the values leave the block.
 
-They multiply 16-bit operands; float32, and all other kinds, are the reference's. So are forward and dx, with Δ in a
-copy of all of W at once: on a GPU a band at a time is a launch at a time.
+They multiply 16-bit operands; float32 and all other kinds are refused (`backends.OPS`). Forward and dx are cuBLAS's
+products with a copy of all of W that torch adds Δ to: on a GPU a band at a time is a launch at a time.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from .layout import SparseLayout
 
 def grad_values(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: torch.dtype) -> torch.Tensor:
     """As `reference.grad_values`, in float32 until it is rounded to `dtype`."""
-    if layout.kind not in ("entries", "n_of_m") or dy.dtype not in (torch.bfloat16, torch.float16):
-        return reference.grad_values(dy, x, layout, dtype)
     n, m = layout.tile or (1, 1)  # of entries neither is read
     *row_starts, columns = layout.tensors.values()
     partials = native().sparse_gathered(

@@ -13,10 +13,11 @@ from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
 from torch.compiler import is_dynamo_compiling
 
 from ... import backends
-from ..common.library import LIBRARY, on_device_of, register
+from ..common.library import LIBRARY, on_device_of, register, register_vmap_by_loop
 from ..common.messages import describe
 from ..common.tensors import autocast, flatten, unflatten
-from . import cpu, cuda, reference
+from ..common.transforms import compose, is_transformed, over_values, refuse_tangents
+from . import composition, cpu, cuda, reference
 from .layout import SparseLayout
 
 
@@ -49,22 +50,21 @@ def sparse_delta_linear(
         ValueError: for shapes, dtypes or devices that do not fit, in one line.
         RuntimeError: if the backend asked for cannot run here.
     """
+    if x.is_nested:
+        return over_values(
+            "sparse_delta_linear", lambda rows: sparse_delta_linear(rows, weight, values, layout, bias), x
+        )
     if _is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         x, weight, bias = (autocast(tensor, x.device.type) for tensor in (x, weight, bias))
-    _check("sparse_delta_linear", x, values, layout)
-    if weight.shape != layout.shape or weight.dtype != x.dtype or weight.device != x.device:
-        expected = f"weight {list(layout.shape)}, as the layout's, in x's dtype {x.dtype} on {x.device}"
-        raise ValueError(f"sparse_delta_linear: expected {expected}, got {describe(weight)}")
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype or bias.device != x.device):
-        expected = f"bias [{layout.shape[0]}] in x's dtype {x.dtype} on {x.device}"
-        raise ValueError(f"sparse_delta_linear: expected {expected}, got {describe(bias)}")
-    backend = backends.choose("sparse_delta_linear", x)
+    if is_transformed():
+        given = x, weight, values, bias, layout
+        return compose("sparse_delta_linear", lambda: _check_linear(*given), composition.forward, *given)
+    _check_linear(x, weight, values, bias, layout)
+    backend = backends.choose("sparse_delta_linear", x, layout.kind)
     tensors = (x, weight, values, bias)
     needs = [tensor is not None and tensor.requires_grad for tensor in tensors]
     if torch.is_grad_enabled() and True in needs:
         options = Options(layout, backend, needs)
-        if _are_functorch_transforms_active():
-            return TransformableSparseDeltaLinearFunction.apply(options, *tensors)
         apply = SparseDeltaLinearFunction.apply if is_dynamo_compiling() else _apply_eagerly
         return apply(options, *tensors)
     return _forward_op(x, weight, values, bias, *_flat(layout), backend)
@@ -91,15 +91,15 @@ def with_sparse_gradient_(y: torch.Tensor, x: torch.Tensor, values: torch.Tensor
         ValueError: for shapes, dtypes or devices that do not fit, in one line.
         RuntimeError: if the backend asked for cannot run here.
     """
-    _check("with_sparse_gradient_", x, values, layout)
-    if y.shape != (*x.shape[:-1], layout.shape[0]) or y.dtype != x.dtype or y.device != x.device:
-        expected = f"y {[*x.shape[:-1], layout.shape[0]]} in x's dtype {x.dtype} on {x.device}"
-        raise ValueError(f"with_sparse_gradient_: expected {expected}, got {describe(y)}")
+    if is_transformed():
+        given = y, x, values, layout
+        result = compose("with_sparse_gradient_", lambda: _check_gradient(*given), composition.with_gradient, *given)
+        return result if _are_functorch_transforms_active() else y.copy_(result)
+    _check_gradient(y, x, values, layout)
     if not (torch.is_grad_enabled() and values.requires_grad):
         return y
-    options = Options(layout, backends.choose("sparse_delta_linear", x), [False, False, True, False])
-    watched = is_dynamo_compiling() or _are_functorch_transforms_active()
-    apply = SparseGradientFunction.apply if watched else _attach_eagerly
+    options = Options(layout, backends.choose("sparse_delta_linear", x, layout.kind), [False, False, True, False])
+    apply = SparseGradientFunction.apply if is_dynamo_compiling() else _attach_eagerly
     return apply(options, y, x, values)
 
 
@@ -109,7 +109,27 @@ def write_delta(weight: torch.Tensor, base: torch.Tensor, values: torch.Tensor, 
     Args:
         base: [nnz], what the weight held there before Δ. values: [nnz], Δ.
     """
-    _write_op(weight, base, values, *_flat(layout), backends.choose("sparse_delta_linear", weight))
+    backend = backends.choose("sparse_delta_linear", weight, layout.kind)
+    _write_op(weight, base, values, *_flat(layout), backend)
+
+
+def _check_linear(
+    x: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, layout: SparseLayout
+) -> None:
+    _check("sparse_delta_linear", x, values, layout)
+    if weight.shape != layout.shape or weight.dtype != x.dtype or weight.device != x.device:
+        expected = f"weight {list(layout.shape)}, as the layout's, in x's dtype {x.dtype} on {x.device}"
+        raise ValueError(f"sparse_delta_linear: expected {expected}, got {describe(weight)}")
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype or bias.device != x.device):
+        expected = f"bias [{layout.shape[0]}] in x's dtype {x.dtype} on {x.device}"
+        raise ValueError(f"sparse_delta_linear: expected {expected}, got {describe(bias)}")
+
+
+def _check_gradient(y: torch.Tensor, x: torch.Tensor, values: torch.Tensor, layout: SparseLayout) -> None:
+    _check("with_sparse_gradient_", x, values, layout)
+    if y.shape != (*x.shape[:-1], layout.shape[0]) or y.dtype != x.dtype or y.device != x.device:
+        expected = f"y {[*x.shape[:-1], layout.shape[0]]} in x's dtype {x.dtype} on {x.device}"
+        raise ValueError(f"with_sparse_gradient_: expected {expected}, got {describe(y)}")
 
 
 def _check(op: str, x: torch.Tensor, values: torch.Tensor, layout: SparseLayout) -> None:
@@ -150,24 +170,6 @@ class SparseDeltaLinearFunction(torch.autograd.Function):
         return _backward(ctx, dy)
 
 
-class TransformableSparseDeltaLinearFunction(torch.autograd.Function):
-    """The same for `torch.func`, which wants `setup_context`; it costs the host more than the op itself."""
-
-    @staticmethod
-    def forward(options, x, weight, values, bias):
-        return _forward_op(x, weight, values, bias, *_flat(options.layout), options.backend)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        options, x, weight, values, _ = inputs
-        _save_for_backward(ctx, options, x, weight, values, gather=False)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        return _backward(ctx, dy)
-
-
 class SparseGradientFunction(torch.autograd.Function):
     """`apply(options, y, x, values)` returns y. A view of y instead could not be written to by what follows."""
 
@@ -190,10 +192,10 @@ _apply_eagerly = super(torch.autograd.Function, SparseDeltaLinearFunction).apply
 _attach_eagerly = super(torch.autograd.Function, SparseGradientFunction).apply
 
 
-def _save_for_backward(ctx, options: Options, x, weight, values, gather: bool = True) -> None:
+def _save_for_backward(ctx, options: Options, x, weight, values) -> None:
     needs_x, needs_weight, needs_values, _ = options.needs
     kept = x if needs_weight or needs_values else None
-    if kept is not None and gather and not needs_weight and options.layout.kind == "columns":
+    if kept is not None and not needs_weight and options.layout.kind == "columns":
         kept = reference.gather_columns(flatten(x), options.layout)
     ctx.save_for_backward(kept, weight if needs_x else None, values if needs_x else None)
     ctx.options = options
@@ -202,6 +204,7 @@ def _save_for_backward(ctx, options: Options, x, weight, values, gather: bool = 
 
 
 def _backward(ctx, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    refuse_tangents("sparse_delta_linear", (dy,))
     layout, backend, needs = ctx.options
     x, weight, values = ctx.saved_tensors
     x, rows = x if x is None else flatten(x), flatten(dy)
@@ -231,33 +234,33 @@ def _flat(layout: SparseLayout) -> tuple[list[torch.Tensor], str, tuple[int, ...
     return list(layout.tensors.values()), layout.kind, layout.tile
 
 
-#: The backends of the native library.
-_NATIVE = {"cpu": cpu, "cuda": cuda}
+#: The backends that need no Triton.
+_MODULES = {"reference": reference, "cpu": cpu, "cuda": cuda}
 
 
 def _forward(x, weight, values, bias, layout, kind, tile, backend):
     layout = SparseLayout.of_tensors(kind, tuple(weight.shape), layout, tuple(tile))
-    if backend.startswith("triton"):
+    if backend == "triton":
         from . import triton_forward as module  # needs Triton, which the package does not
     else:
-        module = _NATIVE.get(backend.partition(":")[0], reference)
+        module = _MODULES[backend]
     with on_device_of(x):
         return unflatten(module.forward(flatten(x), weight, values, bias, layout), x)
 
 
 def _backward_of(dy, x, weight, values, layout, kind, tile, shape, needs, values_dtype, backend):
     layout = SparseLayout.of_tensors(kind, tuple(shape), layout, tuple(tile))
-    if backend.startswith("triton"):
+    if backend == "triton":
         from . import triton_backward as module
     else:
-        module = _NATIVE.get(backend.partition(":")[0], reference)
+        module = _MODULES[backend]
     with on_device_of(dy):
         return module.backward(dy, x, weight, values, layout, needs, values_dtype)
 
 
 def _write(weight, base, values, layout, kind, tile, backend):
     layout = SparseLayout.of_tensors(kind, tuple(weight.shape), layout, tuple(tile))
-    if backend.startswith("triton"):
+    if backend == "triton":
         from . import triton_write
 
         with on_device_of(weight):
@@ -268,8 +271,9 @@ def _write(weight, base, values, layout, kind, tile, backend):
         layout.put_(weight, base + values)
 
 
-_forward_op = register("sparse_delta_linear_forward", _forward)
-_backward_op = register("sparse_delta_linear_backward", _backward_of)
+_forward_op = register("sparse_delta_linear_forward", _forward, composition.forward_flops)
+_backward_op = register("sparse_delta_linear_backward", _backward_of, composition.backward_flops)
+register_vmap_by_loop("sparse_delta_linear_backward")
 _write_op = register("sparse_delta_write", _write)
 
 

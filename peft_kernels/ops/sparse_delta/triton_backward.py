@@ -10,10 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common.device import dot, tile_of
+from ..common.device import divisible, dot, tile_of
 from ..common.machine import architecture, sm_count
-from ..common.reduce import split_reduce
-from ..common.triton_host import dot_precision
+from ..common.reduce import SplitSum, split_reduce
+from ..common.triton_host import divisor, dot_precision
 from . import configs, reference
 from .layout import SparseLayout
 from .triton_forward import grad_x
@@ -85,16 +85,17 @@ def gathered_tile_kernel(
 
 @triton.jit(do_not_specialize=["M", "tokens_per_split"])
 def thin_kernel(
-    dy_ptr, x_ptr, out_ptr, index_ptr, M, N, K, across, tokens_per_split, stride_dym, stride_dyn, stride_xm, stride_xk,
-    stride_split,
-    ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
-    PRECISION: tl.constexpr,
+    dy_ptr, x_ptr, out_ptr, index_ptr, M, N, K, n_readable, k_readable, across, tokens_per_split,
+    stride_dym, stride_dyn, stride_xm, stride_xk, stride_split,
+    BLOCKS: tl.constexpr, N_DIVISOR: tl.constexpr, K_DIVISOR: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[split, batch, N, K] = Σ of a split's tokens of dy[m, row]·x[m, column], a tile a program.
 
-    ROWS: row n is index[n] of dy. BLOCKS: the batch are blocks of N × K, their numbers in index, `across` in a row of
-    blocks. Else rows and columns as they are.
+    BLOCKS: the batch are blocks of N × K, their numbers in index, `across` in a row of blocks. Else rows and columns as
+    they are; beyond N and K, columns of dy up to n_readable and of x up to k_readable may be read as well.
     """
+    N, K = divisible(N, N_DIVISOR), divisible(K, K_DIVISOR)
     tiles_k = tl.cdiv(K, BLOCK_K)
     tiles = tl.cdiv(N, BLOCK_N) * tiles_k
     batch, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
@@ -102,40 +103,43 @@ def thin_kernel(
     n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tile_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     rows, columns = n, k
-    if ROWS:
-        rows = tl.load(index_ptr + n, mask=n < N, other=0)
     if BLOCKS:
+        n_readable, k_readable = N, K
         block = tl.load(index_ptr + batch)
         rows, columns = block // across * N + n, block % across * K + k
     tokens = split * tokens_per_split + tl.arange(0, BLOCK_M)  # whole blocks a split
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    tl.assume(tokens_per_split > 0)  # a sum that may have no step makes ptxas serialise wgmma (C7515; sm_90)
     for _ in range(0, tokens_per_split, BLOCK_M):
         dy = dy_ptr + rows[:, None] * stride_dyn + tokens[None, :] * stride_dym
         x = x_ptr + tokens[:, None] * stride_xm + columns[None, :] * stride_xk
-        dy_tile = tl.load(dy, mask=(n < N)[:, None] & (tokens < M)[None, :], other=0.0)
-        x_tile = tl.load(x, mask=(tokens < M)[:, None] & (k < K)[None, :], other=0.0)
+        dy_tile = tl.load(dy, mask=(n < n_readable)[:, None] & (tokens < M)[None, :], other=0.0)
+        x_tile = tl.load(x, mask=(tokens < M)[:, None] & (k < k_readable)[None, :], other=0.0)
         acc = dot(dy_tile, x_tile, acc, PRECISION)
         tokens += BLOCK_M
     out = out_ptr + split * stride_split + batch * N * K + n[:, None] * K + k[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(n < N)[:, None] & (k < K)[None, :])
 
 
-@triton.jit(do_not_specialize=["M", "nnz", "N", "steps"])
+@triton.jit(do_not_specialize=["tokens_stored", "nnz", "N", "steps"])
 def sampled_kernel(
-    dyt_ptr, xt_ptr, out_ptr, starts_ptr, columns_ptr, M, N, nnz, steps,
+    dyt_ptr, xt_ptr, out_ptr, starts_ptr, columns_ptr, tokens_stored, N, nnz, steps,
     ENTRIES: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """out[i] = Σ_m dyᵀ[row, m]·xᵀ[column, m] for ENTRIES neighbours among the values; both operands contiguous."""
+    """out[i] = Σ_m dyᵀ[row, m]·xᵀ[column, m] for ENTRIES neighbours among the values; both operands contiguous, with
+    zeros up to a multiple of 16 tokens."""
+    tokens_stored = divisible(tokens_stored, 16)
     i = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     inside = i < nnz
     row = row_of(i, inside, starts_ptr, N, steps)
     column = tl.load(columns_ptr + i, mask=inside, other=0).to(tl.int64)
     tokens = tl.arange(0, BLOCK_M)
     acc = tl.zeros((ENTRIES, BLOCK_M), tl.float32)
-    for start in range(0, M, BLOCK_M):
-        read = inside[:, None] & (start + tokens < M)[None, :]
-        dy = tl.load(dyt_ptr + row[:, None] * M + start + tokens[None, :], mask=read, other=0.0).to(tl.float32)
-        x = tl.load(xt_ptr + column[:, None] * M + start + tokens[None, :], mask=read, other=0.0).to(tl.float32)
+    dy_rows, x_rows = dyt_ptr + row[:, None] * tokens_stored, xt_ptr + column[:, None] * tokens_stored
+    for start in range(0, tokens_stored, BLOCK_M):
+        read = inside[:, None] & (start + tokens < tokens_stored)[None, :]
+        dy = tl.load(dy_rows + (start + tokens)[None, :], mask=read, other=0.0).to(tl.float32)
+        x = tl.load(x_rows + (start + tokens)[None, :], mask=read, other=0.0).to(tl.float32)
         acc += dy * x
     tl.store(out_ptr + i, tl.sum(acc, 1).to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -182,7 +186,11 @@ def thin_grad(
 ) -> torch.Tensor:
     """As `grad_values`, of rows, of columns (x gathered), of blocks. `tile`: another than `configs` takes."""
     index, M = layout.tensors["index"], dy.shape[0]
-    blocks, rows = layout.kind == "blocks", layout.kind == "rows"
+    blocks = layout.kind == "blocks"
+    if layout.kind == "rows":  # gathered once: each tile of x would gather them again, two bytes at a time
+        dy = _in_sixteens(dy.index_select(1, index))
+    elif layout.kind == "columns":
+        x = _in_sixteens(x)
     batch = len(index) if blocks else 1
     N, K = layout.values_shape[-2:]
     tile = tile or configs.thin_tile(N, K, dy.element_size(), configs.tuned(dy.device))
@@ -192,13 +200,20 @@ def thin_grad(
     partials = dy.new_empty(splits, layout.nnz, dtype=torch.float32) if split else out
     per_split = triton.cdiv(triton.cdiv(M, splits), tile.block_m) * tile.block_m
     thin_kernel[(batch * triton.cdiv(N, tile.block_n) * triton.cdiv(K, tile.block_k), splits)](
-        dy, x, partials, index, M, N, K, layout.shape[1] // K if blocks else 0, per_split, *dy.stride(), *x.stride(),
-        layout.nnz if split else 0, ROWS=rows, BLOCKS=blocks, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
-        BLOCK_M=tile.block_m, PRECISION=dot_precision(dy.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        dy, x, partials, index, M, N, K, dy.shape[1], x.shape[1], layout.shape[1] // K if blocks else 0, per_split,
+        *dy.stride(), *x.stride(), layout.nnz if split else 0, BLOCKS=blocks, N_DIVISOR=divisor(N),
+        K_DIVISOR=divisor(K), BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, BLOCK_M=tile.block_m,
+        PRECISION=dot_precision(dy.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if split:
-        split_reduce(partials.view(splits, -1, K), out.view(-1, K))
+        split_reduce([SplitSum(partials.view(splits, -1, K), out.view(-1, K), M, per_split)], M)
     return out
+
+
+def _in_sixteens(gathered: torch.Tensor) -> torch.Tensor:
+    """[M, count] with zeros up to a multiple of 16 columns, so that 16 bytes can be loaded at once."""
+    missing = -gathered.shape[1] % 16
+    return torch.nn.functional.pad(gathered, (0, missing)) if missing else gathered
 
 
 def sampled_grad(
@@ -208,8 +223,9 @@ def sampled_grad(
     out = dy.new_empty(layout.nnz, dtype=dtype)
     tile, N = tile or configs.sampled_tile(dy.element_size(), configs.tuned(dy.device)), layout.shape[0]
     starts, columns = layout.tensors["row_starts"], layout.tensors["columns"]
+    dyt, xt = _in_sixteens(dy.t()).contiguous(), _in_sixteens(x.t()).contiguous()
     sampled_kernel[(triton.cdiv(layout.nnz, tile.entries),)](
-        dy.t().contiguous(), x.t().contiguous(), out, starts, columns, dy.shape[0], N, layout.nnz, N.bit_length(),
+        dyt, xt, out, starts, columns, dyt.shape[1], N, layout.nnz, N.bit_length(),
         ENTRIES=tile.entries, BLOCK_M=tile.block_m, num_warps=tile.num_warps,
     )  # fmt: skip
     return out

@@ -1,0 +1,39 @@
+"""Masked linear as a composition of torch's own operations, which torch differentiates, batches and traces itself; and
+the floating-point operations of the registered ops."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn.functional import linear
+
+from ..common.transforms import StraightThrough
+from .reference import mask, rounded
+
+
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scores: torch.Tensor,
+    bias: torch.Tensor | None,
+    threshold: float,
+    threshold_tensor: torch.Tensor | None,
+) -> torch.Tensor:
+    """y = x·(W ⊙ 1[S ≥ τ])ᵀ + bias, where 1[S ≥ τ] has the derivative 1 by S. Neither an infinite weight that is masked
+    nor an infinite score becomes a NaN."""
+    tau = rounded(threshold, threshold_tensor, scores.dtype)
+    indicator = StraightThrough.apply(torch.zeros_like(scores), scores)  # 0, as `mask` below has its value
+    slope = (weight * indicator).to(weight.dtype)
+    return linear(x, StraightThrough.apply(mask(weight, scores, tau), slope), bias)
+
+
+def forward_flops(x, weight, *_, **__) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
+def backward_flops(grad_y, x, weight, scores, threshold, threshold_tensor, needs, *_, **__) -> int:
+    """Of dy·(W ⊙ 1[S ≥ τ]), and of G = dyᵀ·x once, whether weight, scores or both take it."""
+    needs_x, needs_weight, needs_scores, _ = needs
+    K = weight[1] if needs_x else 0 if x is None else x[-1]
+    return 2 * math.prod(grad_y) * K * (needs_x + (needs_weight or needs_scores))

@@ -39,7 +39,8 @@ help:
 	@echo "make format        ruff: put both right"
 	@echo "make aot-all       compile every configuration of every kernel, for every architecture"
 	@echo "make resources     write docs/kernels.md: registers, spills, shared memory and blocks an SM of every kernel"
-	@echo "make gpu MINUTES=9 the GPU suite, then the GPU benchmarks, with the python3 on PATH as it is"
+	@echo "make gpu MINUTES=9 the GPU suite, then the GPU benchmarks, with the python3 on PATH as it is; what comes back is"
+	@echo "                   in OUT (build/gpu): the log, junit.xml, the failures by cause, results of each op"
 
 # --- Set-up --------------------------------------------------------------------------------------------------
 
@@ -140,8 +141,9 @@ format: $(LINT_STAMP)
 
 # No venv and no network: torch, Triton and pytest are what `python3` has.
 MINUTES ?= 9
+OUT     ?= build/gpu
 gpu:
-	@scripts/gpu.sh $(MINUTES) $(BENCH_ARGS)
+	@scripts/gpu.sh $(MINUTES) $(OUT) $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) build peft_kernels/_lib *.egg-info

@@ -29,6 +29,14 @@ from .specs import SPECS
 
 
 def main(arguments: list[str] | None = None) -> None:
+    options = parsed(arguments)
+    {
+        "run": run.main, "list": show, "compare": compare.main, "plot": draw, "report": report.main,
+        "model": model.main, "kernels": kernels.main,
+    }[options.command](options)  # fmt: skip
+
+
+def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -43,11 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     report.add_arguments(commands.add_parser("report", help="Markdown with tables and pictures"))
     model.add_arguments(commands.add_parser("model", help="times predicted from bytes and FLOPs"))
     kernels.add_arguments(commands.add_parser("kernels", help="a LoRA layer on a GPU, kernel by kernel"))
-    options = parser.parse_args(arguments)
-    {
-        "run": run.main, "list": show, "compare": compare.main, "plot": draw, "report": report.main,
-        "model": model.main, "kernels": kernels.main,
-    }[options.command](options)  # fmt: skip
+    return parser.parse_args(arguments)
 
 
 def show(options: argparse.Namespace) -> None:

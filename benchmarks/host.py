@@ -17,6 +17,7 @@ import peft_kernels as pk
 from peft_kernels.testing.timing import Timer, interleaved, whole
 
 from . import plots
+from .guard import failures
 from .measure import rows_of
 from .registry import BOTH, FORWARD, OpSpec, Request
 from .resultfile import Row
@@ -138,23 +139,28 @@ def sparse(device: str) -> dict[str, Callable]:
 
 
 def measure(calls: Calls, request: Request) -> list[Row]:
-    threads = torch.get_num_threads()
+    threads, guard = torch.get_num_threads(), request.guard
     torch.set_num_threads(1)
     try:
-        made = {
-            name: make() for name, make in makers(calls, request.device).items()
-            if request.wants(name) or name == LINEAR
-        }  # fmt: skip
+        made = {}
+        for name, make in makers(calls, request.device).items():
+            if (request.wants(name) or name == LINEAR) and name not in guard.without:
+                with guard(name):
+                    made[name] = make()
         x = torch.randn(M, K, device=request.device, requires_grad=True)
         rows = []
         for mode in (FORWARD, BOTH):
-            repeated = {name: whole(_repeated(call, x, mode)) for name, call in made.items()}
-            times = interleaved(repeated, Timer("cpu"), min(request.seconds / 2, 10.0))
+            repeated = {
+                name: whole(_repeated(call, x, mode)) for name, call in made.items() if name not in guard.failed
+            }
+            times = interleaved(repeated, Timer("cpu"), min(request.seconds / 2, 10.0), guard=guard)
             times = {name: [(us / REPEATS,) for (us,) in column] for name, column in times.items()}
             rows += rows_of(times, (mode,), {"linear": LINEAR, "peft": "PEFT", "eager": "eager"})
     finally:
         torch.set_num_threads(threads)
-    return [{"dtype": "float32"} | row for row in rows if not request.modes or row["mode"] in request.modes]
+    rows = [row for row in rows if not request.modes or row["mode"] in request.modes]
+    rows += [{"provider": name, "skipped": why} for name, why in guard.without.items()]
+    return [{"dtype": "float32"} | row for row in [*rows, *failures(guard)]]
 
 
 def _repeated(call: Callable, x: torch.Tensor, mode: str) -> Callable[[], None]:
@@ -181,7 +187,7 @@ def summary(rows: list[Row]) -> str:
 
 
 def providers(device: str) -> dict[str, str | None]:
-    return {f"{calls}: {name}": None for calls in cases(device) for name in makers(calls, device)}
+    return {f"{calls}: {name}": None for calls in cases(device) for name in makers(calls, "cpu")}
 
 
 def plot(rows: list[Row], where: str, path: Path) -> Path:

@@ -36,6 +36,7 @@ import torch
 from tqdm import tqdm
 
 from . import plots
+from .guard import Guard, failures
 from .ist_providers import (
     ACCELERATED,
     AT_LABELS,
@@ -58,7 +59,7 @@ from .ist_providers import (
     why_no_liger,
 )
 from .measure import quantile
-from .registry import STEP, OpSpec, Request
+from .registry import STEP, OpSpec, Part, Request
 from .resultfile import Row
 
 LABELLED = {"labels everywhere": 1.0, "labels on a quarter": 0.25}  # share of a row's positions
@@ -93,45 +94,62 @@ def cases(device: str) -> list[Setting]:
 
 
 @functools.cache
-def prepared(device: str, tokens: int, tiny: bool) -> tuple[Case, list[Lane], dict[str, float]]:
-    """A model, its providers, and the depth in layers that each one's backward has on average: for all settings."""
+def prepared(
+    device: str, tokens: int, tiny: bool, guard: Guard
+) -> tuple[Case, list[Lane], dict[str, float], list[Row]]:
+    """A model, its providers, the depth in layers that each one's backward has on average, and rows of those that are
+    wrong or failed: for all settings."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
     case = load(device, tokens, tiny)
-    lanes = make_lanes(case.base)
+    lanes, wrong = make_lanes(case.base, guard), {}
     for labelled in LABELLED.values():
-        check(lanes, case, labelled)
+        wrong |= check(lanes, case, labelled, guard)
+        lanes = [lane for lane in lanes if lane.name not in wrong | guard.failed]
     depths = {lane.name: statistics.fmean(lane.choose() for _ in range(DRAWS)) for lane in lanes}
     if device == "cuda":  # its first calls choose configurations, and our estimator a way
         for number in range(5):
             for lane in lanes:
-                lane.step(case.batch(number, case.rows, 1.0))
-                if lane.ist:
-                    lane.loop(case.batch(number, EXAMPLES, 1.0))
-    return case, lanes, depths
+                with guard(lane.name):
+                    lane.step(case.batch(number, case.rows, 1.0))
+                    if lane.ist:
+                        lane.loop(case.batch(number, EXAMPLES, 1.0))
+    faults: list[Row] = [{"provider": name, "error": why} for name, why in wrong.items()] + failures(guard)
+    faults += [{"provider": name, "skipped": why} for name, why in guard.without.items()]
+    return case, [lane for lane in lanes if lane.name not in guard.failed], depths, faults
 
 
 def measure(setting: Setting, request: Request, most: int = 60) -> list[Row]:
     """A row a provider; one more for the budget with the loop half as often; and the parts of a step."""
     began = time.perf_counter()
-    case, lanes, depths = prepared(request.device, setting.tokens, setting.tiny)
+    guard = request.guard
+    case, lanes, depths, faults = prepared(request.device, setting.tokens, setting.tiny, guard)
+    guard.failed = {}  # those are among `faults`
     lanes = [lane for lane in lanes if request.wants(lane.name) or lane.name in (LORA, AUTHORS, ACCELERATED)]
     batch = case.batch(0, case.rows, setting.labelled)
-    saved = {lane.name: saved_at(lane, batch, depths[lane.name]) for lane in lanes}
+    saved = {}
+    for lane in lanes:
+        with guard(lane.name):
+            saved[lane.name] = saved_at(lane, batch, depths[lane.name])
+    lanes = [lane for lane in lanes if lane.name in saved]
     seconds = request.seconds - (time.perf_counter() - began)
-    times = interleave(lanes, case, setting.labelled, seconds, most, setting.name)
+    times = interleave(lanes, case, setting.labelled, seconds, most, setting.name, guard)
+    lanes = [lane for lane in lanes if lane.name not in guard.failed]
     rows, parts = summarize(lanes, times, depths, saved, batch["input_ids"].numel())
     facts = {"model": case.name, "dtype": str(setting.dtype).removeprefix("torch.")}
-    return [facts | row for row in [*rows, {"provider": PARTS, "parts_us": parts}]]
+    rows += [{"provider": PARTS, "parts_us": parts}, *faults, *failures(guard)]
+    return [facts | row for row in rows]
 
 
-def interleave(lanes: list[Lane], case: Case, labelled: float, seconds: float, most: int, setting: str) -> Times:
+def interleave(
+    lanes: list[Lane], case: Case, labelled: float, seconds: float, most: int, setting: str, guard: Guard
+) -> Times:
     """Rounds for about `seconds`, at most `most`, scaled to the usual one's speed. On a GPU also notes what memory the
-    lanes took at their peak."""
+    lanes took at their peak. A lane or part that fails is not among the times."""
     began, lane_of, gpu = time.perf_counter(), {lane.name: lane for lane in lanes}, case.base.device.type == "cuda"
     examples, parts = case.batch(1, EXAMPLES, labelled), parts_of(lanes[0], (case.rows, case.text.shape[1]))
     calls: dict[tuple[str, str], Callable] = {(lane.name, "step"): lane.step for lane in lanes}
     calls |= {(lane.name, "loop"): lambda _, loop=lane.loop: loop(examples) for lane in lanes if lane.ist}
-    calls |= {(part, "part"): call for part, call in parts.items()}
+    calls |= {(part, "part"): call for part, call in parts.items() if part not in guard.without}
     rounds: list[dict[tuple[str, str], tuple[float, int]]] = []
     order = random.Random(0)
     with tqdm(total=max(1, round(seconds)), bar_format="{desc} |{bar}| {n:.0f}/{total} s") as bar:
@@ -142,18 +160,21 @@ def interleave(lanes: list[Lane], case: Case, labelled: float, seconds: float, m
             keys = [key for key in calls if key[1] == "step" or number % 3 == 0]
             for key in order.sample(keys, len(keys)):
                 lane = lane_of.get(key[0])
-                held = lane.held_bytes() if lane else 0
-                elapsed, depth, grown = clock(lambda call=calls[key], batch=batch: call(batch), gpu)
-                took[key] = elapsed, depth
-                if lane:
-                    lane.peak = max(lane.peak, held + grown)
+                with guard(key[0]):
+                    held = lane.held_bytes() if lane else 0
+                    elapsed, depth, grown = clock(lambda call=calls[key], batch=batch: call(batch), gpu)
+                    took[key] = elapsed, depth
+                    if lane:
+                        lane.peak = max(lane.peak, held + grown)
                 bar.n = min(bar.total, time.perf_counter() - began)
                 bar.set_description(f"{setting}, round {number}")
-            rounds.append(took)
+            calls = {key: call for key, call in calls.items() if key[0] not in guard.failed}
+            rounds.append({key: found for key, found in took.items() if key in calls})
+    rounds = [{key: found for key, found in took.items() if key in calls} for took in rounds]
     usual = {key: statistics.median(took[key][0] for took in rounds) for key in calls if key[1] == "step"}
     times: Times = {key: [] for key in calls}
     for took in rounds:
-        speed = statistics.median(ms / took[key][0] for key, ms in usual.items())
+        speed = statistics.median(ms / took[key][0] for key, ms in usual.items()) if usual else 1.0
         for key, (elapsed, depth) in took.items():
             times[key].append((elapsed * speed, depth))
     return times
@@ -196,7 +217,8 @@ def summarize(
             rows.append(row | half)
     speed = {row["provider"]: row["tokens_per_s"] for row in rows}
     for row in rows:
-        row |= {"of_authors": row["tokens_per_s"] / speed[AUTHORS], "of_lora": row["tokens_per_s"] / speed[LORA]}
+        for key, reference in (("of_authors", AUTHORS), ("of_lora", LORA)):
+            row[key] = row["tokens_per_s"] / speed[reference] if reference in speed else None
     return rows, {name: us for (name, what), us in middle.items() if what == "part"}
 
 
@@ -211,7 +233,9 @@ def summary(rows: list[Row]) -> str:
     """What of a step the kernels do not touch, and how far that lets them go."""
     lines = []
     for case in dict.fromkeys(row["case"] for row in rows):
-        of_case = {row["provider"]: row for row in rows if row["case"] == case}
+        of_case = {row["provider"]: row for row in rows if row["case"] == case and ("mode" in row or "parts_us" in row)}
+        if not {PARTS, ACCELERATED, LORA} <= of_case.keys() or len(of_case[PARTS]["parts_us"]) < 3:
+            continue
         linears, frozen, head = (us / 1e3 for us in of_case[PARTS]["parts_us"].values())
         accelerated, lora = (of_case[name]["p50_us"] / 1e3 for name in (ACCELERATED, LORA))
         rest = accelerated - linears - head
@@ -230,11 +254,16 @@ def providers(device: str) -> dict[str, str | None]:
     return found | {LIGER: why_no_liger(device)}
 
 
+def part_of(setting: Setting, device: str) -> list[Part]:
+    """On a GPU a model of its own, of which every provider takes seconds: behind the layers."""
+    return [Part(stage=2, least=60.0) if device == "cuda" else Part()]
+
+
 def plot(rows: list[Row], where: str, path: Path) -> Path:
     return plots.draw_steps([row for row in rows if "mode" in row], where, path)
 
 
 SPEC = OpSpec(
     "ist_step", "whole training steps: LoRA and IST on PEFT and on ours", (STEP,), cases, providers, measure, COLUMNS,
-    summary, plot, share=4.0,
+    summary, plot, share=4.0, parts=part_of,
 )  # fmt: skip

@@ -23,9 +23,10 @@ from peft_kernels.testing.lora_linear import LoRACase
 from peft_kernels.testing.timing import Timer, interleaved
 
 from . import plots
+from .guard import failures
 from .measure import graphed, host_microseconds, peak_bytes, rows_of, saved_bytes
 from .providers import BARE, EAGER, PEFT, Provider, Ready, all_providers
-from .registry import BACKWARD, BOTH, FORWARD, OpSpec, Request
+from .registry import BACKWARD, BOTH, FORWARD, GPU_SECONDS, OpSpec, Part, Request
 from .resultfile import Row
 
 GRAPHED_BELOW_US = 100  # on a GPU: launches and the host rule here, so that both are measured apart
@@ -47,6 +48,10 @@ class Shape:
         features = "+".join(map(str, self.Ns))
         dtype = str(self.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "f")
         return f"M={self.M} {self.K}→{features} R={self.R} {dtype} p={self.p:g}"
+
+
+#: What the bars of a GPU are about.
+REFERENCE_SHAPE = Shape(8192, 4096, (4096,), 16, torch.bfloat16)
 
 
 # --- Floors --------------------------------------------------------------------------------------------------
@@ -152,24 +157,25 @@ def measure(shape: Shape, request: Request) -> list[Row]:
     }  # fmt: skip
     ready: dict[str, Ready] = {}
     rows: list[Row] = []
+    guard = request.guard
     for provider in all_providers(request.device):
         if not request.wants(provider.name) and provider.name not in REFERENCES.values():
             continue
-        why = why_not(provider, shape)
+        why = guard.without.get(provider.name) or why_not(provider, shape)
         if why:
             rows.append({"provider": provider.name, "skipped": why})
             continue
-        error = check(provider, shape, request.device)
-        if error:
-            rows.append({"provider": provider.name, "error": error})
-        else:
-            ready[provider.name] = provider.build(case)
+        with guard(provider.name):
+            error = check(provider, shape, request.device)
+            if error:
+                rows.append({"provider": provider.name, "error": error})
+            else:
+                ready[provider.name] = provider.build(case)
     right_results.cache_clear()  # on a GPU these are gigabytes
     parts = (FORWARD,) if request.modes == (FORWARD,) else (FORWARD, BOTH)
     seconds = request.seconds - (time.perf_counter() - began)
-    times = interleaved(
-        {name: partial(_marked, built, parts) for name, built in ready.items()}, Timer(request.device), seconds
-    )
+    calls = {name: partial(_marked, built, parts) for name, built in ready.items()}
+    times = interleaved(calls, Timer(request.device), seconds, guard=guard)
     for row in rows_of(times, parts, REFERENCES):
         name, mode = row["provider"], row["mode"]
         if request.modes and mode not in request.modes:
@@ -180,15 +186,16 @@ def measure(shape: Shape, request: Request) -> list[Row]:
             "gbps": bytes_moved(shape, mode) / row["p50_us"] / 1e3,
             "of_floor": row["p50_us"] / floor_us(shape, mode, request.ceilings),
         }
-        if mode == BOTH:
-            row["saved_bytes"] = saved_bytes(built.forward, built.kept)
-            row["peak_bytes"] = peak_bytes(built.both, request.device)
-        if request.device == "cuda" and row["p50_us"] < GRAPHED_BELOW_US and mode != BACKWARD:
-            call = built.forward if mode == FORWARD else built.both
-            row["host_us"] = host_microseconds(call, repeats=20)
-            row["graph_us"] = _graph_us(call)
+        with guard(name):
+            if mode == BOTH:
+                row["saved_bytes"] = saved_bytes(built.forward, built.kept)
+                row["peak_bytes"] = peak_bytes(built.both, request.device)
+            if request.device == "cuda" and row["p50_us"] < GRAPHED_BELOW_US and mode != BACKWARD:
+                call = built.forward if mode == FORWARD else built.both
+                row["host_us"] = host_microseconds(call, repeats=20)
+                row["graph_us"] = _graph_us(call)
         rows.append(row)
-    return [facts | row for row in rows]
+    return [facts | row for row in [*rows, *failures(guard)]]
 
 
 def why_not(provider: Provider, shape: Shape) -> str | None:
@@ -231,6 +238,7 @@ def summary(rows: list[Row]) -> str:
     lines = []
     for case in dict.fromkeys(row["case"] for row in rows):
         timed = {row["provider"]: row for row in rows if row["case"] == case and row.get("mode") == BOTH}
+        timed = {name: row for name, row in timed.items() if row.get("of_bare")}
         ours = {name: row for name, row in timed.items() if name.startswith("ours")}
         others = {name: row for name, row in timed.items() if not is_ours(name) and name != BARE}
         if not ours or not others:
@@ -300,11 +308,36 @@ def shared_shapes(device: str) -> list[Shape]:
     return _gpu_shapes([(4096, (4096, 1024, 1024)), (4096, (14336, 14336))])
 
 
+#: On a GPU what a compiler is given: it takes longer than all others together.
+_COMPILED = ("torch.compile",)
+
+
+def parts(shape: Shape, device: str) -> list[Part]:
+    """On a GPU: of the reference shape first what the bars compare; of every shape what a compiler makes of it last."""
+    if device == "cpu":
+        return [Part()]
+
+    def compiled(provider: str) -> bool:
+        return provider.startswith(_COMPILED)
+
+    def of_bars(provider: str) -> bool:
+        return provider in (BARE, EAGER, PEFT) or provider.startswith("ours")
+
+    last = Part("compiled", 3, compiled, least=20.0, seconds=GPU_SECONDS)
+    if replace(shape, p=0.0) == REFERENCE_SHAPE and shape.p in (0.0, 0.1):
+        bars = Part("bars", 0, of_bars, seconds=GPU_SECONDS)
+        others = Part("others", 1, lambda name: not compiled(name) and not of_bars(name), seconds=GPU_SECONDS)
+        return [bars, others, last]
+    return [Part("grid", 1, lambda name: not compiled(name), seconds=GPU_SECONDS), last]
+
+
 def _spec(name: str, what: str, cases: Callable[[str], list[Shape]], share: float) -> OpSpec:
     def plot(rows: list[Row], device: str, path: Path) -> Path:
         return plots.draw_bars(rows, f"{name}, forward + backward\n{device}", path)
 
-    return OpSpec(name, what, (FORWARD, BACKWARD, BOTH), cases, providers, measure, COLUMNS, summary, plot, share)
+    return OpSpec(
+        name, what, (FORWARD, BACKWARD, BOTH), cases, providers, measure, COLUMNS, summary, plot, share, parts
+    )
 
 
 SPECS = (

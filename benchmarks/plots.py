@@ -19,7 +19,7 @@ COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D
 
 def draw_bars(rows: list[Row], title: str, path: Path) -> Path:
     """Forward + backward of every case and provider, over the bare linear and over the floor, side by side."""
-    rows = [row for row in rows if row.get("mode") == BOTH]
+    rows = [row for row in rows if row.get("mode") == BOTH and row.get("of_bare")]
     cases = list(dict.fromkeys(row["case"] for row in rows))
     providers = [name for name in dict.fromkeys(row["provider"] for row in rows) if name != BARE]
     height = 1.0 / (len(providers) + 1)
@@ -91,7 +91,8 @@ def draw_steps(rows: list[Row], title: str, path: Path) -> Path:
         axes.barh(range(len(shown)), steps, color=COLOURS[2], label="step")
         axes.barh(range(len(shown)), loops, left=steps, color=COLOURS[1], label="importance loop / its interval")
         for place, (row, step, loop) in enumerate(zip(shown, steps, loops)):
-            text = f" {row['tokens_per_s']:.0f} tokens/s, {row['of_authors']:.2f} ×"
+            ratio = f", {row['of_authors']:.2f} ×" if row["of_authors"] else ""
+            text = f" {row['tokens_per_s']:.0f} tokens/s{ratio}"
             axes.text(step + loop, place, text, va="center", fontsize=7)
         axes.set_yticks(range(len(shown)), [row["provider"] for row in shown], fontsize=7)
         axes.invert_yaxis()
@@ -108,7 +109,8 @@ def draw_steps(rows: list[Row], title: str, path: Path) -> Path:
 
 def draw_sparse(rows: list[Row], where: str, path: Path) -> Path:
     """Steps that train a part of a weight, over the bare linear's: by density, a panel a shape and kind of layout."""
-    rows = [row for row in rows if row.get("mode") == STEP and row["provider"] != BARE]  # which is the line at 1
+    rows = [row for row in rows if row.get("mode") == STEP and row.get("of_bare")]
+    rows = [row for row in rows if row["provider"] != BARE]  # which is the line at 1
     shapes, kinds, providers = (list(dict.fromkeys(row[key] for row in rows)) for key in ("shape", "kind", "provider"))
     size = (1.2 + 2 * len(kinds), 1.2 + 2 * len(shapes))
     figure, panels = plt.subplots(

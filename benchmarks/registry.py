@@ -6,15 +6,43 @@ provider is one way to do that work. A mode is a part of it: forward, backward, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from .resultfile import Row
+from .guard import Guard
+from .resultfile import WHOLE, Row
 
 #: In the order of their length.
 FORWARD, BACKWARD, BOTH, STEP = MODES = ("forward", "backward", "both", "step")
+
+
+class Part(NamedTuple):
+    """Providers of a case that are measured by turns. A run takes the parts of the lowest stage first, of all ops and
+    cases, so that what matters most is there if time runs out.
+
+    Attributes:
+        wants: whether a provider is of it. What ratios are taken to is measured with each part.
+        least: seconds that it is not begun without, before one of its kind has been timed.
+        seconds: what a case is given, at least and at most.
+    """
+
+    name: str = WHOLE
+    stage: int = 1
+    wants: Callable[[str], bool] = lambda provider: True
+    least: float = 0.0
+    seconds: tuple[float, float] = (0.0, math.inf)
+
+
+#: Of a case on a GPU: the fewest rounds take less, and there are many cases.
+GPU_SECONDS = (2.0, 4.0)
+
+
+def whole_cases(case: Any, device: str) -> list[Part]:
+    """All providers at once."""
+    return [Part(seconds=GPU_SECONDS) if device == "cuda" else Part()]
 
 
 @dataclass
@@ -27,6 +55,8 @@ class Request:
         seconds: about so long.
         modes: these alone; all that the op has if empty.
         providers: these alone, by a part of their name; all if empty. What ratios are taken to runs in any case.
+        part: these alone as well.
+        guard: around what providers do.
     """
 
     device: str
@@ -34,9 +64,12 @@ class Request:
     seconds: float = 5.0
     modes: tuple[str, ...] = ()
     providers: tuple[str, ...] = ()
+    part: Part = Part()  # noqa: RUF009 (a tuple)
+    guard: Guard = field(default_factory=Guard)
 
     def wants(self, provider: str) -> bool:
-        return not self.providers or any(part.lower() in provider.lower() for part in self.providers)
+        asked_for = not self.providers or any(part.lower() in provider.lower() for part in self.providers)
+        return asked_for and self.part.wants(provider)
 
 
 @dataclass(frozen=True)
@@ -49,11 +82,12 @@ class OpSpec:
         cases: of a device, what matters most first, in case that time runs out.
         providers: their names on a device, each with the reason why it cannot run there, or None.
         measure: the rows of a case. Rows have provider, mode, p20_us, p50_us, p80_us, rounds, of_bare and of_floor;
-            or an error, and no time; or why they were skipped.
+            or an error (it was wrong), what it failed with, or why it was skipped, and no time.
         columns: of its tables: heading → key of a row.
         summary: how all the rows stand to the op's bars.
         plot: a picture of all the rows; its path.
         share: of a run's time, beside the other ops'.
+        parts: of a case on a device.
     """
 
     name: str
@@ -66,3 +100,4 @@ class OpSpec:
     summary: Callable[[list[Row]], str]
     plot: Callable[[list[Row], str, Path], Path]
     share: float = 1.0
+    parts: Callable[[Any, str], list[Part]] = whole_cases

@@ -159,7 +159,7 @@ def layers(rows: Rows) -> str:
         if mine and peft and mine["M"] in (512, 8192):
             row = [mine["K"], mine["N"], mine["dtype"], digits(mine["p"]) if mine["p"] else "0"]
             row += [rows.time(case, name, BOTH) for name in (BARE, "torch.compile", PEFT, ours)]
-            body.append([*map(str, row), digits(mine["of_peft"])])
+            body.append([*map(str, row), short("", mine.get("of_peft"))])
     table = grid(
         ["K", "N", "dtype", "dropout", "bare linear", "torch.compile", "PEFT's layer", "ours", "ours / PEFT"], body
     )
@@ -179,7 +179,7 @@ def steps(rows: Rows) -> str:
         if mine is None or mine["pattern"] not in HEADLINE_PATTERNS or mine["K"] > mine["N"]:
             continue  # a layer that narrows is like the one that widens as much
         times = [rows.time(case, name, STEP) for name in (BARE, DENSE, SCATTER, ours)]
-        body.append([case, *times, digits(mine["of_dense"]), digits(mine["memory_of_dense"])])
+        body.append([case, *times, *(short("", mine.get(key)) for key in ("of_dense", "memory_of_dense"))])
     return grid(["", "bare forward + dx", DENSE, SCATTER, "ours", "ours / dense: time", "memory"], sorted(body))
 
 
@@ -194,7 +194,7 @@ def shira(rows: Rows) -> str:
 def trainings(rows: Rows) -> str:
     """Whole training steps: tokens/s, and × the authors' algorithm."""
     body = [
-        [name, *(f"{row['tokens_per_s']:.0f} ({digits(row['of_authors'])})" for case in rows.cases
+        [name, *(f"{row['tokens_per_s']:.0f} ({short('', row['of_authors'])})" for case in rows.cases
                  if (row := rows(case, name, STEP)))]
         for name in rows.providers
     ]  # fmt: skip

@@ -1,10 +1,12 @@
 """The file of one op's results: a line of facts, then a line a case, written as soon as the case is measured.
 
     {"op": …, "machine": {…}, "ceilings": {…}}
-    {"case": …, "rows": [{"provider": …, "mode": …, "p50_us": …, …}, …]}
+    {"case": …, "part": …, "rows": [{"provider": …, "mode": …, "p50_us": …, …}, …]}
 
-The providers of a case are measured by turns, so its rows are there together or not at all. A run that was killed
-leaves whole lines and at most a part of one, which is dropped; the next run goes on behind them.
+The providers of a part of a case are measured by turns, so its rows are there together or not at all. Of a provider
+that is measured with several parts (what ratios are taken to) the first rows count. A run that was killed leaves whole
+lines and at most a part of one, which is dropped; the next run goes on behind them. A provider that took its process
+with it has a line without a part: the case is not done.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import os
 from pathlib import Path
 
 Row = dict[str, object]
+#: The part that is a whole case.
+WHOLE = "all"
 
 
 class ResultFile:
@@ -26,6 +30,8 @@ class ResultFile:
         machine: device, versions, commit.
         ceilings: FLOP/s a dtype, and bytes/s ("bytes").
         cases: rows by case, in the order measured. Each row has its "op" and "case".
+        done: (case, part) of what is measured.
+        lost: provider → what it did to the process that measured it, and where.
 
     Raises:
         ValueError: the file is another one; names the line.
@@ -35,7 +41,7 @@ class ResultFile:
         self.path, self.op = path, ""
         self.machine: dict[str, str] = {}
         self.ceilings: dict[str, float] = {}
-        self.cases: dict[str, list[Row]] = {}
+        self._start()
         text = path.read_text() if path.exists() else ""
         *lines, self._torn = text.split("\n")
         for number, line in enumerate(lines, 1):
@@ -44,7 +50,7 @@ class ResultFile:
                 if number == 1:
                     self.op, self.machine, self.ceilings = entry["op"], entry["machine"], entry["ceilings"]
                 else:
-                    self.cases[entry["case"]] = [self._whole(entry["case"], row) for row in entry["rows"]]
+                    self._take(entry["case"], entry["rows"], entry.get("part", WHOLE))
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ValueError(f"expected a result file in {path}, got in line {number}: {line[:60]}") from error
 
@@ -52,8 +58,21 @@ class ResultFile:
     def rows(self) -> list[Row]:
         return [row for rows in self.cases.values() for row in rows]
 
-    def _whole(self, case: str, row: Row) -> Row:
-        return {"op": self.op, "case": case} | row
+    def _start(self) -> None:
+        self._entries: list[dict] = []
+        self.cases: dict[str, list[Row]] = {}
+        self.done: set[tuple[str, str]] = set()
+        self.lost: dict[str, str] = {}
+
+    def _take(self, case: str, rows: list[Row], part: str | None) -> None:
+        self._entries.append({"case": case, "part": part, "rows": rows})
+        found = self.cases.setdefault(case, [])
+        known = {row["provider"] for row in found}
+        found += [{"op": self.op, "case": case} | row for row in rows if row["provider"] not in known]
+        if part is None:
+            self.lost |= {row["provider"]: f"{row['failed']} (at {case})" for row in rows}
+        else:
+            self.done.add((case, part))
 
     def begin(self, op: str, machine: dict[str, str], ceilings: dict[str, float]) -> Path | None:
         """Starts the file, or goes on with it if it is of the same op, machine, versions and commit. Another one is
@@ -61,27 +80,25 @@ class ResultFile:
         aside = None
         if (self.op, self.machine) == (op, machine):
             if self._torn:
-                self._write([self._head(), *map(self._line, self.cases)], "w")
+                self._write([self._head(), *self._entries], "w")
                 self._torn = ""
             return None
         if self.path.exists():
             aside = self.path.with_suffix(f".{self.machine.get('commit', 'before')}.jsonl")
             self.path.replace(aside)
-        self.op, self.machine, self.ceilings, self.cases, self._torn = op, machine, ceilings, {}, ""
+        self.op, self.machine, self.ceilings, self._torn = op, machine, ceilings, ""
+        self._start()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._write([self._head()], "w")
         return aside
 
-    def add(self, case: str, rows: list[Row]) -> None:
-        self.cases[case] = [self._whole(case, row) for row in rows]
-        self._write([self._line(case)], "a")
+    def add(self, case: str, rows: list[Row], part: str | None = WHOLE) -> None:
+        """Of a part that is measured; without one, of a provider that took its process with it."""
+        self._take(case, rows, part)
+        self._write(self._entries[-1:], "a")
 
     def _head(self) -> dict:
         return {"op": self.op, "machine": self.machine, "ceilings": self.ceilings}
-
-    def _line(self, case: str) -> dict:
-        rows = [{key: value for key, value in row.items() if key not in ("op", "case")} for row in self.cases[case]]
-        return {"case": case, "rows": rows}
 
     def _write(self, entries: list[dict], mode: str) -> None:
         with open(self.path, mode) as file:

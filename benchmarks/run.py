@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple, NoReturn
 
 import torch
 from rich.console import Console
 from tqdm import tqdm
 
 from . import tables
+from .guard import LOST, Guard
 from .measure import ceilings, gpu_state, machine, where
-from .registry import MODES, OpSpec, Request
-from .resultfile import ResultFile
+from .registry import MODES, OpSpec, Part, Request
+from .resultfile import WHOLE, ResultFile
 from .specs import SPECS
 
+#: Seconds that a provider may take at a time on a GPU, its compiler included.
+LIMIT = 120.0
 OUTPUT = Path(__file__).parent / "output"
 WIDTH = 100
 
@@ -32,6 +39,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], help="the GPU, unless there is none")
     parser.add_argument("--minutes", type=float, default=6.5, help="time budget, of which each op gets its share")
     parser.add_argument("--out", type=Path, default=OUTPUT, help="folder of the results; those there are gone on with")
+    parser.add_argument("--no-plots", action="store_true", help="results only; `plot` draws them later")
+
+
+class Unit(NamedTuple):
+    """What is measured at a time."""
+
+    spec: OpSpec
+    case: object
+    part: Part
+
+    @property
+    def kind(self) -> tuple[str, int]:
+        """Those that take about as long."""
+        return self.spec.name, self.part.stage
+
+    def __str__(self) -> str:
+        return f"{self.spec.name} {self.case}"
 
 
 def main(options: argparse.Namespace) -> list[Path]:
@@ -50,7 +74,7 @@ def main(options: argparse.Namespace) -> list[Path]:
     for spec in specs:
         file = files[spec.name] = ResultFile(options.out / f"{spec.name}_{slug(facts)}.jsonl")
         if file.machine != facts:
-            peaks = peaks or ceilings(device, {case.dtype for cases in planned.values() for case in cases})
+            peaks = peaks or ceilings(device, {unit.case.dtype for units in planned.values() for unit in units})
         aside += [path for path in [file.begin(spec.name, facts, peaks)] if path]
     for path in aside:
         console.print(f"results of another commit, machine or choice are now in {path}")
@@ -58,65 +82,108 @@ def main(options: argparse.Namespace) -> list[Path]:
         unit, size = ("GB/s copy", 1e9) if name == "bytes" else (f"TFLOP/s {name.removeprefix('torch.')}", 1e12)
         console.print(f"ceiling, measured: {peak / size:.2f} {unit}")
 
-    left = [(spec, case) for spec in specs for case in planned[spec.name] if str(case) not in files[spec.name].cases]
+    left = [unit for units in planned.values() for unit in units if not is_done(unit, files[unit.spec.name])]
     total = sum(map(len, planned.values()))
     if len(left) < total:
         console.print(f"{total - len(left)} of {total} cases are there already")
-    took: dict[str, list[float]] = {spec.name: [] for spec in specs}
-    with tqdm(total=total, initial=total - len(left), unit="case", bar_format=_BAR, leave=False) as bar:
-        while chosen := next_case(left, took, remaining := deadline - time.perf_counter()):
-            spec, case = chosen
-            bar.set_description(f"{remaining / 60:.1f} min left, {spec.name} {case}"[:60])
-            request = Request(
-                device, files[spec.name].ceilings, seconds_of(spec, left, remaining), tuple(options.mode),
-                tuple(options.provider),
-            )  # fmt: skip
-            began = time.perf_counter()
-            rows = spec.measure(case, request)
-            took[spec.name].append(time.perf_counter() - began)
-            left.remove(chosen)
-            state = gpu_state() if device == "cuda" else {}
-            files[spec.name].add(str(case), [row | state for row in rows])
-            with console.capture() as capture:
-                console.print(tables.terminal(files[spec.name].cases[str(case)], spec.columns))
-            tqdm.write(capture.get())
-            bar.update()
+    took = measure(left, files, device, options, deadline, total)
     if left:
         console.print(f"out of time, {len(left)} cases are left: the same command goes on with them")
     for spec in specs:
         rows = files[spec.name].rows
         if rows:
-            console.print(f"{spec.name}: {spec.summary(rows)}", highlight=False)
-            console.print(f"plot: {spec.plot(rows, where(facts), files[spec.name].path.with_suffix('.png'))}")
+            seconds = sum(sum(times) for (name, _), times in took.items() if name == spec.name)
+            console.print(f"{spec.name}, {seconds / 60:.1f} min: {spec.summary(rows)}", highlight=False)
+            if not options.no_plots and any("mode" in row for row in rows):
+                console.print(f"plot: {spec.plot(rows, where(facts), files[spec.name].path.with_suffix('.png'))}")
     return [file.path for file in files.values()]
 
 
+#: Whose failure is no single provider's.
+EVERYONE = "every provider"
 _BAR = "{desc} |{bar}| {n_fmt}/{total_fmt}, {elapsed}"
 
 
-def asked_for(spec: OpSpec, device: str, options: argparse.Namespace) -> list:
-    """The op's cases that were asked for, what matters most first."""
-    return [
+def measure(
+    left: list[Unit],
+    files: dict[str, ResultFile],
+    device: str,
+    options: argparse.Namespace,
+    deadline: float,
+    total: int,
+) -> dict[tuple[str, int], list[float]]:
+    """Into the files, until time is over; what is measured is no longer `left`. The seconds that each took, by kind."""
+    took: dict[tuple[str, int], list[float]] = {unit.kind: [] for unit in left}
+    console = Console(width=WIDTH)
+    guarding = contextlib.closing(Guard(LIMIT if device == "cuda" else None))
+    counting = tqdm(total=total, initial=total - len(left), unit="case", bar_format=_BAR, leave=False, disable=None)
+    with guarding as guard, counting as bar:
+        while unit := next_unit(left, took, remaining := deadline - time.perf_counter()):
+            file, case = files[unit.spec.name], str(unit.case)
+            bar.set_description(f"{remaining / 60:.1f} min left, {unit}"[:60])
+            guard.failed, guard.without, guard.lose = {}, file.lost, partial(lose, file, unit)
+            request = Request(
+                device, file.ceilings, seconds_of(unit, left, remaining), tuple(options.mode), tuple(options.provider),
+                unit.part, guard,
+            )  # fmt: skip
+            began, rows = time.perf_counter(), []
+            with guard(EVERYONE):
+                rows = unit.spec.measure(unit.case, request)
+            if not rows:
+                rows = [{"provider": EVERYONE, "failed": guard.failed.get(EVERYONE, "no provider is here")}]
+            took[unit.kind].append(time.perf_counter() - began)
+            left.remove(unit)
+            state = gpu_state() if device == "cuda" else {}
+            file.add(case, [row | state for row in rows], unit.part.name)
+            with console.capture() as capture:
+                console.print(tables.terminal(file.cases[case], unit.spec.columns))
+            tqdm.write(capture.get())
+            bar.update()
+    return took
+
+
+def lose(file: ResultFile, unit: Unit, provider: str, why: str) -> NoReturn:
+    """Notes who took the process with it, and ends it without the end of a program: a lost GPU would answer that. The
+    case is still to do, unless it was no single provider."""
+    rows = [{"provider": provider, "failed": f"it took the process with it: {why}"}]
+    file.add(str(unit.case), rows, unit.part.name if provider == EVERYONE else None)
+    print(f"{unit}: {provider}: {why}: the same command goes on without it", flush=True)
+    os._exit(LOST)
+
+
+def asked_for(spec: OpSpec, device: str, options: argparse.Namespace) -> list[Unit]:
+    """The parts of the op's cases that were asked for, what matters most first."""
+    cases = [
         case for case in spec.cases(device)
         if options.dtype in (None, str(case.dtype).removeprefix("torch."))
         and (not options.case or any(part in str(case) for part in options.case))
     ]  # fmt: skip
+    units = [Unit(spec, case, part) for case in cases for part in spec.parts(case, device)]
+    if not options.provider:
+        return units
+    asked = [name for name in spec.providers(device) if Request(device, providers=tuple(options.provider)).wants(name)]
+    return [unit for unit in units if unit.part.name == WHOLE or any(map(unit.part.wants, asked))]
 
 
-def next_case(
-    left: list[tuple[OpSpec, object]], took: dict[str, list[float]], remaining: float
-) -> tuple[OpSpec, object] | None:
-    """Of the op that has had the least of its share, so that all are there if time runs out; None if that is so: if
-    what remains is less than the longest case of each op took, or nothing."""
-    fits = [(spec, case) for spec, case in left if remaining > max(took[spec.name], default=0.0)]
-    return min(fits, key=lambda one: sum(took[one[0].name]) / one[0].share, default=None)
+def is_done(unit: Unit, file: ResultFile) -> bool:
+    return bool({(str(unit.case), part) for part in (unit.part.name, WHOLE)} & file.done)
 
 
-def seconds_of(spec: OpSpec, left: list[tuple[OpSpec, object]], remaining: float) -> float:
-    """Of the op's next case: its part of what remains, by its share among the ops that are left, over its cases."""
-    shares = {other.name: other.share for other, _ in left}
-    cases = sum(1 for other, _ in left if other is spec)
-    return remaining * spec.share / sum(shares.values()) / cases
+def next_unit(left: list[Unit], took: dict[tuple[str, int], list[float]], remaining: float) -> Unit | None:
+    """Of the lowest stage, and there of the op that has had the least of its share, so that all are there if time runs
+    out; None if that is so: if what remains is less than the longest of each kind took, or nothing."""
+    fits = [unit for unit in left if remaining > max(took[unit.kind], default=unit.part.least)]
+    return min(fits, key=lambda unit: (unit.part.stage, sum(took[unit.kind]) / unit.spec.share), default=None)
+
+
+def seconds_of(unit: Unit, left: list[Unit], remaining: float) -> float:
+    """What a case is given: its part of what remains, by its op's share among those that are left in its stage, over
+    their cases; within the bounds of its part."""
+    of_stage = [other for other in left if other.part.stage == unit.part.stage]
+    shares = {other.spec.name: other.spec.share for other in of_stage}
+    cases = sum(1 for other in of_stage if other.spec is unit.spec)
+    least, most = unit.part.seconds
+    return min(most, max(least, remaining * unit.spec.share / sum(shares.values()) / cases))
 
 
 def slug(facts: dict[str, str]) -> str:

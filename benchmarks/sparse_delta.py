@@ -29,10 +29,11 @@ from peft_kernels.testing.sparse_delta import SparseCase
 from peft_kernels.testing.timing import Timer, interleaved
 
 from . import plots
+from .guard import failures
 from .measure import peak_bytes, rows_of, saved_bytes
 from .registry import BACKWARD, BOTH, FORWARD, STEP, OpSpec, Request
 from .resultfile import Row
-from .sparse_providers import ACCELERATED, BARE, DENSE, SHIRA, Lane, check, makers, of_ours, right_results
+from .sparse_providers import ACCELERATED, BARE, DENSE, SHIRA, Lane, absent, check, makers, of_ours, right_results
 
 PARTS = (FORWARD, BOTH, STEP)
 REFERENCES = {"bare": BARE, "dense": DENSE, "shira": SHIRA}
@@ -157,19 +158,23 @@ def measure(work: Work, request: Request) -> list[Row]:
     lanes: dict[str, Lane] = {}
     rows: list[Row] = []
     results = right_results(case)
-    for make in makers(request.device, pattern.r > 0, shape.dtype, layout.kind):
-        lane = make(case)
-        if not request.wants(lane.name) and lane.name not in REFERENCES.values():
+    guard, skipped = request.guard, absent(request.device) | request.guard.without
+    for name, make in makers(request.device, pattern.r > 0, shape.dtype, layout.kind).items():
+        if not request.wants(name) and name not in REFERENCES.values():
             continue
-        error = check(lane, *results)
-        if error:
-            rows.append({"provider": lane.name, "error": error})
-        else:
-            lanes[lane.name] = make(case)
+        if name in skipped:
+            rows.append({"provider": name, "skipped": skipped[name]})
+            continue
+        with guard(name):
+            error = check(make(case), *results)
+            if error:
+                rows.append({"provider": name, "error": error})
+            else:
+                lanes[name] = make(case)
     del results
     seconds = request.seconds - (time.perf_counter() - began)
     calls = {name: lane.step for name, lane in lanes.items()}
-    times = interleaved(calls, Timer(request.device), seconds, least=3, most=30)
+    times = interleaved(calls, Timer(request.device), seconds, least=3, most=30, guard=guard)
     for row in rows_of(times, PARTS, REFERENCES):
         lane, mode = lanes[row["provider"]], row["mode"]
         if request.modes and mode not in request.modes:
@@ -178,13 +183,14 @@ def measure(work: Work, request: Request) -> list[Row]:
         floor = max(flops(shape, layout.nnz, mode) / rate, bytes_moved(shape, layout, mode) / bandwidth)
         row["of_floor"] = row["p50_us"] / (1e6 * floor)
         if mode == STEP:
-            row |= memory(lane, case, request.device)
+            with guard(lane.name):
+                row |= memory(lane, case, request.device)
         rows.append(row)
-    steps = {row["provider"]: row for row in rows if row.get("mode") == STEP}
+    steps = {row["provider"]: row for row in rows if row.get("mode") == STEP and "memory_bytes" in row}
     for row in steps.values():
         for key in ("memory", "memory_without_weight"):
             row[f"{key}_of_dense"] = row[f"{key}_bytes"] / steps[DENSE][f"{key}_bytes"] if DENSE in steps else None
-    return [facts | row for row in rows]
+    return [facts | row for row in [*rows, *failures(guard)]]
 
 
 def memory(lane: Lane, case: SparseCase, device: str) -> Row:
@@ -229,12 +235,8 @@ def summary(rows: list[Row]) -> str:
 
 
 def providers(device: str) -> dict[str, str | None]:
-    from importlib.util import find_spec
-
-    tiny = make_case(Shape(2, 64, 64, torch.float32), Pattern("entries", r=1), "cpu")
-    peft = find_spec("peft") is not None
-    names = {make(tiny).name: None for make in makers(device, peft, torch.bfloat16)}
-    return names | ({} if peft else {SHIRA: "peft is not installed"})
+    why = absent(device)
+    return {name: why.get(name) for name in makers(device, True, torch.bfloat16)}
 
 
 def plot(rows: list[Row], where: str, path: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,9 @@ import peft_kernels as pk
 from peft_kernels import backends
 from peft_kernels.testing import assert_within_eager
 from peft_kernels.testing.sparse_delta import SparseCase, eager, truth
+
+from .providers import why_not_installed
+from .providers.ours import why_not
 
 BARE, DENSE, SCATTER = "bare linear", "dense, masked", "clone + scatter"
 SHIRA, ACCELERATED = "PEFT SHiRA", "PEFT SHiRA, accelerated"
@@ -221,15 +225,25 @@ class Apart(Forced):
 
 def makers(
     device: str, shira: bool, dtype: torch.dtype = torch.float32, kind: str = "entries"
-) -> list[Callable[[SparseCase], Lane]]:
-    """What can run here for a layout of this kind, the bare linear first: on a GPU each backend, on a CPU what `auto`
-    takes. `shira`: whether the layout is one that PEFT's SHiRA can have."""
-    found: list[Callable[[SparseCase], Lane]] = [Lane, DenseMasked, CloneScatter]
-    found += [Shira, AcceleratedShira] if shira else []
-    on_gpu = ("triton", "cuda", "reference")
-    can_run = [backend for backend in on_gpu if backends.takes("sparse_delta_linear", backend, device, dtype, kind)]
-    for backend in can_run if device == "cuda" else ("auto",):
-        found += [lambda case, kind=kind, backend=backend: kind(case, backend) for kind in (Ours, Apart)]
+) -> dict[str, Callable[[SparseCase], Lane]]:
+    """Name → what makes it, for a layout of this kind, the bare linear first; ours on a GPU by each backend that takes
+    it, on a CPU by what `auto` takes. `shira`: whether the layout is one that PEFT's SHiRA can have."""
+    kinds = [Lane, DenseMasked, CloneScatter, *([Shira, AcceleratedShira] if shira else [])]
+    found: dict[str, Callable[[SparseCase], Lane]] = {kind.name: kind for kind in kinds}
+    takes = backends.OPS["sparse_delta_linear"].backends
+    on_gpu = [backend for backend in ("triton", "cuda", "reference") if takes[backend].includes(dtype, kind)]
+    for backend in on_gpu if device == "cuda" else ("auto",):
+        for lane in (Ours, Apart):
+            found[f"{lane.name}, {backend}"] = partial(lane, backend=backend)
+    return found
+
+
+def absent(device: str) -> dict[str, str]:
+    """Name → why it is not here."""
+    found = {name: why for name in (SHIRA, ACCELERATED) if (why := why_not_installed("peft"))}
+    for backend in ("triton", "cuda") if device == "cuda" else ():
+        if why := why_not(backend):
+            found |= {f"{kind.name}, {backend}": why for kind in (Ours, Apart)}
     return found
 
 

@@ -53,24 +53,34 @@ def lines(rows: list[Row], columns: Columns) -> tuple[list[str], list[list[str]]
     return ["", *modes, "spread", *columns], body
 
 
-def terminal(rows: list[Row], columns: Columns) -> Table:
-    """Of one case. Who was wrong stands at the foot, with what was wrong; who could not run is left out."""
+def fault(row: Row, wrong: str) -> str:
+    """Why a provider has no time although it is here; empty where it has."""
+    if row.get("failed"):
+        return f"failed: {row['failed']}"
+    return f"{wrong}: {row['error']}" if row.get("error") else ""
+
+
+def terminal(rows: list[Row], columns: Columns) -> Table | Text:
+    """Of one case. Who was wrong or failed stands at the foot, with the reason; who could not run is left out."""
     title = f"{rows[0]['op']}: {rows[0]['case']}"
-    result = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), caption_justify="left")
+    wrong = [f"{row['provider']}: {what}" for row in rows if (what := fault(row, "wrong, not timed"))]
+    faults = Text("\n".join(wrong), "bold red")
     head, body = lines(rows, columns)
+    if not body:  # a table would be as narrow as its headings
+        return Text.assemble(title, "\n", faults)
+    result = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), caption_justify="left")
     for number, heading in enumerate(head):
         result.add_column(heading, justify="right" if number else "left", no_wrap=True)
     for cells in body:
         result.add_row(*cells)
-    wrong = [f"{row['provider']}: wrong, not timed: {row['error']}" for row in rows if row.get("error")]
-    result.caption = Text("\n".join(wrong), "bold red") if wrong else None
+    result.caption = faults if wrong else None
     return result
 
 
 def markdown(rows: list[Row], columns: Columns) -> str:
     """Of one case."""
     head, body = lines(rows, columns)
-    body += [[row["provider"], f"wrong: {row['error']}"] + [""] * (len(head) - 2) for row in rows if row.get("error")]
+    body += [[row["provider"], what] + [""] * (len(head) - 2) for row in rows if (what := fault(row, "wrong"))]
     return grid([heading.replace("\n", " ") for heading in head], body, "--:")
 
 

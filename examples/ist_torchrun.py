@@ -68,7 +68,7 @@ def train(steps: int, fsdp: bool, device: str) -> pk.ist.IST:
 
     def estimated() -> dict[str, torch.Tensor]:
         """This process' part of an estimate's batch."""
-        return batch(10_000 + len(ist.history) * world + rank, rows=max(1, CONFIG.examples // world))
+        return batch(10_000 + ist.estimates * world + rank, rows=max(1, CONFIG.examples // world))
 
     for step in range(steps):
         ist.before_step(estimated)

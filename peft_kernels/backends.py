@@ -33,6 +33,9 @@ class Capability(NamedTuple):
     dtypes: tuple[torch.dtype, ...] | None = None
     options: tuple[str, ...] | None = None
 
+    def includes(self, dtype: torch.dtype, option: str = "") -> bool:
+        return (self.dtypes is None or dtype in self.dtypes) and (not self.options or option in ("", *self.options))
+
 
 class Op(NamedTuple):
     """One row of the dispatch table.

@@ -214,7 +214,7 @@ def test_sparse_launches_are_what_torch_runs(provider, dtype):
     pytest.importorskip("peft")
     shape, pattern = sparse_delta.Shape(128, 96, 80, dtype), Pattern("entries", r=4)
     case = sparse_delta.make_case(shape, pattern, "cpu")
-    lane = next(lane for make in makers("cpu", shira=True) if (lane := make(case)).name == provider)
+    lane = makers("cpu", shira=True)[provider](case)
     lane.step()
     with Recorded(("mm", "_to_copy", "mul", "clone", "masked_fill_")) as recorded:
         lane.step()

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import compare, host, kernels, lora, providers, run, specs
+from benchmarks import compare, host, kernels, lora, providers, run, sparse_providers, specs
+from benchmarks import guard as guarding
+from benchmarks.guard import Guard
 from benchmarks.lora import Shape, base_flops, bytes_moved, check, flops, make_inputs
 from benchmarks.measure import peak_bytes, quantile, rows_of, saved_bytes
 from benchmarks.model import launches
@@ -132,6 +135,110 @@ class TestTiming:
         assert [(r["provider"], r["mode"]) for r in rows_of(times, (FORWARD,), {})] == [("a", FORWARD), ("b", FORWARD)]
 
 
+class TestGuard:
+    def test_what_is_raised_is_kept(self):
+        guard = Guard()
+        with guard("one"):
+            raise ValueError("expected that, got this\nand more")
+        with guard("other"):
+            pass
+        assert guard.failed == {"one": "ValueError: expected that, got this"}
+        with pytest.raises(KeyboardInterrupt), guard("one"):
+            raise KeyboardInterrupt
+
+    def test_a_lost_gpu_ends_the_process(self, monkeypatch):
+        lost = []
+        monkeypatch.setattr(guarding, "device_fault", lambda: "CUDA error: an illegal memory access was encountered")
+        guard = Guard(lose=lambda *what: lost.append(what))
+        with guard("one"):
+            raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+        assert lost == [("one", "CUDA error: an illegal memory access was encountered")]
+
+    def test_what_does_not_come_back(self, monkeypatch):
+        """The time of the inner one counts, not of what it is part of."""
+        ended, lost, statuses = threading.Event(), [], []
+
+        def exit_(status):
+            statuses.append(status)
+            guard.close()
+            ended.set()
+
+        monkeypatch.setattr(guarding.os, "_exit", exit_)
+        guard = Guard(0.2, lambda *what: lost.append(what))
+        with guard("all"), guard("one"):
+            assert ended.wait(60)
+        assert lost == [("one", "it did not come back within 0.2 s")]
+        assert statuses == [guarding.LOST]
+
+    def test_in_rounds(self):
+        """One that raises in the third round is over; the others go on, in the order that they would have had."""
+        called, guard = [], Guard()
+
+        def call(name):
+            called.append(name)
+            if name == "b" and called.count("b") == 6:
+                raise ZeroDivisionError("later")
+
+        calls = {name: whole(partial(call, name)) for name in "abc"}
+
+        def timer(call, repeats):
+            call(lambda: None)
+            return (1.0,)
+
+        times = interleaved(calls, timer, seconds=0.0, least=5, guard=guard)
+        assert {name: len(values) for name, values in times.items()} == {"a": 5, "c": 5}
+        assert guard.failed == {"b": "ZeroDivisionError: later"}
+
+        def raise_(mark):
+            raise ZeroDivisionError
+
+        assert interleaved({"b": raise_}, timer, seconds=0.0, guard=guard) == {}
+        with pytest.raises(ZeroDivisionError):
+            interleaved({"b": raise_}, timer, seconds=0.0)
+
+
+class TestOrder:
+    """On a GPU, by what the ops say of themselves."""
+
+    @staticmethod
+    def units(*arguments):
+        options = command.parsed(["run", "--device", "cuda", *arguments])
+        return [unit for name in options.op or SPECS for unit in run.asked_for(SPECS[name], "cuda", options)]
+
+    def test_the_bars_come_first_and_compilers_last(self):
+        units = self.units()
+        stages = sorted({unit.part.stage for unit in units})
+        assert stages == [0, 1, 2, 3]
+        first = [unit for unit in units if unit.part.stage == 0]
+        assert [str(unit) for unit in first] == [f"lora_linear M=8192 4096→4096 R=16 bf16 p={p}" for p in ("0", "0.1")]
+        names = SPECS["lora_linear"].providers("cuda")
+        wanted = {name for name in names if first[0].part.wants(name)}
+        assert wanted == {BARE, EAGER, PEFT, *(name for name in names if name.startswith("ours"))}
+        assert {unit.spec.name for unit in units if unit.part.stage == 2} == {"ist_step"}
+        last = [unit for unit in units if unit.part.stage == 3]
+        assert {name for unit in last for name in names if unit.part.wants(name)} == set(ONE_AT_A_TIME)
+        assert all(unit.part.seconds == (2.0, 4.0) for unit in units if unit.spec.name != "ist_step")
+
+    def test_every_provider_is_of_one_part_of_a_case(self):
+        for spec in SPECS.values():
+            for case in spec.cases("cuda"):
+                for name in spec.providers("cuda"):
+                    assert sum(part.wants(name) for part in spec.parts(case, "cuda")) == 1, (str(case), name)
+
+    def test_a_part_without_a_provider_that_was_asked_for_is_left_out(self):
+        assert {unit.part.name for unit in self.units("--op", "lora_linear", "--provider", "ours")} == {"bars", "grid"}
+        assert {unit.part.name for unit in self.units("--op", "host", "--provider", "PEFT")} == {"all"}
+
+    def test_native_providers_ask_for_the_library(self, monkeypatch):
+        monkeypatch.setattr(providers.ours._native, "why_not", lambda: "it was not built")
+        found = {p.name: p.why_not for p in providers.ours.providers("cuda")}
+        assert found["ours, cuda:passes"] == found["ours, cuda:fused"] == "it was not built"
+        assert found["ours, reference"] is None
+        assert sparse_providers.absent("cuda") == {
+            "ours, cuda": "it was not built", "ours, Δ apart, cuda": "it was not built",
+        }  # fmt: skip
+
+
 class TestResultFile:
     FACTS: ClassVar = {"device": "cpu", "cpu": "a processor", "threads": "2", "commit": "abc"}
 
@@ -148,6 +255,22 @@ class TestResultFile:
         assert again.rows == file.rows
         assert again.rows[0] == {"op": "lora_linear", "case": "one", "provider": "a", "mode": BOTH, "p50_us": 1.5}
         assert aside is None
+
+    def test_parts_of_a_case(self, tmp_path):
+        """The first rows of a provider count; a lost one leaves the case to do."""
+        path = tmp_path / "results.jsonl"
+        file, _ = self.begun(path)
+        file.add("one", [{"provider": "a", "p50_us": 1.0}, {"provider": "b", "p50_us": 2.0}], "bars")
+        file.add("one", [{"provider": "c", "failed": "it took the process with it: gone"}], None)
+        for found in (file, ResultFile(path)):
+            assert found.done == {("one", "bars")}
+            assert found.lost == {"c": "it took the process with it: gone (at one)"}
+        file.add("one", [{"provider": "a", "p50_us": 3.0}, {"provider": "c", "skipped": "it took …"}], "grid")
+        found = ResultFile(path)
+        assert found.done == {("one", "bars"), ("one", "grid")}
+        assert [(row["provider"], row.get("p50_us"), row.get("failed")) for row in found.rows] == [
+            ("a", 1.0, None), ("b", 2.0, None), ("c", None, "it took the process with it: gone"),
+        ]  # fmt: skip
 
     @pytest.mark.parametrize("cut", [1, 30])
     def test_what_a_kill_cut_off_is_dropped(self, tmp_path, cut):
@@ -251,6 +374,61 @@ class TestCommand:
         assert len(found) == 2
         assert all("max error" in row["error"] and "p50_us" not in row for row in found)
 
+    @pytest.mark.parametrize("where", ["its building", "its check", "the rounds", "its memory"])
+    def test_a_provider_that_raises_gets_a_row(self, tmp_path, tiny, capsys, monkeypatch, where):
+        right, calls = next(p for p in tiny if p.name == EAGER), []
+
+        def build(case):
+            built = right.build(case)
+
+            def forward():
+                calls.append(None)
+                if where == "its check" or (where == "the rounds" and len(calls) > 3):
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
+                return built.forward()
+
+            if where == "its building":
+                raise ImportError("no module of that name")
+            return replace(built, forward=forward)
+
+        tiny.append(Provider("raises on purpose", build))
+        if where == "its memory":
+            counted = lora.saved_bytes
+
+            def saved(forward, kept):
+                if calls:
+                    raise RuntimeError("no hooks here")
+                return counted(forward, kept)
+
+            monkeypatch.setattr(lora, "saved_bytes", saved)
+        command.main([*ARGUMENTS, str(tmp_path)])
+        assert "raises on purpose: failed: " in capsys.readouterr().out
+        rows = self.rows(tmp_path)
+        (failed, _) = [row for row in rows if row["provider"] == "raises on purpose" and row.get("failed")]
+        assert failed["failed"] in (
+            "ImportError: no module of that name", "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB",
+            "RuntimeError: no hooks here",
+        )  # fmt: skip
+        others = {row["provider"] for row in rows if row["case"] == str(SMALL) and row.get("mode") == BOTH}
+        assert {BARE, EAGER, PEFT, "ours, reference"} <= others
+
+    def test_a_case_that_raises_gets_a_row(self, tmp_path, tiny, monkeypatch, capsys):
+        measure = specs.SPECS["lora_linear"].measure
+
+        def raising(case, request):
+            if case is SMALL:
+                raise RuntimeError("no inputs")
+            return measure(case, request)
+
+        monkeypatch.setitem(specs.SPECS, "lora_linear", replace(specs.SPECS["lora_linear"], measure=raising))
+        command.main([*ARGUMENTS, str(tmp_path)])
+        assert "every provider: failed: RuntimeError: no inputs" in " ".join(capsys.readouterr().out.split())
+        assert {row["case"] for row in self.rows(tmp_path) if "mode" in row} == {"M=5 24→16 R=4 f32 p=0"}
+
+    def test_without_pictures(self, tmp_path, tiny):
+        command.main([*ARGUMENTS, str(tmp_path), "--no-plots"])
+        assert [path.suffix for path in tmp_path.iterdir()] == [".jsonl"]
+
     def test_choice(self, tmp_path, tiny):
         command.main([*ARGUMENTS, str(tmp_path), "--provider", "ours", "--mode", "forward", "--case", "M=5"])
         rows = [row for row in self.rows(tmp_path) if "mode" in row]
@@ -325,6 +503,18 @@ def test_host_costs():
     assert "× PEFT's forward: ours, nn.LoRALinear" in host.summary([row | {"case": "c"} for row in rows])
 
 
+def test_a_machine_without_peft_has_the_other_providers(tmp_path):
+    code = (
+        "import sys; sys.modules['peft'] = sys.modules['transformers'] = None\n"
+        "from benchmarks import ist_step, host\nfrom benchmarks.registry import Request\n"
+        "rows = host.measure(host.LAYER, Request('cpu', seconds=0.01))\n"
+        "print([row.get('failed', row['provider']) for row in rows if row.get('mode') != 'forward'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert "'nn.Linear', 'ours, nn.LoRALinear'" in done.stdout, done.stderr
+    assert done.stdout.count("ModuleNotFoundError: ") == 2
+
+
 def test_rows_are_json():
     rows = lora.measure(SMALL, Request("cpu", CEILINGS, 0.1, providers=("ours",)))
     assert json.loads(json.dumps(rows)) == rows
@@ -377,6 +567,7 @@ class TestKernels:
             command.main(["kernels"])
 
     @pytest.mark.gpu
+    @pytest.mark.time_limit(180)
     @pytest.mark.parametrize("options", [[], ["--once"]])
     def test_on_a_gpu(self, options, capsys):
         command.main(["kernels", "--case", "M=256 ", "--provider", "bare", "--provider", "ours, triton", *options])

@@ -18,7 +18,7 @@ def finished(tmp_path_factory):
     output = tmp_path_factory.mktemp("demo")
     done = subprocess.run(
         [sys.executable, "-m", "examples.finetune_smollm2", "--device", "cpu", "--steps", "2", "--batch-size", "2",
-         "--held-out", "2", "--rounds", "1", "--output", str(output)],
+         "--held-out", "2", "--rounds", "1", "--output", str(output), "--report", str(output / "report" / "demo.md")],
         cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -28,11 +28,13 @@ def finished(tmp_path_factory):
 def test_ends_with_its_table(finished):
     printed, _ = finished
     for words in (
-        "training loss", "held-out loss", "exact match", "steps/s", "tokens/s", "peak resident memory",
-        "activations for backward", "layer updates, min/mean/max", "backward skipped", "time of estimates",
-        "largest difference of the training losses", "interleaved rounds", "210 of 210 LoRA layers",
+        "training loss", "held-out loss", "exact match", "time of a step", "peak resident memory",
+        "activations for backward", "layer updates, min/mean/max", "backward skipped", "with its estimates",
+        "largest difference of the training losses", "1 interleaved rounds", "210 of 210 LoRA layers",
+        "IST estimated importance by ", "of their time for a CPU",
     ):  # fmt: skip
-        assert words in printed
+        assert words in " ".join(printed.split())
+    assert "steps/s" not in printed and "tokens/s" not in printed
     assert max(map(len, printed.splitlines())) <= 80
 
 
@@ -51,7 +53,12 @@ def test_the_row_of_ist(finished):
     assert mean == "0.5"
     assert least == "0"
     assert most in ("1", "2")
-    assert float(cells(printed, "time of estimates")[2].removesuffix(" s")) > 0
+    seconds = [float(cell.removesuffix(" s")) for cell in cells(printed, "time of a step")]
+    one, accelerated, sparse = cells(printed, "… / PEFT's")
+    assert one == "1"
+    assert float(accelerated.split()[0]) == pytest.approx(seconds[1] / seconds[0], abs=0.02)
+    assert float(sparse.split()[0]) == pytest.approx(seconds[2] / seconds[0], abs=0.02)
+    assert float(cells(printed, "… with its estimates")[2]) > float(sparse.split()[0])
     _, all_layers, some_layers = (int(cell.removesuffix(" MiB")) for cell in cells(printed, "activations for backward"))
     assert 0 < some_layers < all_layers
     before, after = zip(*(cell.split(" → ") for cell in cells(printed, "held-out loss")))
@@ -65,6 +72,17 @@ def test_both_full_runs_compute_the_same(finished):
     printed, _ = finished
     (line,) = [line for line in printed.splitlines() if line.startswith("largest difference of the training")]
     assert float(line.rpartition(" ")[2]) < 1e-4
+
+
+def test_the_report_is_the_table_and_the_facts(finished):
+    _, output = finished
+    text = (output / "report" / "demo.md").read_text()
+    assert text == (output / "results.md").read_text()
+    head, *_ = text.splitlines()
+    assert [cell.strip() for cell in head.strip("|").split("|")] == [
+        "2 steps of 2, before → after", "PEFT", "accelerated", "IST",
+    ]  # fmt: skip
+    assert "\n\nIST estimated importance by " in text
 
 
 def test_plot_and_adapter_are_written(finished):

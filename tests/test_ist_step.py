@@ -4,8 +4,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import ist_step, run, tables
+from benchmarks import ist_providers, ist_step, run, tables
 from benchmarks.authors_ist import AuthorsIST
+from benchmarks.guard import Guard
 from benchmarks.ist_providers import (
     ACCELERATED,
     AT_LABELS,
@@ -21,7 +22,7 @@ from benchmarks.ist_providers import (
     make_lanes,
 )
 from benchmarks.ist_providers import saved_bytes as saved
-from benchmarks.registry import Request
+from benchmarks.registry import Part, Request
 from benchmarks.specs import SPECS
 from tests.ist.transcription import ist as transcribed
 
@@ -34,7 +35,7 @@ def case():
 
 @pytest.fixture
 def lanes(case):
-    return {lane.name: lane for lane in make_lanes(case.base)}
+    return {lane.name: lane for lane in make_lanes(case.base, Guard())}
 
 
 def test_a_tiny_run(tmp_path):
@@ -67,24 +68,36 @@ def test_a_tiny_run(tmp_path):
 
 def test_time_is_shared():
     specs = [SPECS["lora_linear"], SPECS["ist_step"]]
-    left = [(spec, case) for spec in specs for case in range(2)]
+    left = [run.Unit(spec, case, Part()) for spec in specs for case in range(2)]
     shares = [spec.share for spec in specs]
-    assert run.seconds_of(specs[0], left, 70.0) == pytest.approx(70.0 * shares[0] / sum(shares) / 2)
-    assert run.seconds_of(specs[1], left[3:], 70.0) == 70.0
+    assert run.seconds_of(left[0], left, 70.0) == pytest.approx(70.0 * shares[0] / sum(shares) / 2)
+    assert run.seconds_of(left[3], left[3:], 70.0) == 70.0
+    later = [unit._replace(part=Part("later", 2, seconds=(2.0, 4.0))) for unit in left]
+    assert run.seconds_of(left[3], [left[3], *later], 70.0) == 70.0  # what is later gets what is left
+    assert [run.seconds_of(later[0], later[:2], remaining) for remaining in (1.0, 6.0, 70.0)] == [2.0, 3.0, 4.0]
 
 
 def test_the_next_case_is_of_the_op_that_has_had_least():
     lora, ist = SPECS["lora_linear"], SPECS["ist_step"]
-    left = [(lora, "one"), (lora, "other"), (ist, "whole")]
-    took = {lora.name: [], ist.name: []}
-    assert run.next_case(left, took, 9.0) == (lora, "one")
-    took[lora.name] = [2.0, 3.0]
-    assert run.next_case(left, took, 9.0) == (ist, "whole")
-    took[ist.name] = [5.0 / lora.share * ist.share + 0.1]
-    assert run.next_case(left, took, 99.0) == (lora, "one")
-    assert run.next_case(left[2:], took, 5.0) is None  # its first took longer
-    assert run.next_case(left, took, 2.9) is None
-    assert run.next_case([], took, 9.0) is None
+    one, other, whole = left = [
+        run.Unit(lora, "one", Part()),
+        run.Unit(lora, "other", Part()),
+        run.Unit(ist, "", Part()),
+    ]
+    took = {one.kind: [], whole.kind: []}
+    assert run.next_unit(left, took, 9.0) is one
+    took[one.kind] = [2.0, 3.0]
+    assert run.next_unit(left, took, 9.0) is whole
+    took[whole.kind] = [5.0 / lora.share * ist.share + 0.1]
+    assert run.next_unit(left, took, 99.0) is one
+    assert run.next_unit(left[2:], took, 5.0) is None  # its first took longer
+    assert run.next_unit(left, took, 2.9) is None
+    assert run.next_unit([], took, 9.0) is None
+    first, last = (one._replace(part=Part(name, stage, least=20.0)) for name, stage in (("bars", 0), ("compiled", 3)))
+    took |= {first.kind: [], last.kind: []}
+    assert run.next_unit([last, other, first], took, 99.0) is first
+    assert run.next_unit([last, other, first], took, 9.0) is other  # which takes less than the 20 s that both need
+    assert run.next_unit([last], took, 19.0) is None
 
 
 def test_the_authors_ist_is_the_algorithm(case, lanes):
@@ -106,11 +119,42 @@ def test_the_authors_ist_is_the_algorithm(case, lanes):
 
 @pytest.mark.parametrize("wrong", [ACCELERATED, AT_LABELS])
 def test_a_wrong_provider_is_caught(case, lanes, wrong):
-    assert "gradients" in check(list(lanes.values()), case, 1.0)
+    assert check(list(lanes.values()), case, 1.0, Guard()) == {}
     for block in lanes[wrong].blocks:
         block.mlp.up_proj.scaling["default"] *= 1.05
-    with pytest.raises(RuntimeError, match=rf"{wrong}: .*expected a relative error"):
-        check(list(lanes.values()), case, 1.0)
+    (found,) = check(list(lanes.values()), case, 1.0, Guard()).items()
+    assert found[0] == wrong
+    assert "expected a relative error" in found[1]
+
+
+def test_a_lane_that_raises_or_is_wrong_costs_its_own_row(case, monkeypatch):
+    """In its first step, and in the middle of the rounds."""
+    steps = {LORA: 0, OURS: 0}
+    step, loss = ist_providers.Lane.step, ist_providers.Lane.loss
+
+    def failing_step(lane, batch):
+        steps[lane.name] = steps.get(lane.name, 0) + 1
+        if lane.name == OURS and steps[OURS] == 2:
+            raise ZeroDivisionError("in the middle")
+        return step(lane, batch)
+
+    def failing_loss(lane, batch):
+        if lane.name == AUTHORS:
+            raise RuntimeError("at once")
+        return loss(lane, batch) * (1.5 if lane.name == ACCELERATED else 1.0)
+
+    monkeypatch.setattr(ist_providers.Lane, "step", failing_step)
+    monkeypatch.setattr(ist_providers.Lane, "loss", failing_loss)
+    setting = ist_step.Setting("labels everywhere", 1.0, torch.float32, 16, tiny=True)
+    rows = ist_step.measure(setting, Request("cpu", seconds=100.0), most=4)
+    of = {row["provider"]: row for row in rows}
+    assert of[OURS]["failed"] == "ZeroDivisionError: in the middle"
+    assert of[AUTHORS]["failed"] == "RuntimeError: at once"
+    assert "loss: expected a relative error" in of[ACCELERATED]["error"]
+    assert "p50_us" not in of[OURS] | of[AUTHORS] | of[ACCELERATED]
+    assert of[LORA]["rounds"] == of[BUDGET]["rounds"] == 4
+    assert of[BUDGET]["of_authors"] is None and of[BUDGET]["of_lora"] > 0
+    assert ist_step.summary([row | {"case": "one"} for row in rows]) == ""
 
 
 def test_lanes_share_the_base_alone(lanes):

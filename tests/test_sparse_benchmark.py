@@ -32,9 +32,8 @@ ENTRIES, COLUMNS, RANK = Pattern("entries", 1.0), Pattern("columns", 5.0), Patte
 
 def lanes_of(shape, pattern):
     case = make_case(shape, pattern, "cpu")
-    return case, {
-        lane.name: lane for lane in (make(case) for make in makers("cpu", pattern.r > 0, shape.dtype, case.layout.kind))
-    }
+    found = makers("cpu", pattern.r > 0, shape.dtype, case.layout.kind)
+    return case, {name: make(case) for name, make in found.items()}
 
 
 def test_flops_and_bytes_by_hand():
@@ -156,7 +155,12 @@ def test_a_tiny_run(tmp_path, monkeypatch):
     class Wrong(LearnsTooMuch):
         name = "wrong on purpose"
 
-    monkeypatch.setattr(sparse_delta, "makers", lambda *where, **which: [*makers(*where, **which), Wrong])
+    class Raises(CloneScatter):
+        def backward(self, y, dy):
+            raise ZeroDivisionError("on purpose")
+
+    more = {"wrong on purpose": Wrong, "raises on purpose": Raises}
+    monkeypatch.setattr(sparse_delta, "makers", lambda *where, **which: makers(*where, **which) | more)
     monkeypatch.setattr(sparse_delta, "interleaved", lambda *a, **k: interleaved(*a, **(k | {"most": 3})))
     request = Request("cpu", {"torch.float32": 1e11, "bytes": 1e10}, 100.0)
     rows = []
@@ -164,9 +168,12 @@ def test_a_tiny_run(tmp_path, monkeypatch):
         work = Work(TINY, pattern)
         rows += [{"op": "sparse_delta", "case": str(work)} | row for row in sparse_delta.measure(work, request)]
     console = Console(width=100, record=True)
-    console.print(tables.terminal(rows[-29:], sparse_delta.COLUMNS))
+    console.print(tables.terminal(rows[-30:], sparse_delta.COLUMNS))
     printed = " ".join(console.export_text().split())
-    for words in ("entries r=4", "wrong on purpose: wrong, not timed: weight: max error"):
+    for words in (
+        "entries r=4", "wrong on purpose: wrong, not timed: weight: max error",
+        "raises on purpose: failed: ZeroDivisionError: on purpose",
+    ):  # fmt: skip
         assert words in printed
     assert "at most 0.50 of the memory of dense, masked" in sparse_delta.summary(rows)
     timed = {(row["pattern"], row["provider"], row["mode"]): row for row in rows if "mode" in row}
@@ -174,6 +181,7 @@ def test_a_tiny_run(tmp_path, monkeypatch):
     wrong = [row for row in rows if row.get("error")]
     assert [row["provider"] for row in wrong] == ["wrong on purpose"] * 3
     assert "weight: max error" in wrong[0]["error"]
+    assert [row["provider"] for row in rows if row.get("failed")] == ["raises on purpose"] * 3
     for (pattern, provider, mode), row in timed.items():
         assert row["rounds"] == 3
         assert row["p50_us"] > 0

@@ -351,17 +351,80 @@ def test_crossovers():
     assert plan.largest_up_to([(2, True), (1, True)]) == 2
 
 
-def test_a_crossover_waits_for_all_of_its_sizes():
+def test_crossovers_come_first_from_the_end_at_which_a_bound_grows():
+    jobs = plan.jobs(list(ROOMS), 90)
+    crossovers = [job for job in jobs if job.at]
+    assert jobs[: len(crossovers)] == crossovers
+    for choice, crossover in plan.CROSSOVERS.items():
+        sizes = [math.prod(job.at) for job in crossovers if job.choice == choice]
+        assert len(sizes) == len(crossover.sizes)
+        assert sizes == sorted(sizes, reverse=crossover.of is plan.smallest_from)
+
+
+def test_a_crossover_that_was_not_finished_is_a_bound():
+    """The way in question is taken where it was seen to be faster, and nowhere else."""
     jobs = [job for job in plan.jobs(["sparse_delta"], 90) if job.at]
     rows = {job: [2.0, 1.0 if job.at[0] <= 0.005 else 3.0] for job in jobs}
     assert plan.best(jobs, rows) == {("sampled_up_to", 2): 0.005}
-    rows[jobs[0]] = [2.0, "skipped: OutOfResources"]
+    rows[jobs[-1]] = [2.0, "skipped: OutOfResources"]
     assert plan.best(jobs, rows) == {("sampled_up_to", 2): 0.005}
-    del rows[jobs[0]]
-    assert plan.best(jobs, rows) == {}
+    bounds = [plan.best(jobs, {job: rows[job] for job in jobs[:done]}) for done in range(len(jobs) + 1)]
+    assert bounds == [{}, *({("sampled_up_to", 2): size} for size in (0.0005, 0.001, 0.002, 0.005, 0.005, 0.005))]
+    assert plan.best(jobs, {jobs[2]: rows[jobs[2]]}) == {("sampled_up_to", 2): 0}  # below it nothing is known
+
+    key = "fused_from", 2
+    jobs = [job for job in plan.jobs(["lora_linear"], 90) if job.choice == "fused_from"]
+    rows = {job: [2.0, 1.0 if math.prod(job.at) >= 2**37 else 3.0] for job in jobs}
+    sizes = [plan.best(jobs, {job: rows[job] for job in jobs[:done]}).get(key) for done in range(len(jobs) + 1)]
+    assert sizes[0] is None
+    assert sizes[1] == math.prod(jobs[0].at) == 8192**3
+    assert sizes[1:] == sorted(sizes[1:], reverse=True)
+    assert sizes[-1] == 2**37
+    assert plan.best(jobs, {jobs[0]: [1.0, 2.0]}) == {key: math.inf}
 
 
-def test_two_ways_are_compared_with_the_tiles_that_were_found(tmp_path):
+def test_a_job_that_loses_the_gpu_is_not_tried_again(tmp_path):
+    def measure(job, table):
+        if job == planned[3]:
+            raise session.DeviceLost("CUDA error", ["wrong: it lost the GPU: CUDA error"] * len(job.candidates))
+        return [1.0] * len(job.candidates)
+
+    planned = plan.jobs(FEWER, GPU.architecture)
+    with pytest.raises(session.DeviceLost):
+        session.run(planned, tmp_path, GPU, measure)
+    again = FakeMeasurement()
+    _, rows = run(tmp_path, again)
+    assert again.asked == planned[4:]
+    assert rows[planned[3]][0] == "wrong: it lost the GPU: CUDA error"
+
+
+def test_a_candidate_that_loses_the_gpu_is_named(monkeypatch):
+    from peft_kernels.tune import measure
+    from peft_kernels.tune.problems import Problem
+
+    lost = []
+    monkeypatch.setattr(measure, "device_fault", lambda: "CUDA error" if lost else "")
+
+    def launch(candidate):
+        if candidate == "does not launch":
+            raise torch.AcceleratorError("CUDA error: invalid argument")
+        if candidate == "kills":
+            lost.append(candidate)
+            raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+        return (torch.ones(3),)
+
+    problem = Problem(launch, lambda x: (x,), (torch.ones(3),))
+    assert measure.check(problem, ("does not launch",)) == ["skipped: AcceleratorError: CUDA error: invalid argument"]
+    with pytest.raises(session.DeviceLost) as caught:
+        measure.check(problem, ("sound", "does not launch", "kills", "sound"))
+    assert caught.value.results == [
+        "skipped: the GPU was lost before it was timed", "skipped: AcceleratorError: CUDA error: invalid argument",
+        "wrong: it lost the GPU: CUDA error", "skipped: the GPU was lost",
+    ]  # fmt: skip
+
+
+def test_two_ways_are_compared_with_the_tiles_that_are_known(tmp_path):
+    """Those of an earlier run; in a first run the rules'."""
     tables, in_force = {}, {}
 
     def measure(job, table):
@@ -370,9 +433,12 @@ def test_two_ways_are_compared_with_the_tiles_that_were_found(tmp_path):
             in_force[job] = tuning.load("sparse_delta", GPU, sparse.CHOICES, tmp_path)
         return [float(number) for number in range(len(job.candidates), 0, -1)]  # the last is the fastest
 
-    planned, _ = run(tmp_path, measure, ["sparse_delta"])
-    found = {(job.choice, *job.key): job.candidates[-1] for job in planned if not job.at}
+    planned, _ = run(tmp_path / "first", measure, ["sparse_delta"])
     crossovers = [job for job in planned if job.at]
+    assert all(set(tables[job]) <= {("sampled_up_to", 2)} for job in crossovers)
+    found = {(job.choice, *job.key): job.candidates[-1] for job in planned if not job.at}
+    session.run([job for job in planned if not job.at], tmp_path, GPU, measure)
+    run(tmp_path, measure, ["sparse_delta"])
     assert all(found.items() <= tables[job].items() for job in crossovers)
     assert all(in_force[job] == found for job in crossovers)
     assert tuning.load("sparse_delta", GPU, sparse.CHOICES, tmp_path) == {

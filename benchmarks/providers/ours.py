@@ -1,11 +1,13 @@
-"""`pk.lora_linear`, and `pk.lora_linear_shared_input` where projections share x, by each backend that can run."""
+"""`pk.lora_linear`, and `pk.lora_linear_shared_input` where projections share x, by each backend."""
 
 from __future__ import annotations
+
+from importlib.util import find_spec
 
 import torch
 
 import peft_kernels as pk
-from peft_kernels import backends
+from peft_kernels import _native, backends
 from peft_kernels.testing.lora_linear import LoRACase
 
 from . import Provider, Ready, ready
@@ -15,9 +17,19 @@ def providers(device: str) -> list[Provider]:
     on_gpu = ("triton:fused", "triton:blas", "cuda:passes", "cuda:fused", "reference")
     names = on_gpu if device == "cuda" else ("reference",)
     return [
-        Provider(f"ours, {backend}", lambda case, backend=backend: build(case, backend), our_masks=True)
+        Provider(
+            f"ours, {backend}", lambda case, backend=backend: build(case, backend), our_masks=True,
+            why_not=why_not(backend.partition(":")[0]),
+        )
         for backend in names
-    ]
+    ]  # fmt: skip
+
+
+def why_not(family: str) -> str | None:
+    """Why a family of backends is not here, whatever the tensors."""
+    if family == "triton" and find_spec("triton") is None:
+        return "Triton is not installed"
+    return (family == "cuda" and _native.why_not()) or None
 
 
 def build(case: LoRACase, backend: str) -> Ready:

@@ -3,13 +3,14 @@
 Autograd needs no help to stop below the lowest layer that trains, unless a library makes the model's input require a
 gradient, as transformers does for checkpointing (`enable_input_require_grads`): then the output of the input embeddings
 is detached, unless they train themselves. That is outside of the blocks, so that nothing of it is in what was compiled
-or checkpointed.
+or checkpointed. All of it lasts for a forward: libraries switch checkpointing off and on between two of them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,46 +24,53 @@ MISSING = object()
 
 
 class Backward:
-    """Switches for one model, by the lowest active layer of a step."""
+    """How the blocks of a model run while only some of the layers train: switched for a forward, and back after it."""
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
         self.layers, self._models = layers, models_of_transformers(model)
-        self._cuts: list[torch.utils.hooks.RemovableHandle] = []
-        self._switched: list[tuple[nn.Module, str, Any]] = []  # blocks, and what an attribute of theirs was
+        self._stops, self._excess = False, set()
+        self._instead: dict[Callable, Callable] = {}  # of a block's checkpointing; what is compiled has it in it
 
-    def stop_below(self, lowest: int, depth: int | None = None) -> None:
-        """Let no backward go below layer `lowest`.
+    def stop_below(self, active: Sequence[int], in_use: Sequence[int], depth: int | None = None) -> None:
+        """Let no backward go below the lowest of the `active` layers.
 
         Args:
+            in_use: layers that take part in the loss.
             depth: layers whose activations may be kept; deeper backwards have the excess checkpointed. None: as many
                 as the model keeps anyway.
         """
-        self.release()
-        if lowest > 0:
-            for embeddings in _input_embeddings(self._models):
-                self._cuts.append(embeddings.register_forward_hook(_detached))
-        for number, layer in enumerate(self.layers):
-            block = layer.module
-            if getattr(block, "gradient_checkpointing", False) and number <= lowest and _is_reentrant(block):
-                # The reentrant kind gives no gradient to a block whose input requires none; below there is none anyway.
-                self._switch(block, "gradient_checkpointing", False)
-        if depth is not None:
-            excess = len(self.layers) - lowest - depth
-            for layer in self.layers[lowest : lowest + excess] if excess > 0 else ():
-                if not layer.module.gradient_checkpointing:
-                    self._switch(layer.module, "gradient_checkpointing", True)
-                    self._switch(layer.module, "_gradient_checkpointing_func", NOT_REENTRANT)
+        self._stops = len(active) < len(self.layers)
+        reached = [index for index in in_use if index >= active[0]]
+        self._excess = set(reached[: max(0, len(reached) - depth)]) if self._stops and depth is not None else set()
 
-    def release(self) -> None:
-        """All as it was found."""
-        for cut in self._cuts:
-            cut.remove()
-        for block, name, was in reversed(self._switched):
-            if was is MISSING:
-                delattr(block, name)
-            else:
-                setattr(block, name, was)
-        self._cuts, self._switched = [], []
+    @contextlib.contextmanager
+    def stopping(self) -> Iterator[None]:
+        """A forward whose backward is such."""
+        switched: list[tuple[nn.Module, str, Any]] = []  # blocks, and what an attribute of theirs was
+
+        def switch(block: nn.Module, name: str, value: Any) -> None:
+            switched.append((block, name, vars(block).get(name, MISSING)))
+            setattr(block, name, value)
+
+        with contextlib.ExitStack() as cuts:
+            for embeddings in _input_embeddings(self._models) if self._stops else ():
+                # Registered anew for every forward, it comes after whatever has their output require a gradient.
+                cuts.callback(embeddings.register_forward_hook(_detached).remove)
+            try:
+                for number, layer in enumerate(self.layers):
+                    if getattr(layer.module, "gradient_checkpointing", False):
+                        if _is_reentrant(layer.module):
+                            switch(layer.module, "_gradient_checkpointing_func", self._either(layer.module))
+                    elif number in self._excess:
+                        switch(layer.module, "gradient_checkpointing", True)
+                        switch(layer.module, "_gradient_checkpointing_func", NOT_REENTRANT)
+                yield
+            finally:
+                for block, name, was in reversed(switched):
+                    if was is MISSING:
+                        delattr(block, name)
+                    else:
+                        setattr(block, name, was)
 
     def check_can_checkpoint(self) -> None:
         """Raise ValueError unless every block knows how to be checkpointed."""
@@ -73,9 +81,15 @@ class Backward:
                     f"got {type(layer.module).__name__}"
                 )
 
-    def _switch(self, block: nn.Module, name: str, value: Any) -> None:
-        self._switched.append((block, name, vars(block).get(name, MISSING)))
-        setattr(block, name, value)
+    def _either(self, block: nn.Module) -> Callable:
+        reentrant = block._gradient_checkpointing_func
+        return self._instead.setdefault(reentrant, functools.partial(_checkpointed, reentrant))
+
+
+def _checkpointed(reentrant: Callable, function: Callable, *args: Any) -> Any:
+    """The reentrant kind gives no gradient to a block whose input requires none, which is known where it is called."""
+    has_gradient = any(isinstance(value, torch.Tensor) and value.requires_grad for value in args)
+    return (reentrant if has_gradient else NOT_REENTRANT)(function, *args)
 
 
 def _input_embeddings(models: Sequence[nn.Module]) -> list[nn.Module]:

@@ -41,6 +41,8 @@ class Budgeted(LayerSampler):
         ValueError: if the sampler has no odds.
     """
 
+    draws_among = True
+
     def __init__(self, sampler: LayerSampler, budget: float) -> None:
         if sampler.odds(torch.zeros(1)) is None:
             kind = type(sampler).__name__

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import sys
+import threading
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from .config import ISTConfig
@@ -66,9 +69,8 @@ class ISTCallback(TrainerCallback, ExportableState):
             raise ValueError(
                 "ISTCallback: expected restore_callback_states_from_checkpoint=False, got True: it restores itself"
             )
-        if self.ist is not None:  # an earlier training that was interrupted left some of them frozen
-            self.ist.close()
-        self.ist = IST(model, self.config, optimizer=optimizer, **self.arguments)
+        self._close()  # what an earlier training left that was interrupted
+        self.ist = IST(model, self.config, optimizer=optimizer, in_charge=_still_trains(), **self.arguments)
         # Where a run without IST is gone on with there is no place for its state yet.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, _state(None))
         if isinstance(saved, list):
@@ -89,7 +91,11 @@ class ISTCallback(TrainerCallback, ExportableState):
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         """Every adapter trains again: evaluation and saving find the model as it came."""
-        self.ist.close()
+        self._close()
+
+    def _close(self) -> None:
+        if self.ist is not None:
+            self.ist.close()
         if self.writer is not None:
             self.writer.close()
             self.writer = None
@@ -108,11 +114,29 @@ class ISTCallback(TrainerCallback, ExportableState):
             raise ValueError(f"ISTCallback: expected a dataset with a length or a batch_source, got {kind}")
 
         def batch() -> Mapping[str, Any]:
-            generator = torch.Generator().manual_seed(config.seed + len(self.ist.history))
+            generator = torch.Generator().manual_seed(config.seed + self.ist.estimates)
             chosen = torch.randint(len(dataset), (max(config.examples, world),), generator=generator)
             return collate([dataset[index] for index in chosen[rank::world].tolist()])
 
         return batch
+
+
+def _still_trains() -> Callable[[], bool]:
+    """Whether the Trainer's `train()` that calls this still runs, for whoever asks in the same thread.
+
+    Trainer tells no callback of an error or an interrupt, and the next one that trains the model may be without this
+    callback. What tells them apart is the call on the stack, and its state, which every `train()` makes anew.
+    """
+    mine, thread = _state_of_training(), threading.get_ident()
+    return lambda: mine is None or thread != threading.get_ident() or _state_of_training() is mine
+
+
+def _state_of_training() -> TrainerState | None:
+    """Of the Trainer whose `train()` is on the stack; None where there is none."""
+    code, frame = inspect.unwrap(Trainer.train).__code__, sys._getframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["self"].state
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:

@@ -7,9 +7,8 @@ that there are, are averaged in the same backward, so that they are ready when `
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,15 +16,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .layers import Layer
+from .layers import Layer, tensors_of
 
 
 class DDPGradients:
     """Averages gradients over the processes of whatever DDP runs `model`, once DDP is seen to run it.
 
-    A backward that passes through the output of a forward outside of `no_sync()` reduces all that requires a gradient
+    A backward that passes through the output of a forward outside of `no_sync()` reduces all that trains
     then, accumulated gradients included: a buffer a layer, sent from the top layer down as soon as its gradients are
-    there, and the rest at the end. Order and sizes depend on `requires_grad` alone, so that they are the same in all
+    there, and the rest at the end. Order and sizes depend on what trains alone, so that they are the same in all
     processes, whatever got a gradient where. A parameter without a gradient in one process counts as zero, and without
     one in all processes stays without.
 
@@ -35,14 +34,17 @@ class DDPGradients:
     Args:
         model: the wrapper, or the module inside that it runs.
         layers: of the model.
+        trains: which of its parameters do so in this step.
 
     Raises:
         ValueError: now for a wrapper, otherwise in the first forward, for a DDP that can neither be replaced nor left
             alone.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
-        self.layers = layers
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], trains: Callable[[nn.Parameter], bool]) -> None:
+        if isinstance(model, DistributedDataParallel):
+            _check_replaceable(model)
+        self.layers, self.trains = layers, trains
         self.ddp: DistributedDataParallel | None = None
         self._groups: list[list[nn.Parameter]] = []
         self._kept_out = False  # DDP's reducer, in a forward that would have prepared it
@@ -53,7 +55,6 @@ class DDPGradients:
         ]
         self._begin_anew()
         if isinstance(model, DistributedDataParallel):
-            _check_replaceable(model)
             self._adopt(model)
 
     def remove(self) -> None:
@@ -104,10 +105,14 @@ class DDPGradients:
         self._kept_out = True
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.watch(output)
+
+    def watch(self, output: Any) -> None:
+        """A backward through the output of this forward reduces."""
         # In the first forward the wrapper's hook, just registered, does not run: backward, or the next step, readmits.
         if not self._kept_out or not torch.is_grad_enabled():
             return
-        tensors = list(_tensors(output))
+        tensors = list(tensors_of(output))
         if not tensors:
             raise ValueError(f"IST: expected tensors in what a model under DDP returns, got {type(output).__name__}")
         for tensor in tensors:
@@ -127,11 +132,11 @@ class DDPGradients:
         self.readmit()
         self._begin_anew()
         self._under_way = True
-        self._missing = [{id(p) for p in group if p.requires_grad} for group in self._groups]
+        self._missing = [{id(p) for p in group if self.trains(p)} for group in self._groups]
         torch.autograd.Variable._execution_engine.queue_callback(self._end)
 
     def _arrived(self, number: int, parameter: nn.Parameter) -> None:
-        if not self._under_way:
+        if not self._under_way or not self.trains(parameter):
             return
         if number < self._next:
             raise RuntimeError(
@@ -145,7 +150,7 @@ class DDPGradients:
     def _send_next(self) -> None:
         buckets: dict[tuple, list[nn.Parameter]] = {}
         for parameter in self._groups[self._next]:
-            if parameter.requires_grad:
+            if self.trains(parameter):
                 buckets.setdefault((parameter.device, parameter.dtype), []).append(parameter)
         self._next += 1
         for parameters in buckets.values():
@@ -195,18 +200,3 @@ def _check_replaceable(ddp: DistributedDataParallel) -> bool:
             f"got {found}"
         )
     return found is None
-
-
-def _tensors(output: Any) -> Iterator[torch.Tensor]:
-    """In whatever DDP itself finds them."""
-    if isinstance(output, torch.Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors(value)
-    elif dataclasses.is_dataclass(output):
-        for field in dataclasses.fields(output):
-            yield from _tensors(getattr(output, field.name))

@@ -5,22 +5,24 @@ The plain way is the model's own loss, a forward a candidate. What makes it chea
 - logits only where there are labels, computed in pieces, no cache of keys and values (`label_losses.py`);
 - several candidates in one forward: the batch once for each of them, the damping as a scaling a row of the LoRA op.
 
-The first estimate compares them with the plain way on a few rows. What it found is part of the state, so that a resumed
-run computes as the one before it did.
+The first estimate compares them with the plain way on a few rows (`probe.py`). Any doubt means the plain way, with the
+reason. What it found is part of the state, so that a resumed run computes as the one before it did.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..nn import LoRALinear
-from . import label_losses, parallel
+from . import label_losses, parallel, probe
 from .config import ISTConfig
 from .importance import evaluation
 from .layers import Layer, is_compiled, is_sharded, rescaled
@@ -38,14 +40,15 @@ class Estimator:
         model: in any mode; left as it was.
         layers: of it.
         config: `damping`, `estimator` and `candidates_per_forward` count.
-        loss_of: (model, batch) → the loss; None for the model's own, `model(**batch).loss`.
+        loss_of: (model, batch) → the loss; None for the model's own, as `probe.loss_in` finds it.
         group: processes that estimate together.
 
     Attributes:
         shift: how far labels stand after the position that predicts them, where the loss was seen to be the mean
             cross-entropy of the output embeddings at the labels; None where it is not.
         together: candidates a forward; None while a GPU is still being timed.
-        why: the reasons for both, in a line; empty before the first estimate.
+        why: the reasons for both, in a line; empty before the first estimate of a batch with labels.
+        one_by_one: estimates that went the plain way though `shift` is known, by the reason in their batch.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Estimator:
         self.shift: int | None = None
         self.together: int | None = 1
         self.why = ""
+        self.one_by_one: dict[str, int] = {}
         self._seconds: dict[int, list[float]] = {}
 
     def __call__(self, sets: Sequence[Sequence[int]], batch: Mapping[str, Any]) -> tuple[list[float], float]:
@@ -68,35 +72,63 @@ class Estimator:
         with evaluation(self.model):
             if not self.why:
                 self._look(sets, batch)
-            if self.shift is None or not self._everywhere(label_losses.why_not(self.model, batch) is None):
-                return self._one_by_one(sets, batch), _weight(batch, 0)
-            weight = _weight(batch, self.shift)
-            if self.together == 1 or not self._everywhere(_why_not_repeated(batch) is None):
-                return self._at_labels(sets, batch, 1), weight
-            if self.together is None:
-                return self._timed(sets, batch), weight
-            try:
-                return self._at_labels(sets, batch, self.together), weight
-            except torch.cuda.OutOfMemoryError:  # a longer batch than those before
-                torch.cuda.empty_cache()
-                return self._at_labels(sets, batch, 1), weight
+            if self.shift is not None:
+                losses, doubt = None, label_losses.why_not(self.model, batch)
+                if self._everywhere(doubt is None):
+                    losses, doubt = self._cheaply(sets, batch)
+                if self._everywhere(losses is not None):
+                    return losses, weight_of(batch, self.shift)
+                doubt = doubt or "another process has a batch of another kind"
+                self.one_by_one[doubt] = self.one_by_one.get(doubt, 0) + 1
+            return self._one_by_one(sets, batch), weight_of(batch, 0)
+
+    def _cheaply(
+        self, sets: Sequence[Sequence[int]], batch: Mapping[str, Any]
+    ) -> tuple[list[float] | None, str | None]:
+        """The losses at labels, or None and what stands against them in this batch."""
+        if self.together == 1 or not self._everywhere(_why_not_repeated(batch) is None):
+            return self._tried(sets, batch, 1)
+        if self.together is None:
+            return self._timed(sets, batch)
+        try:
+            return self._tried(sets, batch, self.together)
+        except torch.OutOfMemoryError:  # a longer batch than those before
+            torch.cuda.empty_cache()
+            return self._tried(sets, batch, 1)
+
+    def _tried(
+        self, sets: Sequence[Sequence[int]], batch: Mapping[str, Any], together: int
+    ) -> tuple[list[float] | None, str | None]:
+        try:
+            return self._at_labels(sets, batch, together), None
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever it is: the model's own forward says whether it is the batch's fault
+            doubt = _in_words(error)
+            warnings.warn(f"IST: an estimate takes the model's own loss, a forward a candidate: {doubt}", stacklevel=2)
+            return None, doubt
 
     def state_dict(self) -> dict[str, Any]:
-        return {"shift": self.shift, "together": self.together, "why": self.why}
+        names = ("shift", "together", "why", "one_by_one")
+        return {name: getattr(self, name) for name in names} | {"one_by_one": dict(self.one_by_one)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.shift, self.together, self.why = state["shift"], state["together"], state["why"]
+        self.one_by_one = dict(state["one_by_one"])
         self._seconds = {}
 
     def _one_by_one(self, sets: Sequence[Sequence[int]], batch: Mapping[str, Any]) -> list[float]:
         losses = []
         for chosen in sets:
             with rescaled(self.layers, self._factors([chosen], rows=None)):
-                loss = self.loss_of(self.model, batch) if self.loss_of else self.model(**batch).loss
-            if loss is None:
-                raise ValueError("IST: expected model(**batch) to give a loss, got None: give a loss_of")
-            losses.append(float(loss))
+                loss = self._loss(batch)
+            losses.append(loss.item())
         return losses
+
+    def _loss(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        if self.loss_of is not None:
+            return probe.loss_in(self.loss_of(self.model, batch), "loss_of")
+        return probe.loss_in(self.model(**batch))
 
     def _at_labels(self, sets: Sequence[Sequence[int]], batch: Mapping[str, Any], together: int) -> list[float]:
         rows, losses = batch["labels"].shape[0], []
@@ -124,39 +156,59 @@ class Estimator:
         """Whether all processes say so: their forwards have to be of one kind."""
         return parallel.everywhere(condition, self._device(), self.group)
 
+    def _anywhere(self, condition: bool) -> bool:
+        return not self._everywhere(not condition)
+
     def _look(self, sets: Sequence[Sequence[int]], batch: Mapping[str, Any]) -> None:
         """What may take the place of the plain way from now on: that which gives the same on a few rows."""
         if self.config.estimator == "one-by-one":
             self.why = "the model's own loss, a forward a candidate, as asked for"
             return
         reason = "it has a loss_of of its own" if self.loss_of else label_losses.why_not(self.model, batch)
+        shapes: dict[str, torch.Size] = {}
+        plain, rows = None, batch
         if self._everywhere(reason is None):
-            probe = _probe(batch)
-            with _shapes_of_inputs(self.layers) as shapes:
-                (expected,) = self._one_by_one(sets[-1:], probe)
-            self.shift = self._find_shift(sets[-1], expected, probe)
-            reason = "it is not the mean cross-entropy of the logits at the labels"
+            rows = _probe(batch)
+            plain, reason = self._plainly(sets[-1], rows, shapes)
+            if not self._anywhere(plain is not None or reason is not None):
+                return  # no process has a label that counts: a later batch will show
+        if self._everywhere(reason is None):
+            reason = self._why_not_same(sets[-1:], plain, rows)
+            # A process whose batch has no label that counts follows the others.
+            votes = [float(plain is not None and reason is None and plain.shift == shift) for shift in (0, 1)]
+            votes = parallel.joined_losses(votes, float(plain is not None), self._device(), self.group)
+            self.shift = next((shift for shift, share in enumerate(votes) if share == 1.0), None)
         if self.shift is None:
             reason = reason or "another process has a batch of another kind"
             self.why = f"the model's own loss, a forward a candidate: {reason}"
         else:
-            self.together, why = self._share(sets, shapes, expected, probe)
+            self.together, why = self._share(sets, shapes, plain, rows)
             self.why = f"logits at labels only; {why}"
 
-    def _find_shift(self, chosen: Sequence[int], expected: float, batch: Mapping[str, Any]) -> int | None:
-        """How far labels stand after the position that predicts them, judged by the loss with `chosen` damped."""
-        with rescaled(self.layers, self._factors([chosen], rows=None)):
-            found = {shift: label_losses.compute(self.model, batch, shift, 1) for shift in (0, 1)}
-        # Losses of a model that has learnt nothing are near each other: the nearest.
-        shift = min(found, key=lambda shift: abs(found[shift].values[0] - expected))
-        close = label_losses.is_close(found[shift].values[0], expected, found[shift].dtype)
-        votes = [float(close and shift == each) for each in found]
-        # A process whose batch has no label that counts follows the others.
-        votes = parallel.joined_losses(votes, float(_weight(batch, 0) > 0), self._device(), self.group)
-        return next((each for each, share in zip(found, votes) if share == 1.0), None)
+    def _plainly(
+        self, chosen: Sequence[int], batch: Mapping[str, Any], shapes: dict[str, torch.Size]
+    ) -> tuple[probe.Plain | None, str | None]:
+        """What the plain way shows with `chosen` damped, or why it is the only one; neither without a label that counts
+        or a loss that is a number. Fills `shapes` with those that the adapters are given, by name."""
+        try:
+            with (
+                rescaled(self.layers, self._factors([chosen], rows=None)),
+                _recorded(self.layers, shapes),
+                probe.watched(self.model) as calls,
+            ):
+                outputs = self.model(**batch)
+            if not weight_of(batch, 1) or not math.isfinite(probe.loss_in(outputs).item()):
+                return None, None
+            return probe.examined(self.model, outputs, calls, batch["labels"]), None
+        except Exception as error:  # of a few rows by themselves: the whole batch says whether it is its fault
+            return None, _in_words(error)
 
     def _share(
-        self, sets: Sequence[Sequence[int]], shapes: Mapping[str, torch.Size], expected: float, batch: Mapping[str, Any]
+        self,
+        sets: Sequence[Sequence[int]],
+        shapes: Mapping[str, torch.Size],
+        plain: probe.Plain | None,
+        batch: Mapping[str, Any],
     ) -> tuple[int | None, str]:
         """How many candidates a forward from now on (None: to be timed), and why."""
         asked, device = self.config.candidates_per_forward, self._device()
@@ -172,32 +224,37 @@ class Estimator:
         if asked is None and is_sharded(self.model):
             reason = reason or "the model is sharded, and a process out of memory would leave the others waiting"
         if self._everywhere(reason is None):
-            reason = self._why_not_same(sets, expected, batch)
+            reason = self._why_not_same(sets, plain, batch)
         if not self._everywhere(reason is None):
             return 1, f"a forward a candidate: {reason or 'another process has a batch of another kind'}"
         if asked is None:
             return None, "how many candidates share a forward is being timed"
         return asked, f"{asked} candidates a forward, as asked for"
 
-    def _why_not_same(self, sets: Sequence[Sequence[int]], expected: float, batch: Mapping[str, Any]) -> str | None:
-        """Why one forward for all of `sets` does not give the last of them its loss; None if it does."""
+    def _why_not_same(
+        self, sets: Sequence[Sequence[int]], plain: probe.Plain | None, batch: Mapping[str, Any]
+    ) -> str | None:
+        """Why one forward for all of `sets`, of logits at labels alone, does not give the last of them the losses
+        of the plain way; None if it does. All processes run it, also those without a label."""
+        shift = plain.shift if plain is not None else 1
         try:
-            found = self._at_labels(sets, batch, len(sets))[-1]
-        except ValueError as error:  # a layer that does not run fused after all
-            return str(error)
-        if math.isnan(expected) or label_losses.is_close(found, expected):
-            return None
-        return f"sharing one changed a loss from {expected:.6f} to {found:.6f}"
+            factors = self._factors(sets, len(batch["labels"]) if len(sets) > 1 else None)
+            with rescaled(self.layers, factors):
+                found = label_losses.compute(self.model, _repeated(batch, len(sets)), shift, len(sets))
+        except Exception as error:  # also a layer that does not run fused after all
+            return _in_words(error)
+        why = plain.why_not(found.at_labels[-1]) if plain is not None else None
+        return why and (f"sharing one gives {why}" if len(sets) > 1 else f"logits at labels alone give {why}")
 
-    def _timed(self, sets: Sequence[Sequence[int]], batch: Mapping[str, Any]) -> list[float]:
+    def _timed(self, sets: Sequence[Sequence[int]], batch: Mapping[str, Any]) -> tuple[list[float] | None, str | None]:
         """A forward a candidate and one for all, on the same batch, until it is known which is faster."""
         for together in (1, len(sets)):
             _synchronize(self._device())
             began = time.perf_counter()
             try:
-                losses = self._at_labels(sets, batch, together)
-                elapsed = time.perf_counter() - began
-            except torch.cuda.OutOfMemoryError:
+                result = self._tried(sets, batch, together)
+                elapsed = time.perf_counter() - began if result[0] is not None else math.inf
+            except torch.OutOfMemoryError:
                 if together == 1:
                     raise
                 torch.cuda.empty_cache()
@@ -210,32 +267,32 @@ class Estimator:
             self.together = min(self._seconds, key=lambda ways: self._seconds[ways][-1])
             times = ", ".join(f"{ways} a forward {last[-1] * 1e3:.0f} ms" for ways, last in self._seconds.items())
             self.why = f"logits at labels only; candidates measured: {times}"
-        return losses
+        return result
 
 
-class _shapes_of_inputs:
-    """By name, the shape that each scaled module of the layers was given."""
-
-    def __init__(self, layers: Sequence[Layer]) -> None:
-        self.layers, self.shapes, self.handles = layers, {}, []
-
-    def __enter__(self) -> dict[str, torch.Size]:
-        for layer in self.layers:
+@contextlib.contextmanager
+def _recorded(layers: Sequence[Layer], shapes: dict[str, torch.Size]) -> Iterator[None]:
+    """Inside the block `shapes` fills with what each scaled module of the layers is given, by name."""
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
             for number, module in enumerate(layer.scaled):
 
                 def record(module, args, kwargs, name=f"adapter {number} of {layer.name}"):
                     x = next(iter((*args, *kwargs.values())), None)
-                    self.shapes[name] = x.shape if isinstance(x, torch.Tensor) else torch.Size()
+                    shapes[name] = x.shape if isinstance(x, torch.Tensor) else torch.Size()
 
-                self.handles.append(module.register_forward_pre_hook(record, with_kwargs=True))
-        return self.shapes
-
-    def __exit__(self, *_) -> None:
-        for handle in self.handles:
-            handle.remove()
+                hooks.enter_context(module.register_forward_pre_hook(record, with_kwargs=True))
+        yield
 
 
-def _weight(batch: Mapping[str, Any], shift: int) -> float:
+def _in_words(error: Exception) -> str:
+    """In one line; of an error that is not ours with its kind."""
+    line = next(iter(str(error).splitlines()), "")
+    return line if isinstance(error, label_losses.Unsuitable) else f"{type(error).__name__}: {line}"
+
+
+def weight_of(batch: Mapping[str, Any], shift: int) -> float:
+    """The labels that count, of those with a position `shift` before them; of other batches the examples."""
     labels = batch.get("labels")
     if isinstance(labels, torch.Tensor) and labels.dim() == 2:
         return float((labels[:, shift:] != label_losses.IGNORED).sum())

@@ -29,12 +29,17 @@ def draw_suppress_sets(
     return sets
 
 
+def rewards_of(losses: Sequence[float]) -> torch.Tensor:
+    """exp(−loss), float32; infinite for losses below −88."""
+    return torch.tensor(losses, dtype=torch.float64).neg().exp().float()
+
+
 def updated(
     unimportance: torch.Tensor, sets: Sequence[Sequence[int]], losses: Sequence[float], rate: float
 ) -> tuple[torch.Tensor, list[float]]:
     """I and the rewards, after one estimate: r_k = exp(−loss_k), and for every layer i of set k
     I_i += rate · (r_k − mean r) · p_i·(1 − p_i), with p = σ(I) as it was before."""
-    rewards = torch.tensor([math.exp(-loss) for loss in losses])
+    rewards = rewards_of(losses)
     p = torch.sigmoid(unimportance)
     step = rate * p * (1.0 - p)
     result = unimportance.clone()

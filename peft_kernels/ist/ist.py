@@ -19,27 +19,36 @@ from .backward import Backward
 from .budget import MOST, Budgeted
 from .config import ISTConfig
 from .ddp import DDPGradients, unwrapped
-from .estimator import Estimator
+from .estimator import Estimator, weight_of
+from .forwards import Forwards
+from .hold import Entrance
+from .importance import MOST_DRAWS
 from .layers import adapter_parameters, around, find_layers, is_compiled_itself
+from .participation import Participation
 from .samplers import Fixed, checked, make_sampler
 
 
 class IST:
     """Trains the adapters of a few layers at a time, the important ones more often (Yao et al., EMNLP 2024 Findings).
 
-        ist = IST(model, ISTConfig(), optimizer=optimizer)
-        for batch in loader:
-            ist.before_step(batch)      # or a function that returns a batch of its own for the estimate
-            model(**batch).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        ist.close()  # all of them train again
+        with IST(model, ISTConfig(), optimizer=optimizer) as ist:
+            for batch in loader:
+                ist.before_step(batch)      # or a function that returns a batch of its own for the estimate
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        # all of them train again, also after an error or an interrupt; `ist.close()` does the same
 
     A model has one IST: to make another closes the one before.
 
-    Only `requires_grad` of adapter parameters changes, so autograd itself skips what does not train: a frozen layer's
-    `lora_linear` computes dx alone, and below the lowest active layer there is no backward. Where gradients accumulate
-    over micro-batches, call `before_step` once for each step of the optimizer.
+    Inside of the model's forwards and their backwards, and nowhere else, the adapters of other layers require no
+    gradient, so that autograd itself skips what does not train: a frozen layer's `lora_linear` computes dx alone, and
+    below the lowest active layer there is no backward. What `before_step` chose holds until the next, whatever happens
+    in between. Where gradients accumulate over micro-batches, call it once for each step of the optimizer.
+
+    Layers that take no part in the loss (a vision tower under text, the encoder's under a decoder's batch) are not
+    drawn, as far as the forwards so far tell. Where a step begins with a batch in which no chosen layer takes part,
+    layers that do are drawn instead, and that forward runs again.
 
     Args:
         model: with adapters that train; Hugging Face PEFT's or `pk.nn.LoRALinear`s, or see `is_adapter`.
@@ -53,6 +62,8 @@ class IST:
         process_group: the processes that choose and estimate together, each on a part of the batch; all of them by
             default. DDP's wrapper, or the module in it, then has only what trains reduced, see `ddp.py`; where FSDP2
             shards the model, it does so before.
+        in_charge: whether the training that this was made for goes on, asked ahead of every forward with gradients:
+            once it does not, this closes. By default it goes on until somebody closes it.
 
     Attributes:
         layers: the model's :class:`Layer` s, in order.
@@ -61,7 +72,8 @@ class IST:
         active: indices of the layers that train now.
         step: optimizer steps begun.
         updates: how often each layer was chosen.
-        history: (step, importance [L], rewards of the candidates) of every estimate.
+        history: (step, importance [L], rewards of the candidates) of every estimate that changed importance.
+        left_out: how many estimates did not, by the reason: no label counted, or a loss was not finite.
         estimate_seconds: spent in estimates by this process.
 
     Raises:
@@ -84,11 +96,11 @@ class IST:
         loss_of: Callable[[nn.Module, Mapping[str, Any]], torch.Tensor] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         process_group: torch.distributed.ProcessGroup | None = None,
+        in_charge: Callable[[], bool] = lambda: True,
     ) -> None:
         wrapper, model = model, unwrapped(model)
-        for hook in list(model._forward_pre_hooks.values()):
-            if isinstance(hook, _InCharge) and hook.ist is not None:
-                hook.ist.close()  # else its frozen adapters would not be found
+        for other in Entrance.owners(model):
+            other.close()
         self.model = model
         self.config = config or ISTConfig()
         self.sampler = make_sampler(self.config.sampler)
@@ -105,7 +117,7 @@ class IST:
         self._around = around(model, self.layers)
         self._check_not_compiled()
         self.estimator = Estimator(model, self.layers, self.config, loss_of, process_group)
-        self._backward = Backward(model, self.layers)
+        self.backward = Backward(model, self.layers)
         self._kept_depth: int | None = None
         count = len(self.layers)
         self._wanted = max(1, int(self.config.update_fraction * count))
@@ -116,14 +128,30 @@ class IST:
         self.step = 0
         self.updates = [0] * count
         self.history: list[tuple[int, list[float], list[float]]] = []
+        self.left_out: dict[str, int] = {}
         self.estimate_seconds = 0.0
         self._group = process_group
         self._agreed = False  # with the other processes, on what to draw from
-        self._sharded = parallel.Sharded(model, self.layers)
-        self._gradients = DDPGradients(wrapper, self.layers) if parallel.is_initialised() else None
-        self._skipped = 0  # layers below the lowest active one, summed over steps
+        self.sharded = parallel.Sharded(model, self.layers)
+        self._owner = {id(parameter): i for i, layer in enumerate(self.layers) for parameter in layer.parameters}
+        self.gradients = DDPGradients(wrapper, self.layers, self._trains) if parallel.is_initialised() else None
+        self.participation = Participation(self.layers, process_group)
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._arrived)
+            for layer in self.layers
+            for parameter in layer.parameters
+        ]
+        self._skipped = 0.0  # layers below the lowest active one, summed over steps
         self._generator = torch.Generator().manual_seed(self.config.seed)
-        self._in_charge = model.register_forward_pre_hook(_InCharge(self))
+        self._closed = False
+        self._forwards = Forwards(self, in_charge)
+        self._forwards.choose(self.active)
+
+    def __enter__(self) -> IST:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -136,9 +164,14 @@ class IST:
         self._optimizer = optimizer
 
     @property
+    def estimates(self) -> int:
+        """How many there were, with those that changed nothing: what the batch of the next may be drawn by."""
+        return len(self.history) + sum(self.left_out.values())
+
+    @property
     def skipped(self) -> float:
-        """The mean share of layers below the lowest active one, in [0, 1): backward does not reach them, unless
-        something else trains there."""
+        """The mean share of layers below the lowest active one, of those that take part, in [0, 1): backward does not
+        reach them, unless something else trains there."""
         return self._skipped / (self.step * len(self.layers)) if self.step else 0.0
 
     @property
@@ -164,8 +197,10 @@ class IST:
             The indices of the layers that train.
 
         Raises:
-            ValueError: without a batch when one is needed, or if the sampler returns no set of layers.
+            ValueError: without a batch when one is needed, if the sampler returns no set of layers, or if this was
+                closed.
         """
+        self._check_open()
         if self.config.frozen_state != "keep" and self.optimizer is None:
             raise ValueError(f"IST: expected an optimizer for frozen_state={self.config.frozen_state!r}, got none")
         self._check_not_compiled()
@@ -177,20 +212,54 @@ class IST:
                     batch = batch()
             self.estimate(batch)
         self._agree()
-        drawn = self.sampler.sample(self.step, self._wanted, self.unimportance, self._generator)
-        chosen = checked(drawn, len(self.layers))
-        self.set_active(chosen)
-        for index in chosen:
-            self.updates[index] += 1
-        self._skipped += chosen[0]
+        if self.step > 0:
+            self.participation.next_step(self.active)
+        self.set_active(self._drawn(self.participation.candidates()))
+        self._count(1)
+        self._forwards.next_step(may_draw=self.participation.is_known and not isinstance(self.sampler, Fixed))
         self.step += 1
-        return chosen
+        return list(self.active)
+
+    def draw_again(self, among: Sequence[int]) -> None:
+        """Of these layers, instead of what was drawn for this step."""
+        for _ in range(MOST_DRAWS):
+            drawn = self._drawn(among)
+            if not set(drawn).isdisjoint(among):
+                break
+        else:
+            drawn = [among[torch.randint(len(among), (), generator=self._generator)]]
+        self.exchange(drawn)
+
+    def exchange(self, layers: Sequence[int]) -> None:
+        """Have these layers train in this step, instead of those that were chosen."""
+        self._count(-1)
+        self.set_active(layers)
+        self._count(1)
+
+    def _drawn(self, among: Sequence[int]) -> list[int]:
+        if not self.sampler.draws_among:
+            drawn = self.sampler.sample(self.step, self._wanted, self.unimportance, self._generator)
+            return checked(drawn, len(self.layers))
+        wanted = max(1, int(self.config.update_fraction * len(among)))
+        drawn = self.sampler.sample(self.step, wanted, self.unimportance[among], self._generator)
+        return [among[index] for index in checked(drawn, len(among))]
+
+    def _count(self, times: int) -> None:
+        """The layers that train now, as so many steps."""
+        for index in self.active:
+            self.updates[index] += times
+        in_use = self.participation.candidates()
+        below = sum(index < self.active[0] for index in in_use) / len(in_use)
+        self._skipped += times * below * len(self.layers)
 
     def estimate(self, batch: Mapping[str, Any]) -> None:
         """One update of the importance from the losses on `batch`; model, modes and random state stay as they were.
 
+        Where no label of the batch counts, or a loss or exp(−loss) is not finite, importance stays what it was, and
+        `left_out` counts the estimate.
+
         Raises:
-            ValueError: if a loss is not a number; importance is then what it was.
+            ValueError: if the model gives no loss, see `loss_of`.
         """
         began = time.perf_counter()
         self._agree()
@@ -199,12 +268,14 @@ class IST:
         sets = importance.draw_suppress_sets(self.unimportance, size, config.candidates, self._generator)
         losses, weight = self.estimator(sets, _moved(batch, self._device()))
         losses = parallel.joined_losses(losses, weight, self._device(), self._group)
-        if any(math.isnan(loss) for loss in losses):
-            raise ValueError(f"IST: expected losses that are numbers before step {self.step}, got {losses}")
+        self.estimate_seconds += time.perf_counter() - began
+        if not importance.rewards_of(losses).isfinite().all() or not all(map(math.isfinite, losses)):
+            reason = "a loss was not finite" if self._anywhere_labelled(batch) else "no label counted"
+            self.left_out[reason] = self.left_out.get(reason, 0) + 1
+            return
         self.unimportance, rewards = importance.updated(self.unimportance, sets, losses, config.rate)
         self._agreed = False  # processors differ in the last bit of exp
         self.history.append((self.step, self.importance.tolist(), rewards))
-        self.estimate_seconds += time.perf_counter() - began
 
     def set_active(self, layers: Sequence[int]) -> None:
         """Let the adapters of these layers train, and no others; what does not train has no gradient, not zeros.
@@ -212,19 +283,19 @@ class IST:
         Backward then stops at the lowest of them, also where a library makes the input of the model require a gradient
         (`enable_input_require_grads`, checkpointing).
         """
+        self._check_open()
         self.active = checked(layers, len(self.layers))
-        self._sharded.reshard()
-        self._switch()
+        self.sharded.reshard()
+        self._forwards.choose(self.active)
         active = set(self.active)
         for index, layer in enumerate(self.layers):
             if index not in active:
                 for parameter in layer.parameters:
                     parameter.grad = None
-        if len(active) == len(self.layers):
-            self._backward.release()
-        else:
-            self._backward.stop_below(self.active[0], self._kept_depth)
-        self._place_optimizer_state(active)
+        self.backward.stop_below(self.active, self.participation.candidates(), self._kept_depth)
+        if self.optimizer is not None:
+            parameters = [(p, i in active) for i, layer in enumerate(self.layers) for p in layer.parameters]
+            optimizer_state.place(self.optimizer, parameters, self.config.frozen_state)
 
     def write(self, writer: torch.utils.tensorboard.SummaryWriter) -> None:
         """The newest estimate to TensorBoard: importance of each layer, its updates so far, the spread of rewards."""
@@ -234,6 +305,7 @@ class IST:
             writer.add_scalar(f"ist_updates/{layer.name}", updates, step)
         writer.add_scalar("ist/reward_spread", max(rewards) - min(rewards), step)
         writer.add_scalar("ist/skipped_backward", self.skipped, step)
+        writer.add_scalar("ist/estimates_left_out", sum(self.left_out.values()), step)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs to go on as this one would, in lists and tensors."""
@@ -245,7 +317,9 @@ class IST:
             "updates": list(self.updates),
             "skipped": self._skipped,
             "history": list(self.history),
+            "left_out": dict(self.left_out),
             "estimator": self.estimator.state_dict(),
+            "participation": self.participation.state_dict(),
             "generator": self._generator.get_state(),
         }
 
@@ -262,34 +336,54 @@ class IST:
         self.unimportance = state["unimportance"].cpu().clone()
         self.step, self.updates, self._skipped = state["step"], list(state["updates"]), state["skipped"]
         self.estimator.load_state_dict(state["estimator"])
+        if "participation" in state:  # neither was in states of older versions
+            self.participation.load_state_dict(state["participation"])
+            self.left_out = dict(state["left_out"])
         self.history = [tuple(entry) for entry in state["history"]]
         self.set_active(state["active"])
         self._agreed = False
 
     def close(self) -> None:
         """All adapters train again, and nothing of IST is left in the model: DDP reduces gradients as it did."""
+        if self._closed:
+            return
         self.set_active(range(len(self.layers)))
-        self._in_charge.remove()
-        if self._gradients is not None:
-            self._gradients.remove()
+        self._closed = True
+        self._forwards.remove()
+        self.participation.remove()
+        for hook in self._hooks:
+            hook.remove()
+        if self.gradients is not None:
+            self.gradients.remove()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("IST: expected one that is in charge of its model, got one that was closed")
+
+    def _anywhere_labelled(self, batch: Mapping[str, Any]) -> bool:
+        """Whether a label counts in any process; a batch without labels [examples, tokens] is taken for labelled."""
+        return not parallel.everywhere(weight_of(batch, 0) == 0, self._device(), self._group)
 
     def _device(self) -> torch.device:
         return self.layers[0].parameters[0].device
 
-    def _switch(self) -> None:
-        """Whose adapters require a gradient: those of the active layers."""
-        active = set(self.active)
-        for index, layer in enumerate(self.layers):
-            for parameter in layer.parameters:
-                if parameter.requires_grad != (index in active):
-                    parameter.requires_grad_(index in active)
+    def _trains(self, parameter: nn.Parameter) -> bool:
+        index = self._owner.get(id(parameter))
+        return parameter.requires_grad if index is None else index in self.active
+
+    def _arrived(self, parameter: nn.Parameter) -> None:
+        """A gradient has. One that came through no forward, such as a penalty's, may be a frozen layer's."""
+        if self._trains(parameter):
+            self.participation.fed.add(self._owner[id(parameter)])
+        else:
+            parameter.grad = None
 
     def _agree(self) -> None:
         """Have every process draw from the same state: from then on all draw the same."""
         if self._agreed:
             return
-        self._sharded.reshard()
-        self._sharded.check_current()
+        self.sharded.reshard()
+        self.sharded.check_current()
         mine = self._generator.get_state(), self.unimportance
         state, self.unimportance = parallel.agreed(mine, self._device(), self._group)
         self._generator.set_state(state)
@@ -313,7 +407,7 @@ class IST:
                 stacklevel=3,
             )
         if self.config.checkpoint_beyond_budget:
-            self._backward.check_can_checkpoint()
+            self.backward.check_can_checkpoint()
             self._kept_depth = max(1, int(budget * count))
 
     def _check_not_compiled(self) -> None:
@@ -327,23 +421,18 @@ class IST:
                     f"step, got {type(getattr(module, '_orig_mod', module)).__name__} compiled as a whole"
                 )
 
-    def _place_optimizer_state(self, active: set[int]) -> None:
-        if self.config.frozen_state == "keep" or self.optimizer is None:
-            return
-        frozen = [p for i, layer in enumerate(self.layers) if i not in active for p in layer.parameters]
-        if self.config.frozen_state == "drop":
-            optimizer_state.drop(self.optimizer, frozen)
-        else:
-            optimizer_state.offload(self.optimizer, frozen)
-            optimizer_state.bring_back(self.optimizer, [p for i in active for p in self.layers[i].parameters])
-
     def __str__(self) -> str:
         """A table: how often each layer trained, and how important it is."""
         estimates = f"{len(self.history)} estimate{'' if len(self.history) == 1 else 's'}"
         lines = [f"{self.step} steps, {self.skipped:.0%} of backward skipped, {estimates} of importance"]
         if self.history:
             lines.append(f"rewards of candidates differ by {self.reward_spread:.1e} (median)")
+        if self.estimator.why:
             lines += textwrap.wrap(f"losses by {self.estimator.why}", 78, subsequent_indent="  ")
+        for reason, count in self.estimator.one_by_one.items():
+            lines += textwrap.wrap(f"one by one in {count} estimates: {reason}", 78, subsequent_indent="  ")
+        for reason, count in self.left_out.items():
+            lines.append(f"estimates left out: {count} ({reason})")
         names = [layer.name.removeprefix("base_model.model.") for layer in self.layers]
         inside = {id(parameter) for layer in self.layers for parameter in layer.parameters}
         adapters = adapter_parameters(self.model, self._is_adapter)
@@ -367,23 +456,6 @@ class IST:
         if not self.history:
             raise ValueError("IST.plot: expected at least one estimate of importance, got none")
         return draw(self, Path(path))
-
-
-class _InCharge:
-    """The hook by which a model knows its IST. Ahead of every forward with gradients it has only the active layers'
-    adapters require one: PEFT lets all of them whenever adapters are enabled again (`disable_adapter()`, as TRL uses it
-    for reference models). A copy of the model has none."""
-
-    def __init__(self, ist: IST | None = None) -> None:
-        self.ist = ist
-
-    def __call__(self, module: nn.Module, args: tuple) -> None:
-        # FSDP2 has other parameters in place while it gathers, see `parallel.Sharded`.
-        if self.ist is not None and torch.is_grad_enabled() and not self.ist._sharded:
-            self.ist._switch()
-
-    def __reduce__(self):
-        return _InCharge, ()
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -34,7 +34,7 @@ def why_not(model: nn.Module, batch: Mapping[str, Any]) -> str | None:
     if getattr(language_model.config, "output_router_logits", False):
         return "it has an auxiliary loss of its router"
     labels = batch.get("labels")
-    if not isinstance(labels, torch.Tensor) or labels.dim() != 2:
+    if not isinstance(labels, torch.Tensor) or labels.dim() != 2 or labels.is_floating_point():
         return "the batch has no labels [examples, tokens]"
     can_make_inputs = hasattr(language_model, "prepare_decoder_input_ids_from_labels")
     if language_model.config.is_encoder_decoder and "decoder_input_ids" not in batch and not can_make_inputs:
@@ -42,71 +42,95 @@ def why_not(model: nn.Module, batch: Mapping[str, Any]) -> str | None:
     return None
 
 
+class Unsuitable(Exception):
+    """Why the loss is not to be had from logits at labels alone, in words."""
+
+
 class LabelLosses(NamedTuple):
-    """The losses, and the dtype of the logits that they come from."""
+    """The cross-entropy at every label, float32 [parts, labels]."""
 
-    values: list[float]
-    dtype: torch.dtype
+    at_labels: torch.Tensor
+
+    @property
+    def values(self) -> list[float]:
+        """The loss of each part; NaN without a label."""
+        return self.at_labels.mean(1).tolist()
 
 
-def is_close(found: float, expected: float, dtype: torch.dtype = torch.float16) -> bool:
-    """Whether two losses differ by the rounding of a mean over such logits only."""
-    tolerance = 5e-4 if dtype.itemsize == 2 else 1e-5
-    return abs(found - expected) <= tolerance * max(1.0, abs(expected))
+def at_predicting_positions(labels: torch.Tensor, shift: int) -> torch.Tensor:
+    """Labels [rows, tokens] at the positions that predict them: label t at t − shift."""
+    return F.pad(labels[:, shift:], (0, shift), value=IGNORED)
 
 
 def compute(model: nn.Module, batch: Mapping[str, Any], shift: int, parts: int) -> LabelLosses:
-    """Mean cross-entropy at the labels of each of `parts` equal runs of rows with the same labels; NaN where the hidden
-    states are not those of the labels' positions.
+    """The losses of each of `parts` equal runs of rows with the same labels.
 
     Args:
         batch: with labels [rows, tokens].
         shift: the position that predicts label t is t − shift.
+
+    Raises:
+        Unsuitable: after the forward, where its output embeddings were not given the hidden states of the labels'
+            positions, once, or labels are not of their vocabulary.
     """
     language_model = _language_model(model)
     labels = batch["labels"]
-    targets = F.pad(labels[:, shift:], (0, shift), value=IGNORED)
+    targets = at_predicting_positions(labels, shift)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     if _takes(language_model, "use_cache"):
         inputs["use_cache"] = False
     if language_model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
         inputs["decoder_input_ids"] = language_model.prepare_decoder_input_ids_from_labels(labels=labels)
-    found = LabelLosses([float("nan")] * parts, torch.float32)
+    found: list[torch.Tensor] = []
+    doubts: list[str] = []
 
-    def instead_of_logits(head: nn.Module, args: tuple) -> tuple:
-        nonlocal found
-        hidden, *others = args
-        if hidden.shape[:2] == targets.shape:
-            losses, dtype = _cross_entropy(head, hidden, targets)
-            found = LabelLosses(losses.view(parts, -1).mean(1).tolist(), dtype)
-        return hidden[:, :0], *others
+    def instead_of_logits(head: nn.Module, args: tuple) -> tuple | None:
+        if found:
+            doubts.append("its output embeddings are called twice in a forward")
+        elif not args or args[0].dim() != 3 or args[0].shape[:2] != targets.shape:
+            doubts.append(f"its output embeddings are not given one value for each of the labels {list(targets.shape)}")
+        else:
+            hidden, *others = args
+            try:
+                found.append(_cross_entropy(head, hidden, targets.to(hidden.device)))
+                return hidden[:, :0], *others
+            except Unsuitable as doubt:
+                doubts.append(str(doubt))
+        return None  # as if nobody had looked: the forward comes to its end
 
-    handle = language_model.get_output_embeddings().register_forward_pre_hook(instead_of_logits)
-    try:
+    with language_model.get_output_embeddings().register_forward_pre_hook(instead_of_logits):
         model(**inputs)
-    finally:
-        handle.remove()
-    return found
+    if doubts or not found:
+        raise Unsuitable(doubts[0] if doubts else "its output embeddings are not called in a forward without labels")
+    return LabelLosses(found[0].view(parts, -1) if len(found[0]) else found[0].new_empty(parts, 0))
 
 
-def _cross_entropy(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.dtype]:
-    """At every target, in the order of rows: float32 [targets]; and the dtype of the logits."""
+def _cross_entropy(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """At every target, in the order of rows: float32 [targets]."""
     counts = targets != IGNORED
     hidden, targets = hidden[counts], targets[counts]
     if type(head) is nn.Linear and type(head.weight) is nn.Parameter and "forward" not in vars(head):
+        _check_vocabulary(targets, len(head.weight))
         return _by_vocabulary(head.weight, head.bias, hidden, targets)
     vocabulary = getattr(head, "out_features", 1 << 17)  # of a quantised weight the shape does not say
     rows = max(1, PIECE_BYTES // (4 * vocabulary))
     losses = []
     for states, labels in zip(hidden.split(rows), targets.split(rows)):
         logits = head.forward(states)  # not the module: this is called by its hook
+        _check_vocabulary(labels, logits.shape[-1])
         losses.append(F.cross_entropy(logits.float(), labels, reduction="none"))
-    return torch.cat(losses), logits.dtype
+    return torch.cat(losses)
+
+
+def _check_vocabulary(targets: torch.Tensor, vocabulary: int) -> None:
+    """On a GPU an index out of its range would end the process' use of it."""
+    if bool(((targets < 0) | (targets >= vocabulary)).any()):
+        raise Unsuitable(f"a label is none of the {vocabulary} that its output embeddings tell apart")
 
 
 def _by_vocabulary(
     weight: torch.Tensor, bias: torch.Tensor | None, hidden: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.dtype]:
+) -> torch.Tensor:
     """The same for a plain linear head, its weight [vocabulary, features] read once: some words at a time for all
     targets, log Σ exp gathered on the way (Milakov and Gimelshein, Online normalizer calculation for softmax, 2018)."""
     size = CACHED_BYTES if hidden.is_cpu else PIECE_BYTES
@@ -115,13 +139,18 @@ def _by_vocabulary(
     for first in range(0, len(weight), words):
         part = slice(first, first + words)
         logits = F.linear(hidden, weight[part], None if bias is None else bias[part])
-        dtype, logits = logits.dtype, logits.float()
+        logits = logits.float()
         place = (targets - first).clamp(0, logits.shape[1] - 1)
         inside = targets - first == place
         at_target = torch.where(inside, logits.gather(1, place[:, None]).squeeze(1), at_target)
         before, largest = largest, torch.maximum(largest, logits.amax(1))
         total = total * (before - largest).exp() + logits.sub_(largest[:, None]).exp_().sum(1)
-    return largest + total.log() - at_target, dtype
+    return largest + total.log() - at_target
+
+
+def output_embeddings(model: nn.Module) -> nn.Module:
+    """Of a model that `why_not` has nothing against."""
+    return _language_model(model).get_output_embeddings()
 
 
 def _language_model(model: nn.Module) -> nn.Module | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -142,6 +143,33 @@ def around(model: nn.Module, layers: Sequence[Layer]) -> list[nn.Module]:
         parts = layer.name.split(".")
         paths.update(".".join(parts[:end]) for end in range(1, len(parts)))
     return [modules[path] for path in sorted(paths)]
+
+
+def entrances(model: nn.Module, layers: Sequence[Layer]) -> list[nn.Module]:
+    """The model, and whatever else calls layers: the nearest module around each that is not a mere list of them."""
+    modules = dict(model.named_modules())
+    found = {id(model): model}
+    for layer in layers:
+        path = layer.name.rpartition(".")[0]
+        while path and isinstance(modules[path], (nn.ModuleList, nn.ModuleDict)):
+            path = path.rpartition(".")[0]
+        found[id(modules[path])] = modules[path]
+    return list(found.values())
+
+
+def tensors_of(output: Any) -> Iterator[torch.Tensor]:
+    """The tensors in what a model returns, wherever DDP finds them."""
+    if isinstance(output, torch.Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from tensors_of(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from tensors_of(value)
+    elif dataclasses.is_dataclass(output):
+        for field in dataclasses.fields(output):
+            yield from tensors_of(getattr(output, field.name))
 
 
 def is_compiled_itself(module: nn.Module) -> bool:

@@ -18,6 +18,18 @@ def check_holds(optimizer: torch.optim.Optimizer, layers: Sequence[Layer]) -> No
             raise ValueError(f"IST: expected an optimizer that holds every adapter, got one without {layer.name}'s")
 
 
+def place(optimizer: torch.optim.Optimizer, parameters: Iterable[tuple[nn.Parameter, bool]], frozen_state: str) -> None:
+    """The state of parameters, each with whether it trains, where `frozen_state` of the configuration has it."""
+    trains, frozen = [], []
+    for parameter, required in parameters:
+        (trains if required else frozen).append(parameter)
+    if frozen_state == "drop":
+        drop(optimizer, frozen)
+    elif frozen_state == "offload":
+        offload(optimizer, frozen)
+        bring_back(optimizer, trains)
+
+
 def drop(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
     """Forget their moments and step counts: an optimizer starts them anew."""
     for parameter in parameters:

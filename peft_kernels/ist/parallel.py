@@ -75,6 +75,13 @@ def everywhere(condition: bool, device: torch.device, group: dist.ProcessGroup |
     return joined_losses([float(condition)], 1.0, device, group) == [1.0]
 
 
+def anywhere(flags: Sequence[bool], device: torch.device, group: dist.ProcessGroup | None = None) -> list[bool]:
+    """Of each flag, whether it is set in some process; as many in every process."""
+    sums = torch.tensor([float(flag) for flag in flags], device=device)
+    dist.all_reduce(sums, group=group)
+    return [total > 0.0 for total in sums.tolist()]
+
+
 class Sharded:
     """A model whose blocks may be sharded by FSDP2 (`fully_shard`), of which some parameters are frozen step by step.
 
@@ -100,6 +107,14 @@ class Sharded:
             raise ValueError("IST: expected FSDP2 (fully_shard), got FSDP1 (FullyShardedDataParallel)")
         if is_sharded(model):
             self._modules = [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+        adapters = {id(parameter) for layer in layers for parameter in layer.parameters}
+        self._places = [
+            (parameter, (module, name))
+            for layer in layers
+            for module in layer.module.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+            if id(parameter) in adapters
+        ]
         if self._modules:
             self._hooks = [
                 self._modules[0].register_forward_pre_hook(self._all_require_grad, prepend=True),  # before FSDP's own
@@ -113,6 +128,14 @@ class Sharded:
         """Free what is still gathered, so that the parameters of the layers are the model's."""
         for module in self._modules:
             module.reshard()
+
+    def gathered(self, wanted: Sequence[tuple[nn.Parameter, bool]]) -> list[tuple[nn.Parameter, bool]]:
+        """What stands in the place of these parameters while FSDP has gathered them, and whether it is to train."""
+        if not self._modules:
+            return []
+        places = {id(parameter): place for parameter, place in self._places}
+        found = [(getattr(*places[id(parameter)]), required) for parameter, required in wanted]
+        return [(now, required) for (now, required), (own, _) in zip(found, wanted) if now is not own]
 
     def check_current(self) -> None:
         """Raise ValueError if the model's parameters were replaced since the layers were found."""

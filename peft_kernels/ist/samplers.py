@@ -13,6 +13,9 @@ class LayerSampler:
 
     #: Whether `unimportance` has to be estimated, which costs forwards.
     needs_importance = False
+    #: Whether it knows layers by their unimportance alone, and so can be given some of them: then it draws among those
+    #: that take part in the loss. What others draw is drawn again until some layer of it takes part.
+    draws_among = False
 
     def sample(self, step: int, count: int, unimportance: torch.Tensor, generator: torch.Generator) -> Sequence[int]:
         """The indices of the layers that train.
@@ -38,6 +41,7 @@ class ImportanceSampler(LayerSampler):
     """IST: without replacement, with odds σ(−I)."""
 
     needs_importance = True
+    draws_among = True
 
     def sample(self, step, count, unimportance, generator):
         return torch.multinomial(self.odds(unimportance), count, generator=generator).tolist()
@@ -49,6 +53,8 @@ class ImportanceSampler(LayerSampler):
 class Uniform(LayerSampler):
     """RST, IST's ablation: every set of layers as likely as any other."""
 
+    draws_among = True
+
     def sample(self, step, count, unimportance, generator):
         return torch.multinomial(self.odds(unimportance), count, generator=generator).tolist()
 
@@ -58,6 +64,8 @@ class Uniform(LayerSampler):
 
 class _Periodic(LayerSampler):
     """Keeps its layers for `period` steps."""
+
+    draws_among = True
 
     def __init__(self, period: int) -> None:
         if period < 1:

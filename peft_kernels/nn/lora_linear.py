@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..ops.lora_linear import lora_linear
+from .checks import check_linear
 
 
 class LoRALinear(nn.Linear):
@@ -33,7 +34,7 @@ class LoRALinear(nn.Linear):
         scaling: a float, or any scaling that the op takes.
 
     Raises:
-        ValueError: for a rank below 1 or a dropout outside of [0, 1].
+        ValueError: for a rank below 1, a dropout outside of [0, 1], an adapter's dtype or precision that do not fit.
     """
 
     def __init__(
@@ -70,10 +71,10 @@ class LoRALinear(nn.Linear):
         (`requires_grad` becomes False, as PEFT does). The adapter is made on their device.
 
         Raises:
-            ValueError: if `linear` is no `nn.Linear`, or is a LoRALinear already.
+            ValueError: if `linear` is no `nn.Linear`, is a LoRALinear already, or has a weight that is no plain
+                floating-point tensor, such as a quantised one; nothing is changed then.
         """
-        if not isinstance(linear, nn.Linear) or isinstance(linear, LoRALinear):
-            raise ValueError(f"expected a plain nn.Linear, got {type(linear).__name__}")
+        check_linear(linear, LoRALinear)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
@@ -95,6 +96,10 @@ class LoRALinear(nn.Linear):
             raise ValueError(f"expected a rank r of at least 1, got {r}")
         if not 0.0 <= lora_dropout <= 1.0:
             raise ValueError(f"expected lora_dropout between 0 and 1, got {lora_dropout}")
+        if adapter_precision not in ("default", "high"):
+            raise ValueError(f"expected adapter_precision 'default' or 'high', got {adapter_precision!r}")
+        if adapter_dtype not in (None, self.weight.dtype, torch.float32):
+            raise ValueError(f"expected adapter_dtype {self.weight.dtype} or torch.float32, got {adapter_dtype}")
         lora_alpha = r if lora_alpha is None else lora_alpha
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
         self.lora_dropout, self.adapter_precision = lora_dropout, adapter_precision
@@ -143,10 +148,8 @@ class LoRALinear(nn.Linear):
         weight = self.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
         delta = self.lora_B.to(wide) @ self.lora_A.to(wide) * self.scaling
-        self.unmerged_weight, self.merged = weight.detach(), True
-        self.weight = nn.Parameter(
-            delta.add_(weight).to(weight.dtype), requires_grad=weight.requires_grad
-        )  # fmt: skip
+        merged = nn.Parameter(delta.add_(weight).to(weight.dtype), requires_grad=weight.requires_grad)
+        self.unmerged_weight, self.merged, self.weight = weight.detach(), True, merged
 
     @torch.no_grad()
     def unmerge(self) -> None:

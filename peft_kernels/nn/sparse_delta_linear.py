@@ -10,7 +10,24 @@ from torch import nn
 
 from ..ops.common.messages import describe
 from ..ops.common.tensors import flatten
-from ..ops.sparse_delta import SparseDelta, SparseLayout, with_sparse_gradient_, write_delta
+from ..ops.common.transforms import is_transformed, over_values, untraced
+from ..ops.sparse_delta import SparseDelta, SparseLayout, with_sparse_gradient_, write_delta, written
+from .checks import check_linear
+
+
+def check_delta(delta: SparseDelta | SparseLayout, name: str, shape: tuple[int, int], where: str = "") -> None:
+    """Raise ValueError unless a layer with a weight of this shape could have the delta under this name.
+
+    Args:
+        where: which layer, for the message.
+    """
+    if not isinstance(delta, (SparseDelta, SparseLayout)):
+        raise ValueError(f"expected a SparseLayout or a SparseDelta{where}, got {type(delta).__name__}")
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"expected a name without dots, got {name!r}")
+    layout = delta.layout if isinstance(delta, SparseDelta) else delta
+    if layout.shape != tuple(shape):
+        raise ValueError(f"expected a delta of {list(shape)}{where}, got {delta}")
 
 
 class NamedDelta(nn.Module):
@@ -122,10 +139,10 @@ class SparseDeltaLinear(nn.Linear):
         will be written to: who else holds it sees Δ too, until `restore()`. A layout begins at Δ = 0.
 
         Raises:
-            ValueError: if `linear` is no `nn.Linear`, or is one of these already; for a layout of another shape.
+            ValueError: if `linear` is no `nn.Linear`, is one of these already, or has a weight that is no plain
+                floating-point tensor, such as a quantised one; for a layout of another shape. Nothing is changed then.
         """
-        if not isinstance(linear, nn.Linear) or isinstance(linear, SparseDeltaLinear):
-            raise ValueError(f"expected a plain nn.Linear, got {type(linear).__name__}")
+        check_linear(linear, SparseDeltaLinear, written=True)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
@@ -159,15 +176,19 @@ class SparseDeltaLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] → [..., out_features], as `F.linear`, also under autocast."""
+        if x.is_nested:
+            return over_values("SparseDeltaLinear", self.forward, x)
         own = self._parameters  # a look-up through nn.Module.__getattr__ costs the host half a microsecond
         weight, bias = own["weight"], own["bias"]
         if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # once, for the product and for what is saved
         if self.active is None:
             return self.product(x, weight, bias)
-        self.write()
         delta = self._modules["deltas"]._modules[self.active]
         values = delta._parameters["values"]
+        if is_transformed():
+            return self.product(x, self._written_apart(weight, delta), bias)
+        self.write()
         if not (torch.is_grad_enabled() and values.requires_grad):
             return self.product(x, weight, bias)
         self._trained = True  # a step may follow, and one of torch's fused optimizers leaves no trace
@@ -175,6 +196,16 @@ class SparseDeltaLinear(nn.Linear):
         rows = flatten(x)
         y = with_sparse_gradient_(self.product(rows, weight, bias), rows, values, delta.layout)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+    def _written_apart(self, weight: torch.Tensor, delta: NamedDelta) -> torch.Tensor:
+        """W₀ + Δ where torch differentiates, batches or traces what makes it, in a copy: what a transform wraps cannot be
+        written into the weight. A traced graph of values that are frozen reads the weight itself."""
+        values = delta._parameters["values"]
+        if torch.jit.is_tracing() and not values.requires_grad:  # torch checks a trace without gradients
+            with untraced():
+                self.write()
+            return weight
+        return written(weight, delta._buffers["base"], values, delta.layout)
 
     def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """y [..., N] of x [..., K] and the weight with Δ in it, for subclasses that add to it; no view of x."""
@@ -213,14 +244,11 @@ class SparseDeltaLinear(nn.Linear):
         Raises:
             ValueError: the name is taken or no name of a module, the shape another than the weight's.
         """
-        if isinstance(delta, SparseLayout):
-            delta = SparseDelta(delta, torch.zeros(delta.nnz, device=delta.device))
         if name in self.deltas:
             raise ValueError(f"expected a new name, got {name!r}, which the layer has")
-        if not name or "." in name:
-            raise ValueError(f"expected a name without dots, got {name!r}")
-        if delta.layout.shape != self.weight.shape:
-            raise ValueError(f"expected a delta of {list(self.weight.shape)}, got {delta}")
+        check_delta(delta, name, self.weight.shape)
+        if isinstance(delta, SparseLayout):
+            delta = SparseDelta(delta, torch.zeros(delta.nnz, device=delta.device))
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         values = delta.values.detach().to(self.weight.device, wide, copy=True)
         self.deltas[name] = NamedDelta(delta.layout.to(self.weight.device), values)

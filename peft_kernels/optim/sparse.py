@@ -11,6 +11,7 @@ from torch import nn
 
 from .. import backends
 from ..nn import SparseDeltaLinear
+from ..ops.common.messages import describe
 
 Params = nn.Module | Iterable[nn.Parameter] | Iterable[nn.Module] | Iterable[dict[str, Any]]
 
@@ -35,6 +36,9 @@ class _WritesWeights:
         found = []
         for item in [params] if isinstance(params, (nn.Module, torch.Tensor)) else params:
             if not isinstance(item, nn.Module):
+                if isinstance(item, torch.Tensor) and not item.is_floating_point():
+                    given = f"a {type(item).__name__} {describe(item)}"
+                    raise ValueError(f"expected floating-point parameters, got {given}")
                 found.append(item)
                 continue
             layers = [module for module in item.modules() if isinstance(module, SparseDeltaLinear)]
@@ -87,8 +91,11 @@ class _WritesWeights:
         """Of this optimizer, or of torch's own: what it was told about its kernels is left out.
 
         Raises:
-            ValueError: of an AdamW with amsgrad.
+            ValueError: of an AdamW with amsgrad, or of other groups; nothing is loaded then.
         """
+        mine, theirs = len(self.param_groups), len(state_dict["param_groups"])
+        if mine != theirs:
+            raise ValueError(f"expected the state of an optimizer with {mine} groups, got {theirs}")
         if any(group.get("amsgrad") for group in state_dict["param_groups"]):
             raise ValueError("expected the state of an optimizer without amsgrad, got one with it")
         own = ("fused", "foreach", "capturable")

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from torch import nn
 
 from ..nn import SparseDeltaLinear
+from ..nn.checks import check_linear
+from ..nn.sparse_delta_linear import check_delta
 from ..ops.sparse_delta import SparseDelta, SparseLayout
 
 
@@ -27,26 +29,31 @@ def add_deltas(
         The layers by name of the module.
 
     Raises:
-        ValueError: a name is no linear layer's, a shape or the delta's name does not fit, or the weight is shared with
-            another module, which would train along. Nothing is changed then.
+        ValueError: a name is no linear layer's, a shape or the delta's name does not fit, a weight is no plain tensor
+            with data (quantised, a tensor subclass, on meta), or is shared with another module, which would train
+            along. Nothing is changed then.
     """
     owners = defaultdict(set)
     for path, module in model.named_modules(remove_duplicate=False):
         for parameter in module._parameters.values():
             owners[id(parameter)].add(path)
     modules = dict(model.named_modules())
-    wanted = {path: delta for path, delta in deltas.items() if _layout(delta).nnz}
-    for path, delta in wanted.items():
-        module = modules.get(path)
-        if type(module) not in (nn.Linear, SparseDeltaLinear):
+    for path, delta in deltas.items():
+        module, where = modules.get(path), f" for {path!r}"
+        if not path or type(module) not in (nn.Linear, SparseDeltaLinear):
             raise ValueError(f"expected the name of an nn.Linear, got {path!r}, {type(module).__name__}")
-        if _layout(delta).shape != tuple(module.weight.shape):
-            raise ValueError(f"expected a delta of {list(module.weight.shape)} for {path!r}, got {delta}")
+        if isinstance(module, SparseDeltaLinear):
+            if name in module.deltas:
+                raise ValueError(f"expected a new name, got {name!r}, which {path!r} has")
+        else:
+            check_linear(module, SparseDeltaLinear, written=True, name=path)
+        check_delta(delta, name, module.weight.shape, where)
+        if module.weight.is_meta:
+            raise ValueError(f"expected a weight with data, got {path!r}, whose weight is on meta")
         shared = owners[id(module.weight)] - {path}
         if shared:
             raise ValueError(f"expected a weight of its own, got {path!r}, whose weight is {shared.pop()!r}'s too")
-        if isinstance(module, SparseDeltaLinear) and name in module.deltas:
-            raise ValueError(f"expected a new name, got {name!r}, which {path!r} has")
+    wanted = {path: delta for path, delta in deltas.items() if _layout(delta).nnz}
     layers = {}
     for path, delta in wanted.items():
         layer = modules[path]
@@ -74,18 +81,39 @@ def deltas(model: nn.Module, name: str | None = None) -> dict[str, SparseDelta]:
 
 
 def remove_deltas(model: nn.Module) -> dict[str, SparseDelta]:
-    """Puts every weight back, bit for bit, and plain `nn.Linear`s in place; returns the deltas that were in weights."""
+    """Puts every weight back, bit for bit, and plain `nn.Linear`s in place; returns the deltas that were in weights.
+
+    Raises:
+        ValueError: `model` is such a layer itself, in whose place nothing can be put; nothing is changed then.
+    """
+    _check_model(model)
     found = deltas(model)
-    for path, layer in sparse_layers(model).items():
+    for layer in sparse_layers(model).values():
         layer.restore()
-        _replace(model, path, layer.merge())
+    merge_deltas(model)
     return found
 
 
 def merge_deltas(model: nn.Module) -> None:
-    """Puts plain `nn.Linear`s with W₀ + Δ in place; W₀ is gone then."""
-    for path, layer in sparse_layers(model).items():
-        _replace(model, path, layer.merge())
+    """Puts plain `nn.Linear`s with W₀ + Δ in place; W₀ is gone then.
+
+    Raises:
+        ValueError: as `remove_deltas`.
+    """
+    _check_model(model)
+    plain: dict[nn.Module, nn.Linear] = {}
+    for path, layer in list(model.named_modules(remove_duplicate=False)):  # one layer may stand in several places
+        if isinstance(layer, SparseDeltaLinear):
+            if layer not in plain:
+                plain[layer] = layer.merge()
+            _replace(model, path, plain[layer])
+
+
+def _check_model(model: nn.Module) -> None:
+    if isinstance(model, SparseDeltaLinear):
+        raise ValueError(
+            f"expected a model with layers in it, got a {type(model).__name__}: use its restore() and merge()"
+        )
 
 
 def _layout(delta: SparseLayout | SparseDelta) -> SparseLayout:

@@ -151,13 +151,18 @@ def regrow(
         regrown: of the layer's layout and values.
         optimizer: one of Adam's kind that holds `layer.values`.
         mean, square: with which the moments of what grew start, a number or [c] as in `Regrown.carry`.
+
+    Raises:
+        ValueError: `regrown` is not of the layer's layout, or a moment's start has another shape; nothing is changed then.
     """
     values = layer.values
-    layer.move_delta(regrown.layout, regrown.carry(values))
     state = optimizer.state.get(values, {}) if optimizer is not None else {}
-    for moment, grown in (("exp_avg", mean), ("exp_avg_sq", square)):
-        if moment in state:
-            state[moment].copy_(regrown.carry(state[moment], grown))
+    moments = [name for name in ("exp_avg", "exp_avg_sq") if name in state]
+    starts = {"exp_avg": mean, "exp_avg_sq": square}
+    carried = [regrown.carry(state[name], starts[name]) for name in moments]  # before anything is changed
+    layer.move_delta(regrown.layout, regrown.carry(values))
+    for name, moment in zip(moments, carried):
+        state[name].copy_(moment)
 
 
 def _first(scores: torch.Tensor, count: int) -> torch.Tensor:

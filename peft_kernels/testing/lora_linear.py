@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from ..ops.common import dropout
 from ..ops.lora_linear import Projection, lora_linear_shared_input
+from .bounds import Sums
 
 
 @dataclass
@@ -130,6 +131,24 @@ def run(case: LoRACase, expression: Expression = ours, autocast: torch.dtype | N
 def eager(case: LoRACase, autocast: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """PEFT's expression in the case's own dtypes."""
     return run(case, peft_expression, autocast)
+
+
+def sums(case: LoRACase) -> dict[str, Sums]:
+    """What lies behind an element of each float32 result of a GPU's kernels, where they are float32's own: of a float32
+    base, and of "high" adapters, whose gradients are; elsewhere 16-bit roundings are all that counts."""
+    if not case.x.is_cuda or not (case.x.dtype == torch.float32 or case.adapter_precision == "high"):
+        return {}
+    M, K = case.x.numel() // case.x.shape[-1], case.x.shape[-1]
+    Ns = [p.weight.shape[0] for p in case.projections]
+    Rs = [p.lora_A.shape[0] for p in case.projections]
+    high, terms = case.x.dtype != torch.float32, {}
+    for j, (N, R) in enumerate(zip(Ns, Rs)):
+        terms |= {f"grad of lora_A{j}": N + M, f"grad of lora_B{j}": K + M}  # of dH and of S, then over the tokens
+        if not high:
+            terms |= {f"y{j}": K + R, f"grad of weight{j}": M, f"grad of bias{j}": M}
+    if not high:
+        terms["grad of x"] = sum(Ns) + sum(Rs)
+    return {name: Sums(count, tensor_cores=high) for name, count in terms.items()}
 
 
 def truth(case: LoRACase) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ..ops.masked_linear import masked_linear
+from .bounds import Sums
 
 NAMES = ("x", "weight", "scores", "bias")
 
@@ -119,6 +120,16 @@ def run(
 def eager(case: MaskedCase, autocast: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """The eager expression in the case's own dtypes."""
     return run(case, eager_expression, autocast)
+
+
+def sums(case: MaskedCase) -> dict[str, Sums]:
+    """What lies behind an element of each float32 result of a GPU's kernels."""
+    if not case.x.is_cuda or case.x.dtype != torch.float32:
+        return {}
+    N, K = case.weight.shape
+    M = case.grad_y.numel() // max(N, 1)
+    terms = {"y": K, "grad of x": N, "grad of weight": M, "grad of scores": M, "grad of bias": M}
+    return {name: Sums(count) for name, count in terms.items()}
 
 
 def truth(case: MaskedCase) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ..ops.sparse_delta import SparseLayout, sparse_delta_linear, with_sparse_gradient_
+from .bounds import Sums
 
 LEAVES = ("x", "weight", "values", "bias")
 
@@ -126,6 +127,16 @@ def run(
 def eager(case: SparseCase, autocast: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """The peers' expression in the case's own dtypes."""
     return run(case, scatter_expression, autocast)
+
+
+def sums(case: SparseCase) -> dict[str, Sums]:
+    """What lies behind an element of each float32 result of a GPU's kernels."""
+    if not case.x.is_cuda or case.x.dtype != torch.float32:
+        return {}
+    N, K = case.layout.shape
+    M = case.dy.numel() // N
+    terms = {"y": K, "grad of x": N, "grad of weight": M, "grad of values": M, "grad of bias": M}
+    return {name: Sums(count) for name, count in terms.items()}
 
 
 def truth(case: SparseCase) -> dict[str, torch.Tensor]:

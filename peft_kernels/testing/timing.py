@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import statistics
 import time
@@ -61,24 +62,38 @@ def whole(call: Callable[[], object]) -> Marked:
 
 
 def interleaved(
-    calls: dict[Name, Marked], timer: Callable[..., tuple[float, ...]], seconds: float, least: int = 7, most: int = 101
+    calls: dict[Name, Marked],
+    timer: Callable[..., tuple[float, ...]],
+    seconds: float,
+    least: int = 7,
+    most: int = 101,
+    guard: Callable[[Name], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> dict[Name, list[tuple[float, ...]]]:
     """Every call once a round, in an order drawn anew, for about `seconds`; the first two rounds warm up and do not
     count.
 
     What ran before a call is not its concern, but is felt: 2 % at 300 µs. So short ones run once untimed right before,
     and are repeated on the CPU until the shortest fills 2 ms.
+
+    Args:
+        guard: entered around all that is done with a call. If it keeps an exception to itself, that call is over, and
+            not among the results.
     """
     times: dict[Name, list[tuple[float, ...]]] = {name: [] for name in calls}
     order, began, rounds, repeats, shortest = random.Random(0), time.perf_counter(), 0, 1, float("inf")
-    while rounds < 2 + least or (rounds < 2 + most and time.perf_counter() - began < seconds):
-        for name in order.sample(list(calls), len(calls)):
-            if rounds == 0 or shortest < _LONG:
-                calls[name](lambda: None)
-            elapsed = timer(calls[name], repeats)
+    while times and (rounds < 2 + least or (rounds < 2 + most and time.perf_counter() - began < seconds)):
+        for name in order.sample(list(times), len(times)):
+            elapsed = None
+            with guard(name):
+                if rounds == 0 or shortest < _LONG:
+                    calls[name](lambda: None)
+                elapsed = timer(calls[name], repeats)
+            if elapsed is None:
+                del times[name]
+                continue
             if rounds >= 2:
                 times[name].append(elapsed)
             shortest = min(shortest, elapsed[-1])
         rounds += 1
-        repeats = max(1, int(2000 / shortest))
+        repeats = max(1, int(2000 / shortest)) if times else 1
     return times

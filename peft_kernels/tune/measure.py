@@ -10,9 +10,11 @@ import torch
 import triton
 
 from ..testing.bounds import assert_within_eager
+from ..testing.device import device_fault
 from ..testing.timing import Timer, interleaved, whole
 from .plan import CROSSOVERS, Job
 from .problems import Problem, problem
+from .session import DeviceLost
 
 _SECONDS = 0.3  # spent on the timing of one job, if the fewest rounds take less
 _MOST = 51  # rounds
@@ -39,16 +41,32 @@ class Measure:
                 prepared.launch(job.candidates[number])
 
         calls = {number: whole(functools.partial(launch, number)) for number in sound}
-        times = interleaved(calls, self.timer, _SECONDS, most=_MOST)
+        try:
+            times = interleaved(calls, self.timer, _SECONDS, most=_MOST)
+        except RuntimeError:
+            if why := device_fault():
+                raise DeviceLost(why, ["skipped: the GPU was lost while it was timed"] * len(results)) from None
+            raise
         return [results[n] or statistics.median(us for (us,) in times[n]) / count for n in range(len(results))]
 
 
 def check(prepared: Problem, candidates: tuple) -> list[str]:
     """What keeps each candidate from being timed, or an empty string: at most twice the error of plain PyTorch in the
-    same dtype is allowed, against float64."""
+    same dtype is allowed, against float64.
+
+    Raises:
+        DeviceLost: one of them made the GPU useless for this process.
+    """
     expected = prepared.expression(*prepared.inputs)
     exact = prepared.expression(*(operand.double() for operand in prepared.inputs))
-    return [_fault(prepared, candidate, expected, exact) for candidate in candidates]
+    found: list[str] = []
+    for candidate in candidates:
+        found.append(_fault(prepared, candidate, expected, exact))
+        if why := found[-1] and device_fault():
+            results = [fault or "skipped: the GPU was lost before it was timed" for fault in found[:-1]]
+            left = len(candidates) - len(found)
+            raise DeviceLost(why, [*results, f"wrong: it lost the GPU: {why}", *["skipped: the GPU was lost"] * left])
+    return found
 
 
 def _fault(prepared: Problem, candidate: Any, expected: tuple, exact: tuple) -> str:
@@ -58,8 +76,6 @@ def _fault(prepared: Problem, candidate: Any, expected: tuple, exact: tuple) -> 
             assert_within_eager(f"output {number}", *tensors)
     except AssertionError as error:
         return f"wrong: {error}"
-    except torch.AcceleratorError:  # the device is lost for this process
-        raise
     except (triton.TritonError, RuntimeError) as error:  # the compiler's passes raise RuntimeError
         return f"skipped: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     return ""

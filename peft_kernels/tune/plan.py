@@ -41,12 +41,14 @@ class Job(NamedTuple):
 
 
 def jobs(ops: list[str], architecture: int) -> list[Job]:
-    """All of them for the rooms named, large shapes first; crossovers last, as they are taken with the best tiles."""
-    return [job for op in ops for job in (*_tiles(op, architecture), *_crossovers(op, architecture))]
+    """All of them for the rooms named. First the crossovers, as a way decides more than a tile; with the tiles that are
+    known, which are the rules' in a first run. Then tiles, large shapes first."""
+    return [job for find in (_crossovers, _tiles) for op in ops for job in find(op, architecture)]
 
 
 def best(jobs: Iterable[Job], rows: Mapping[Job, list[float | str]]) -> dict[tuple, Any]:
-    """The table that measurements make.
+    """The table that measurements make. Of a crossover that was not finished it has a bound: the way in question is
+    taken where it was seen to be faster, and counts as slower at the sizes that were not measured.
 
     Args:
         rows: of each job that was measured, µs of each of its candidates, or why there is none.
@@ -66,8 +68,8 @@ def best(jobs: Iterable[Job], rows: Mapping[Job, list[float | str]]) -> dict[tup
         elif times:
             table[key] = min(times, key=times.get)
     for key, found in points.items():
-        if all(faster is not None for _, faster in found):  # some of the sizes would show another crossover
-            table[key] = CROSSOVERS[key[0]].of(found)
+        if any(faster is not None for _, faster in found):
+            table[key] = CROSSOVERS[key[0]].of([(size, bool(faster)) for size, faster in found])
     return table
 
 
@@ -141,7 +143,8 @@ def _tiles(op: str, architecture: int) -> Iterator[Job]:
 def _crossovers(op: str, architecture: int) -> Iterator[Job]:
     for choice in ROOMS[op].CHOICES:
         if choice in CROSSOVERS and CROSSOVERS[choice].only_on in (None, architecture):
-            for at in CROSSOVERS[choice].sizes:
+            # From the end at which a bound grows, so that what is measured counts although others are not.
+            for at in sorted(CROSSOVERS[choice].sizes, key=math.prod, reverse=CROSSOVERS[choice].of is smallest_from):
                 yield Job(op, choice, (2,), at, CROSSOVERS[choice].ways)
 
 

@@ -19,6 +19,21 @@ from ..ops.common.tuning import Gpu
 from .plan import CROSSOVERS, ROOMS, Job, best, jobs
 
 Results = list[float | str]
+
+
+class DeviceLost(RuntimeError):
+    """The GPU answers nothing more to this process.
+
+    Args:
+        why: its last answer.
+        results: of the job in which it was lost, so that no later run tries it again.
+    """
+
+    def __init__(self, why: str, results: Results) -> None:
+        super().__init__(why)
+        self.results = results
+
+
 #: `measure(job, table)`, as `measure.Measure` has it.
 Measurement = Callable[[Job, dict[tuple, Any]], Results]
 
@@ -63,9 +78,15 @@ def run(
                 ROOMS[job.op].tuned.cache_clear()
             # Tiles are measured by themselves; two ways are compared with the tiles that were found.
             table = best((other for other in planned if other.op == job.op), rows) if job.at else {}
-            rows[job] = measure(job, table)
-            files[job.op].write(f"{_line(job, rows[job])}\n")
-            files[job.op].flush()
+            try:
+                rows[job] = measure(job, table)
+            except DeviceLost as lost:
+                rows[job] = lost.results
+                raise
+            finally:
+                if job in rows:
+                    files[job.op].write(f"{_line(job, rows[job])}\n")
+                    files[job.op].flush()
     return rows
 
 
@@ -140,6 +161,10 @@ def main(options: argparse.Namespace) -> str | None:
         )  # fmt: skip
     except KeyboardInterrupt:
         return "tune: stopped; what was measured is kept, and the next run goes on from there"
+    except DeviceLost as lost:
+        return (
+            f"tune: the GPU is lost to this process: {lost}; what was measured is kept, and the next run goes on behind"
+        )
     print(summary(planned, rows, folder, gpu))
     return None
 

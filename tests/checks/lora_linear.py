@@ -18,6 +18,7 @@ from peft_kernels.testing import (
     saved_tensors,
     truth,
 )
+from peft_kernels.testing.lora_linear import sums
 from tests.checks.common import record_calls, strided, subsets
 
 #: Leading dims, K, N of each projection, R: off every tile, on it, a single row, none, a rank beyond a block.
@@ -61,8 +62,11 @@ def check_within_eager(backend: str, autocast: torch.dtype | None = None, **case
         for name, value in exact.items():
             assert torch.equal(first[name], second[name]), f"{backend} {name} differs between two runs"
             collected.setdefault(name, []).append((first[name], plain[name], value))
+    behind = sums(case)
     for name, results in collected.items():
-        assert_within_eager(f"{backend} {name}", *map(torch.stack, zip(*results)), samples=draws * roundings)
+        assert_within_eager(
+            f"{backend} {name}", *map(torch.stack, zip(*results)), samples=draws * roundings, sums=behind.get(name)
+        )
 
 
 #: Of projections that share x: small ones, one beyond a block, several beyond.

@@ -11,7 +11,7 @@ import torch
 import peft_kernels as pk
 from peft_kernels.ops.masked_linear import reference
 from peft_kernels.testing import assert_within_eager, poisoned_allocations, saved_tensors
-from peft_kernels.testing.masked_linear import NAMES, eager, make_case, ours, run, truth
+from peft_kernels.testing.masked_linear import NAMES, eager, make_case, ours, run, sums, truth
 from tests.checks.common import record_calls, strided, subsets
 
 #: Leading dims, K, N: off every tile, on it, a single row, none, a dimension of size 0.
@@ -49,8 +49,9 @@ def check_within_eager(backend: str, autocast: torch.dtype | None = None, **case
         for name, value in exact.items():
             assert torch.equal(first[name], second[name]), f"{backend} {name} differs between two runs"
             collected.setdefault(name, []).append((first[name], plain[name], value))
+    behind = sums(case)
     for name, results in collected.items():
-        assert_within_eager(f"{backend} {name}", *map(torch.stack, zip(*results)))
+        assert_within_eager(f"{backend} {name}", *map(torch.stack, zip(*results)), sums=behind.get(name))
 
 
 def check_subsets(backend: str, **case_arguments) -> None:

@@ -13,7 +13,17 @@ import peft_kernels as pk
 from peft_kernels import backends
 from peft_kernels.ops.sparse_delta import cpu, cuda, reference, write_delta
 from peft_kernels.testing import assert_within_eager, poisoned_allocations, saved_tensors
-from peft_kernels.testing.sparse_delta import LEAVES, eager, make_case, make_layout, ours, ours_in_weight, run, truth
+from peft_kernels.testing.sparse_delta import (
+    LEAVES,
+    eager,
+    make_case,
+    make_layout,
+    ours,
+    ours_in_weight,
+    run,
+    sums,
+    truth,
+)
 from tests.checks.common import record_calls, strided, subsets
 
 #: Leading dims, K, N: off every tile, on it, a single row, none; blocks of 4 × 8 fill all of them.
@@ -67,8 +77,10 @@ def check_within_eager(backend: str, autocast: torch.dtype | None = None, **case
                 assert torch.equal(value, second[name]), f"{backend} {how} {name} differs between two runs"
                 collected.setdefault(f"{how}: {name}", []).append((value, plain[name], exact[name]))
             assert len(first) == len(exact) - len(frozen)
-    for name, results in collected.items():
-        assert_within_eager(f"{backend} {name}", *map(torch.stack, zip(*results)))
+    behind = sums(case)
+    for name, results in collected.items():  # of both expressions, how and what
+        of = behind.get(name.partition(": ")[2])
+        assert_within_eager(f"{backend} {name}", *map(torch.stack, zip(*results)), sums=of)
 
 
 def check_subsets(backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:

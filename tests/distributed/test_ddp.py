@@ -47,7 +47,8 @@ def sent_in_backward(rank, options):
     for step in range(3):
         ist.before_step()
         loss = ddp(**part(batch_for(step), rank, WORLD)).loss
-        now = [parameter.numel() for parameter in ddp.parameters() if parameter.requires_grad]
+        frozen = {id(p) for index, layer in enumerate(ist.layers) if index not in ist.active for p in layer.parameters}
+        now = [p.numel() for p in ddp.parameters() if p.requires_grad and id(p) not in frozen]
         found.append((sent(loss.backward), sum(now) + len(now)))  # whether there is one: 1 each
         ddp.zero_grad()
     with ddp.no_sync():
@@ -60,6 +61,34 @@ def test_reduces_what_trains_and_nothing_else(ranks, options):
     for found in ranks.run(sent_in_backward, options):
         for elements, wanted in found:
             assert elements == wanted
+
+
+def left_alone_after_an_interrupt(rank):
+    model = tiny()
+    ddp = DistributedDataParallel(model)
+    ist = IST(ddp)
+    for place in (model.get_base_model().model.layers[3], model.get_base_model().lm_head):
+        for interruption in (KeyboardInterrupt, ValueError):
+
+            def interrupt(*_, interruption=interruption):
+                raise interruption
+
+            ist.before_step()
+            hook = place.register_forward_hook(interrupt)
+            with pytest.raises(interruption):
+                ddp(**part(batch_for(0), rank, WORLD))
+            hook.remove()
+            assert ddp.require_backward_grad_sync and ddp.require_forward_param_sync
+            assert all(p.requires_grad for layer in ist.layers for p in layer.parameters)
+    ist.close()
+    ddp(**part(batch_for(0), rank, WORLD)).loss.backward()
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def test_an_interrupt_leaves_ddp_as_it_was(ranks):
+    one, other = ranks.run(left_alone_after_an_interrupt)
+    assert len(one) == sum(p.requires_grad for p in tiny().parameters())
+    torch.testing.assert_close(one, other)
 
 
 class Blocks(nn.Module):

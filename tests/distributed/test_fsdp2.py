@@ -7,9 +7,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from peft_kernels.ist import IST, ISTConfig
+from peft_kernels.ist import IST, Fixed, ISTConfig
 from tests.distributed.ranks import WORLD
-from tests.distributed.training import EVERYTHING, alone, batch_for, check_same, optimizer_of, part, sent, tiny, train
+from tests.distributed.training import (
+    EVERYTHING,
+    alone,
+    batch_for,
+    check_same,
+    optimizer_of,
+    part,
+    sent,
+    tiny,
+    train,
+    whole,
+)
 
 
 def sharded(model, blocks=True, **options):
@@ -50,7 +61,7 @@ def sent_in_backward(rank):
     for step in range(3):
         ist.before_step()
         loss = model(**part(batch_for(step), rank, WORLD)).loss
-        trains = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        trains = sum(parameter.numel() for index in ist.active for parameter in ist.layers[index].parameters)
         found.append((sent(loss.backward), trains))
         model.zero_grad()
     return found
@@ -60,6 +71,34 @@ def test_reduces_what_trains_and_nothing_else(ranks):
     for found in ranks.run(sent_in_backward):
         for elements, wanted in found:
             assert elements == wanted
+
+
+def with_a_reference_pass(rank, blocks, reentrant):
+    model, alone = tiny(), tiny()
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model = sharded(model, blocks)
+    ist = IST(model, ISTConfig(sampler=Fixed([2, 4])))
+    for step in range(2):
+        ist.before_step()
+        for micro in range(2):
+            loss = model(**part(batch_for(2 * step + micro), rank, WORLD)).loss
+            with torch.no_grad(), model.disable_adapter():
+                model(**part(batch_for(7), rank, WORLD))
+            loss.backward()
+    for micro in range(4):
+        alone(**batch_for(micro)).loss.backward()
+    expected = dict(alone.named_parameters())
+    found = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    assert {int(name.split("layers.")[1].split(".")[0]) for name in found} == {2, 4}
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name].grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["kept", "not reentrant", "reentrant"])
+@pytest.mark.parametrize("blocks", [True, False], ids=["blocks", "root only"])
+def test_a_reference_pass_between_a_forward_and_its_backward(ranks, blocks, reentrant):
+    ranks.run(with_a_reference_pass, blocks, reentrant)
 
 
 def mixed(rank, blocks):

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import peft_kernels as pk
 from peft_kernels.integrations.peft import shared_input
 from peft_kernels.testing import saved_tensors
-from tests.interrupts import ERRORS, everywhere
 from tests.integrations.peft_models import assert_equal, make, run
+from tests.interrupts import ERRORS, everywhere
 
 accelerate = pk.integrations.peft.accelerate
 

@@ -36,6 +36,15 @@ def trainable(model) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def trains_inside(model, batch=None) -> set[str]:
+    """What requires a gradient inside of a forward."""
+    found = []
+    hook = model.register_forward_hook(lambda *_: found.append(trainable(model)))
+    model(**(batch or batch_for(0)))
+    hook.remove()
+    return found[0]
+
+
 def train(model, steps: int, config: ISTConfig | None = None, ist: IST | None = None, first: int = 0):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     ist = ist or IST(model, config, optimizer=optimizer)
@@ -122,11 +131,11 @@ def test_only_chosen_adapters_train_and_others_have_no_gradient():
     for step in range(5):
         chosen = ist.before_step()
         expected = norms | {name for name in everything - norms if any(f"layers.{i}." in name for i in chosen)}
-        assert trainable(model) == expected
+        assert trains_inside(model) == expected and trainable(model) == everything
         assert {n for n, p in model.named_parameters() if p.grad is not None} <= expected | norms
         model(**batch_for(step)).loss.backward()
     ist.set_active(range(6))
-    assert trainable(model) == everything
+    assert trains_inside(model) == everything
 
 
 def test_an_estimate_leaves_everything_as_it_was():
@@ -243,21 +252,28 @@ def test_bottleneck_adapters():
     ist = IST(model, ISTConfig(sampler="rst", update_fraction=0.34), is_adapter=is_adapter)
     for step in range(4):
         (chosen,) = ist.before_step()
-        assert trainable(model) == {f"model.layers.{chosen}.mlp.1.{n}" for n, _ in Adapter(16).named_parameters()}
+        assert trains_inside(model) == {f"model.layers.{chosen}.mlp.1.{n}" for n, _ in Adapter(16).named_parameters()}
         model(**batch_for(step)).loss.backward()
 
 
 def test_another_one_takes_over():
     model = llama()
     everything = trainable(model)
-    IST(model, ISTConfig(sampler="rst")).before_step()
-    assert trainable(model) < everything
+    kind = type(model)
+    first = IST(model, ISTConfig(sampler="rst"))
+    first.before_step()
+    assert trains_inside(model) < everything
     ist = IST(model)
-    assert trainable(model) == everything and len(ist.layers) == 6
+    assert trains_inside(model) == everything and len(ist.layers) == 6
+    with pytest.raises(ValueError, match="in charge of its model, got one that was closed"):
+        first.before_step()
     ist.before_step()
     copied = copy.deepcopy(model)
+    assert trains_inside(model) < everything
     ist.close()
-    assert trainable(model) == everything and not model._forward_pre_hooks
+    assert trains_inside(model) == everything and not any(m._forward_pre_hooks for m in model.modules())
+    assert type(model) is kind and not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    assert trains_inside(copied) == everything and type(copied) is kind
     copied(**batch_for(0)).loss.backward()
 
 
@@ -420,10 +436,6 @@ def test_wrong_models():
     ist.before_step()
     with pytest.raises(ValueError, match="expected a batch"):
         ist.before_step()
-    ist.estimator.loss_of = lambda *_: torch.tensor(math.nan)
-    with pytest.raises(ValueError, match="expected losses that are numbers before step 1, got"):
-        ist.before_step(batch_for(0))
-    assert not ist.unimportance.any() and not ist.history
     state = IST(llama(3)).state_dict()
     with pytest.raises(ValueError, match="expected the state of 6 layers"):
         ist.load_state_dict(state)

@@ -162,6 +162,7 @@ def test_cuda_graph_of_projections_of_which_some_train_A(backend):
     assert all(torch.isfinite(value).all() for value in results)
 
 
+@pytest.mark.time_limit(180)
 @pytest.mark.parametrize("backend", ["auto", "triton", "cuda"])
 def test_compile(backend):
     torch._dynamo.reset()
@@ -181,6 +182,7 @@ def test_compile(backend):
             torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.time_limit(180)
 def test_more_than_2_to_the_31_elements():
     """A row past 2³¹ elements of x comes out as if it were computed alone."""
     M, K, N = (1 << 19) + 64, 4096 + 64, 64

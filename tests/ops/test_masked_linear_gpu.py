@@ -97,6 +97,7 @@ def test_cuda_graph(backend):
         assert torch.equal(one, eager)
 
 
+@pytest.mark.time_limit(180)
 def test_compile():
     torch._dynamo.reset()
     case = make_case((33,), 128, 96, torch.bfloat16, torch.float32, device="cuda")
@@ -111,6 +112,7 @@ def test_compile():
             torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.time_limit(180)
 def test_more_than_2_to_the_31_elements():
     """A row past 2³¹ elements of x comes out as if it were computed alone."""
     M, K, N = (1 << 19) + 64, 4096 + 64, 64

@@ -137,6 +137,7 @@ def test_training_never_waits(kind):
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.time_limit(180)
 def test_past_two_to_the_31():
     """A weight of 2³¹ entries and more: positions, gradient and step in its last row."""
     N, K = 65538, 32768

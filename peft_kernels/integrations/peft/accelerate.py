@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from peft.tuners import lora, shira
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.shira import ShiraLayer
@@ -53,14 +55,19 @@ def accelerate(model: nn.Module) -> Report:
         raise ValueError("accelerate: expected a model as PEFT made it, got one that is accelerated already")
     kept = {name: reason for name, layer in layers.items() if (reason := why_not(layer))}
     fused = {name: layer for name, layer in layers.items() if name not in kept}
+    groups = list(_groups(model, {layer for layer in fused.values() if isinstance(layer, LoraLayer)}))
+    # All that may raise is behind us.
     for layer in fused.values():
         if isinstance(layer, LoraLayer):
             layer.__class__ = FusedLoraLinear
         else:
             layer.__class__ = FusedShiraLinear
             layer.find_positions()
+    for _, parent, names in groups:
+        SharedInput(names).join(parent)
+    shared = tuple(tuple(f"{path}.{name}".lstrip(".") for name in names) for path, parent, names in groups)
     kinds = [name for name, kind in KINDS.items() if any(isinstance(layer, kind) for layer in layers.values())]
-    return Report(tuple(fused), tuple(_share_inputs(model)), kept, " and ".join(kinds))
+    return Report(tuple(fused), shared, kept, " and ".join(kinds))
 
 
 def restore(model: nn.Module) -> None:
@@ -95,14 +102,12 @@ def _is_ours(hook) -> bool:
     return isinstance(getattr(hook, "__self__", None), SharedInput)
 
 
-def _share_inputs(model: nn.Module):
+def _groups(model: nn.Module, fused: set[nn.Module]) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
+    """The path of a parent, the parent, and the names of those of its children among `fused` that share their input."""
+    grouped: set[nn.Module] = set()
     for path, parent in model.named_modules():
         # One child under two names, or in two parents, would be in two groups: it stays by itself.
-        children = {
-            name
-            for name, child in parent.named_children()
-            if type(child) is FusedLoraLinear and child._shared_input is None
-        }
+        children = {name for name, child in parent.named_children() if child in fused and child not in grouped}
         for names in siblings_of_one_input(parent, children):
-            SharedInput(names).join(parent)
-            yield tuple(f"{path}.{name}".lstrip(".") for name in names)
+            grouped |= {parent.get_submodule(name) for name in names}
+            yield path, parent, names

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 from transformers.loss.loss_utils import ForCausalLMLoss
+
+from ...ops.common.transforms import backward_of, is_transformed
 
 #: Of float32 values in use at a time beside logits and gradient; on a CPU they fit in its cache.
 PIECE_BYTES, CACHED_BYTES = 1 << 28, 1 << 22
@@ -41,7 +42,7 @@ class CrossEntropy(torch.autograd.Function):
         return (sums - logits.gather(1, places).squeeze(1)).where(counts, 0).sum()
 
     @staticmethod
-    @once_differentiable
+    @backward_of("logits_at_labels")
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         logits, sums, places, counts = ctx.saved_tensors
         grad_logits = torch.empty_like(logits)
@@ -74,7 +75,7 @@ def causal_lm_loss(
 ) -> torch.Tensor:
     """ForCausalLMLoss of transformers, through `CrossEntropy` where that saves memory. torch.compile does as well with
     the former."""
-    plain = type(logits) is torch.Tensor and not torch.compiler.is_compiling()
+    plain = type(logits) is torch.Tensor and not (torch.compiler.is_compiling() or is_transformed())
     if not (plain and logits.requires_grad):
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
     if shift_labels is None:

@@ -23,7 +23,7 @@ import torch
 from torch.jit import is_tracing
 
 from ... import _native
-from .library import LIBRARY, register, register_vmap_by_loop
+from .library import LIBRARY, register
 
 ROUNDS = 7
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
@@ -118,7 +118,6 @@ def _philox(seed: torch.Tensor, counter: tuple[torch.Tensor, ...]) -> list[torch
 
 LIBRARY.define("dropout_mask(Tensor seed, SymInt rows, SymInt columns, float p, int streams) -> Tensor")
 _mask_op = register("dropout_mask", draw_mask)
-register_vmap_by_loop("dropout_mask")
 
 
 @torch.library.register_fake("peft_kernels::dropout_mask", lib=LIBRARY)

@@ -41,10 +41,11 @@ def register(name: str, implementation: Callable, flops: Callable[..., int] | No
         if (
             is_dynamo_compiling()  # what else compiles, an export that is not strict, has modes on the stack
             or _len_torch_dispatch_stack()
-            or _are_functorch_transforms_active()
             or (isinstance(args[0], torch.Tensor) and args[0].is_meta)
         ):
             return op(*args)
+        if _are_functorch_transforms_active():
+            return OneByOne.apply(op, *args)
         # Asked here too: `run` in between would cost the host a call.
         return (run if _is_any_autocast_enabled() else implementation)(*args)
 
@@ -60,26 +61,33 @@ def without_autocast(function: Callable, *args):
     return function(*args)
 
 
-def register_vmap_by_loop(name: str) -> None:
-    """The batching rule of a registered op that writes to nothing: once for each example, with its own kernels. For
-    backwards, where `is_grads_batched` asks for it; a forward under vmap is a composition."""
-    op = getattr(torch.ops.peft_kernels, name).default
+class OneByOne(torch.autograd.Function):
+    """`apply(op, *args)` of a registered op that writes to nothing: under vmap once for each example, by its own kernels.
+    For backwards, of which `is_grads_batched` asks it; a forward under vmap is a composition."""
 
-    def rule(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
-        (flat, spec), (dims, _) = tree_flatten(args), tree_flatten(in_dims)
+    @staticmethod
+    def forward(op, *args):
+        result = op(*args)
+        return tuple(result) if isinstance(result, list) else result
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, op: Callable, *args: Any) -> tuple[Any, Any]:
+        (flat, spec), (dims, _) = tree_flatten(args), tree_flatten(in_dims[1:])
         if not info.batch_size:
-            raise ValueError(f"{name}: expected at least one example under vmap, got none")
+            raise ValueError(f"{op}: expected at least one example under vmap, got none")
         batched = [(i, flat[i].unbind(dim)) for i, dim in enumerate(dims) if dim is not None]
         results = []
         for number in range(info.batch_size):
             for i, examples in batched:
                 flat[i] = examples[number]
-            results.append(op(*tree_unflatten(flat, spec)))
+            results.append(OneByOne.apply(op, *tree_unflatten(flat, spec)))
         if isinstance(results[0], torch.Tensor):
             return torch.stack(results), 0
-        return [torch.stack(each) for each in zip(*results)], [0] * len(results[0])
-
-    torch.library.register_vmap(f"peft_kernels::{name}", rule, lib=LIBRARY)
+        return tuple(torch.stack(each) for each in zip(*results)), 0
 
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:

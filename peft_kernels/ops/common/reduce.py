@@ -106,8 +106,8 @@ def split_reduce(sums: list[SplitSum], tokens: int) -> None:
         tuple(None if count == tokens else count for count in rows), columns,
         tuple(None if length == tokens else length for length in lengths), per_split,
         tuple(None if M * row == split else split for M, (split, row, _) in zip(rows, strides)),
-        strides_row, strides_out, tokens,
-        NUM=len(sums), DIVISOR=divisor(*columns, *strides_row, *strides_out), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
+        strides_row, strides_out, tokens, NUM=len(sums), DIVISOR=divisor(*columns, *strides_row, *strides_out),
+        BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
     )  # fmt: skip
 
 

@@ -8,12 +8,14 @@ tensor goes through an op by its values.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
-from torch._C import _are_functorch_transforms_active
+from torch._C import _are_functorch_transforms_active, _get_tracing_state, _set_tracing_state
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
-from torch.jit import is_tracing
+from torch.compiler import is_dynamo_compiling
 
 from ... import backends
 from .library import without_autocast
@@ -22,7 +24,8 @@ from .library import without_autocast
 def is_transformed() -> bool:
     """Whether an op called now has to be a composition: a `torch.func` transform is active, or a level of forward mode,
     or `torch.jit.trace`."""
-    return _are_functorch_transforms_active() or forward_ad._current_level >= 0 or is_tracing()
+    # Asked at every call. Dynamo traces each of them; `torch.jit.is_tracing` costs the host as much again as all three.
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0 or _get_tracing_state() is not None
 
 
 def compose(op: str, check: Callable[[], None], composition: Callable, *args):
@@ -40,24 +43,65 @@ def compose(op: str, check: Callable[[], None], composition: Callable, *args):
 @contextlib.contextmanager
 def untraced() -> Iterator[None]:
     """What is done inside is no part of a graph that `torch.jit.trace` records, and sees sizes as plain numbers."""
-    state = torch._C._get_tracing_state()
-    if state is not None:
-        torch._C._set_tracing_state(None)
+    state = _get_tracing_state()
+    if state is None:
+        yield
+        return
+    _set_tracing_state(None)
     try:
         yield
     finally:
-        if state is not None:
-            torch._C._set_tracing_state(state)
+        _set_tracing_state(state)
 
 
-def refuse_tangents(op: str, grads: tuple[torch.Tensor | None, ...]) -> None:
-    """Of a backward whose forward did not run as a composition.
+def backward_of(op: str) -> Callable[[Callable], Callable]:
+    """Decorates the backward `(ctx, *grads)` of an op, whose forward was not a composition. It can be differentiated
+    once: a second derivative is refused when it is asked for. Under `is_grads_batched` (torch's older vmap, which knows
+    nothing of Functions) it runs once for each example.
 
-    Raises:
-        RuntimeError: a gradient that comes in carries a tangent, which the backward would lose.
+    Raises, from the backward:
+        RuntimeError: a gradient that comes in carries a tangent, which would be lost.
     """
-    if forward_ad._current_level < 0:
-        return
+
+    def decorate(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def call(ctx, *grads):
+            if is_dynamo_compiling():
+                return backward(ctx, *grads)
+            if forward_ad._current_level >= 0:
+                _refuse_tangents(op, grads)
+            run = backward
+            if any(grad is not None and is_legacy_batchedtensor(grad) for grad in grads):
+                run = functools.partial(_one_by_one, backward)
+            if not torch.is_grad_enabled():
+                return run(ctx, *grads)
+            with torch.no_grad():  # create_graph=True
+                results = run(ctx, *grads)
+            found = [result for result in results if result is not None]
+            kept = iter(Once.apply(op, len(found), *found, *grads, *ctx.saved_tensors))
+            return tuple(None if result is None else next(kept) for result in results)
+
+        return call
+
+    return decorate
+
+
+class Once(torch.autograd.Function):
+    """`apply(op, count, *tensors)`: the first `count` of the tensors, which must not be differentiated by any of the
+    others. torch's own `once_differentiable` is not connected to these, so that `torch.autograd.functional.jvp` and
+    `hvp`, which ask for a derivative by them, get zeros and no error."""
+
+    @staticmethod
+    def forward(ctx, op: str, count: int, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        ctx.op = op
+        return tuple(tensor.detach() for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(f"{ctx.op}: expected a first derivative, got asked to differentiate twice")
+
+
+def _refuse_tangents(op: str, grads: tuple[torch.Tensor | None, ...]) -> None:
     dual = (grad is not None and forward_ad.unpack_dual(grad).tangent is not None for grad in grads)
     if _are_functorch_transforms_active() or any(dual):
         raise RuntimeError(
@@ -66,9 +110,30 @@ def refuse_tangents(op: str, grads: tuple[torch.Tensor | None, ...]) -> None:
         )
 
 
+def _one_by_one(backward: Callable, ctx, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    batched = [grad is not None and is_legacy_batchedtensor(grad) for grad in grads]
+    whole = [torch._remove_batch_dim(grad, level, 1, 0) for grad, found in zip(grads, batched) if found]
+    results = []
+    for examples in zip(*(grad.unbind() for grad in whole), strict=True):
+        each = iter(examples)
+        results.append(backward(ctx, *(next(each) if found else grad for grad, found in zip(grads, batched))))
+    return tuple(
+        None if column[0] is None else torch._add_batch_dim(torch.stack(column), 0, level) for column in zip(*results)
+    )
+
+
+def straight_through(value: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """The numbers of `value`, and the derivatives of value + slope, of any order and in either mode; of one shape and
+    dtype. A traced graph is to hold torch's operations alone: by it infinite slopes have no derivative."""
+    if _get_tracing_state() is None:
+        return StraightThrough.apply(value, slope)
+    return value + (slope - slope.detach()).nan_to_num(0.0)
+
+
 class StraightThrough(torch.autograd.Function):
-    """`apply(value, slope)`, of one shape and dtype: the numbers of `value`, and the derivatives of value + slope, of
-    any order and in either mode."""
+    """`apply(value, slope)` for `straight_through`."""
 
     generate_vmap_rule = True
 

@@ -15,10 +15,10 @@ from torch.compiler import is_dynamo_compiling
 
 from ... import backends
 from ..common import dropout
-from ..common.library import LIBRARY, on_device_of, register, register_vmap_by_loop
+from ..common.library import LIBRARY, on_device_of, register
 from ..common.machine import architecture
 from ..common.tensors import autocast
-from ..common.transforms import compose, is_transformed, over_values, refuse_tangents
+from ..common.transforms import backward_of, compose, is_transformed, over_values
 from . import composition, configs, cuda, reference
 from .checks import check
 
@@ -194,9 +194,7 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad_ys):
-        if torch.is_grad_enabled():  # create_graph=True: a second derivative is refused when it is asked for
-            return _backward_once(ctx, *grad_ys)
-        return _call_backward(ctx, grad_ys)
+        return _call_backward(ctx, *grad_ys)
 
 
 # What `LoRALinearFunction.apply` calls in the end. The Python around it asks of every argument whether it escaped from
@@ -230,8 +228,8 @@ def _save_for_backward(ctx, options: Options, x: torch.Tensor, flat, kept) -> No
     ctx.options = options
 
 
-def _call_backward(ctx, grad_ys: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
-    refuse_tangents("lora_linear", grad_ys)
+@backward_of("lora_linear")
+def _call_backward(ctx, *grad_ys: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     scalings, ranks, dropout_p, _, high_precision, adapter_dtype, backend, needs_x, needs = ctx.options
     count = len(grad_ys)
     result: list[torch.Tensor | None] = [None] * (3 + 5 * count)
@@ -263,11 +261,6 @@ def _call_backward(ctx, grad_ys: tuple[torch.Tensor | None, ...]) -> tuple[torch
             if needs[4 * number + position]:
                 result[3 + 5 * j + position] = next(grads)
     return tuple(result)
-
-
-@torch.autograd.function.once_differentiable
-def _backward_once(ctx, *grad_ys):
-    return _call_backward(ctx, grad_ys)
 
 
 # `projections` of forward: five tensors each (weight, bias, lora_A, lora_B, row_scaling); of backward: four
@@ -328,7 +321,6 @@ def _fastest(rows: torch.Tensor, features: int, in_features: int, dropping: bool
 
 _forward_op = register("lora_linear_forward", _forward, composition.forward_flops)
 _backward_op = register("lora_linear_backward", _backward, composition.backward_flops)
-register_vmap_by_loop("lora_linear_backward")
 
 
 @torch.library.register_fake("peft_kernels::lora_linear_forward", lib=LIBRARY)

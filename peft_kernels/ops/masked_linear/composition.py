@@ -8,8 +8,8 @@ import math
 import torch
 from torch.nn.functional import linear
 
-from ..common.transforms import StraightThrough
-from .reference import mask, rounded
+from ..common.transforms import straight_through
+from .reference import mask
 
 
 def forward(
@@ -22,10 +22,13 @@ def forward(
 ) -> torch.Tensor:
     """y = x·(W ⊙ 1[S ≥ τ])ᵀ + bias, where 1[S ≥ τ] has the derivative 1 by S. Neither an infinite weight that is masked
     nor an infinite score becomes a NaN."""
-    tau = rounded(threshold, threshold_tensor, scores.dtype)
-    indicator = StraightThrough.apply(torch.zeros_like(scores), scores)  # 0, as `mask` below has its value
+    if threshold_tensor is None:  # no constant that is kept: a tracer would meet it again
+        tau = torch.full((), threshold, dtype=scores.dtype, device=scores.device)
+    else:
+        tau = threshold_tensor.to(scores.dtype)
+    indicator = straight_through(torch.zeros_like(scores), scores)  # 0, as `mask` below has its value
     slope = (weight * indicator).to(weight.dtype)
-    return linear(x, StraightThrough.apply(mask(weight, scores, tau), slope), bias)
+    return linear(x, straight_through(mask(weight, scores, tau), slope), bias)
 
 
 def forward_flops(x, weight, *_, **__) -> int:

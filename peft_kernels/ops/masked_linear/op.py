@@ -14,10 +14,10 @@ from torch._C import _is_any_autocast_enabled
 from torch.compiler import is_dynamo_compiling
 
 from ... import backends
-from ..common.library import LIBRARY, on_device_of, register, register_vmap_by_loop
+from ..common.library import LIBRARY, on_device_of, register
 from ..common.messages import describe
 from ..common.tensors import autocast
-from ..common.transforms import compose, is_transformed, over_values, refuse_tangents
+from ..common.transforms import backward_of, compose, is_transformed, over_values
 from . import composition, reference
 
 
@@ -136,8 +136,6 @@ class MaskedLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y):
-        if torch.is_grad_enabled():  # create_graph=True: a second derivative is refused when it is asked for
-            return _backward_once(ctx, grad_y)
         return _call_backward(ctx, grad_y)
 
 
@@ -165,18 +163,13 @@ def _save_for_backward(ctx, options: Options, tensors: tuple[torch.Tensor | None
     ctx.scores_dtype = scores.dtype
 
 
+@backward_of("masked_linear")
 def _call_backward(ctx, grad_y: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     if grad_y is None:
         return (None,) * 6
-    refuse_tangents("masked_linear", (grad_y,))
     (threshold, backend, needs), tensors = ctx.options, ctx.saved_tensors
     grads = iter(_backward_op(grad_y, *tensors[:3], threshold, tensors[3], needs, ctx.scores_dtype, backend))
     return None, *(next(grads) if needed else None for needed in needs), None
-
-
-@torch.autograd.function.once_differentiable
-def _backward_once(ctx, grad_y):
-    return _call_backward(ctx, grad_y)
 
 
 # `needs`: the answers of x, weight, scores and bias; backward returns the gradients that are needed, in this order.
@@ -211,7 +204,6 @@ def _backward(*args):
 
 _forward_op = register("masked_linear_forward", _forward, composition.forward_flops)
 _backward_op = register("masked_linear_backward", _backward, composition.backward_flops)
-register_vmap_by_loop("masked_linear_backward")
 
 
 @torch.library.register_fake("peft_kernels::masked_linear_forward", lib=LIBRARY)

@@ -8,7 +8,7 @@ import math
 import torch
 from torch.nn.functional import linear
 
-from ..common.transforms import StraightThrough
+from ..common.transforms import straight_through, untraced
 from .layout import SparseLayout
 
 
@@ -16,21 +16,37 @@ def forward(
     x: torch.Tensor, weight: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, layout: SparseLayout
 ) -> torch.Tensor:
     """y = x·(W + Δ)ᵀ + bias, [..., N], with a whole W + Δ."""
-    positions = layout.indices()
-    base = weight.reshape(-1)
-    return linear(x, patched(weight, base[positions], values, positions), bias)
+    return linear(x, _with_values(weight, weight.reshape(-1)[_positions(layout)], values, layout), bias)
 
 
-def patched(weight: torch.Tensor, base: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """The weight [N, K] with base + values [nnz], added in the wider dtype and rounded once, at the positions."""
-    return weight.reshape(-1).scatter(0, positions, (base + values).to(weight.dtype)).view(weight.shape)
+def written(weight: torch.Tensor, base: torch.Tensor, values: torch.Tensor, layout: SparseLayout) -> torch.Tensor:
+    """What `write_delta` makes of the weight, as another tensor: base + values at the positions. It has the derivatives
+    of a weight that holds W₀ + Δ, by itself and by the values."""
+    slope = weight + _at_positions(values.to(weight.dtype), layout)
+    return straight_through(_with_values(weight.detach(), base, values.detach(), layout), slope)
+
+
+def _with_values(weight: torch.Tensor, base: torch.Tensor, values: torch.Tensor, layout: SparseLayout) -> torch.Tensor:
+    """base + values [nnz], added in the wider dtype and rounded once, in the place of what the weight has there."""
+    sums = (base + values).to(weight.dtype)
+    return weight.reshape(-1).scatter(0, _positions(layout), sums).view(weight.shape)
+
+
+def _at_positions(values: torch.Tensor, layout: SparseLayout) -> torch.Tensor:
+    """[N, K], zero elsewhere."""
+    zeros = torch.zeros(math.prod(layout.shape), dtype=values.dtype, device=values.device)
+    return zeros.scatter(0, _positions(layout), values).view(layout.shape)
+
+
+def _positions(layout: SparseLayout) -> torch.Tensor:
+    with untraced():  # a constant of the graph
+        return layout.indices()
 
 
 def with_gradient(y: torch.Tensor, x: torch.Tensor, values: torch.Tensor, layout: SparseLayout) -> torch.Tensor:
     """The numbers of y, to whose derivatives that of x·Δᵀ by the values is added."""
-    values = StraightThrough.apply(torch.zeros_like(values), values).to(x.dtype)  # 0: y holds Δ already
-    delta = x.new_zeros(math.prod(layout.shape)).scatter(0, layout.indices(), values).view(layout.shape)
-    return StraightThrough.apply(y, linear(x, delta))
+    values = straight_through(torch.zeros_like(values), values).to(x.dtype)  # 0: y holds Δ already
+    return straight_through(y, linear(x, _at_positions(values, layout)))
 
 
 def forward_flops(x, weight, *_, **__) -> int:

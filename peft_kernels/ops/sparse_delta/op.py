@@ -13,10 +13,10 @@ from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
 from torch.compiler import is_dynamo_compiling
 
 from ... import backends
-from ..common.library import LIBRARY, on_device_of, register, register_vmap_by_loop
+from ..common.library import LIBRARY, on_device_of, register
 from ..common.messages import describe
 from ..common.tensors import autocast, flatten, unflatten
-from ..common.transforms import compose, is_transformed, over_values, refuse_tangents
+from ..common.transforms import backward_of, compose, is_transformed, over_values
 from . import composition, cpu, cuda, reference
 from .layout import SparseLayout
 
@@ -78,12 +78,12 @@ def with_sparse_gradient_(y: torch.Tensor, x: torch.Tensor, values: torch.Tensor
 
     Args:
         y: [..., N], becomes part of the graph of `values`, as by an operation in place. No view, best: of one torch
-            copies the gradient.
+            copies the gradient. Nested tensors are refused: give it what is made of their values.
         x: [..., K], of which y was made, in y's dtype.
         values, layout: as in :func:`sparse_delta_linear`; the values take part by their gradient only.
 
     Returns:
-        y itself.
+        y itself; under `torch.func` a new tensor, since what a transform did not make cannot be written to.
 
     Saved for backward: x, of a layout of columns only x[:, columns]. The gradient comes in values' dtype.
 
@@ -126,6 +126,8 @@ def _check_linear(
 
 
 def _check_gradient(y: torch.Tensor, x: torch.Tensor, values: torch.Tensor, layout: SparseLayout) -> None:
+    if x.is_nested or y.is_nested:  # torch cannot write to what is nested
+        raise ValueError("with_sparse_gradient_: expected a y made of x.values(), got nested tensors")
     _check("with_sparse_gradient_", x, values, layout)
     if y.shape != (*x.shape[:-1], layout.shape[0]) or y.dtype != x.dtype or y.device != x.device:
         expected = f"y {[*x.shape[:-1], layout.shape[0]]} in x's dtype {x.dtype} on {x.device}"
@@ -165,7 +167,6 @@ class SparseDeltaLinearFunction(torch.autograd.Function):
         return _forward_op(x, weight, values, bias, *_flat(options.layout), options.backend)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         return _backward(ctx, dy)
 
@@ -180,7 +181,6 @@ class SparseGradientFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         *_, grad_values, _ = _backward(ctx, dy)
         return None, dy, None, grad_values
@@ -203,8 +203,8 @@ def _save_for_backward(ctx, options: Options, x, weight, values) -> None:
     ctx.shape = x.shape
 
 
+@backward_of("sparse_delta_linear")
 def _backward(ctx, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    refuse_tangents("sparse_delta_linear", (dy,))
     layout, backend, needs = ctx.options
     x, weight, values = ctx.saved_tensors
     x, rows = x if x is None else flatten(x), flatten(dy)
@@ -273,7 +273,6 @@ def _write(weight, base, values, layout, kind, tile, backend):
 
 _forward_op = register("sparse_delta_linear_forward", _forward, composition.forward_flops)
 _backward_op = register("sparse_delta_linear_backward", _backward_of, composition.backward_flops)
-register_vmap_by_loop("sparse_delta_linear_backward")
 _write_op = register("sparse_delta_write", _write)
 
 

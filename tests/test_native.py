@@ -150,6 +150,9 @@ def test_instructions(architecture):
             wanted = {"HMMA.16816.F32", "LDSM.16.M", "LDGSTS.E.BYPASS.128"}
             wanted |= {"STG.E.128"} if "gemm" in name else set()
             assert not {instruction for instruction in wanted if instruction not in sass}, name
+            # What a stage needs comes with it: operands, masks, biases. Shrink loads its seed, once, ahead of all.
+            if "gathered" not in name:
+                assert len(re.findall(r"\bLDG[.]", sass)) == ("shrink" in name), name
         elif "sm90" in name and architecture == "sm_90a":
             wanted = {"HGMMA.64x", "UTMALDG.2D", "USETMAXREG", "UTMALDG.2D.MULTICAST"}  # clusters share an operand
             wanted |= {"UTMASTG.2D"} if "gathered" not in name else set()
@@ -157,6 +160,9 @@ def test_instructions(architecture):
             # A stage's four products, or eight with those of S, follow one another: no reason to wait in between.
             steps = "".join(word[0] for word in re.findall(r"HGMMA|WARPGROUP[.]DEPBAR", sass))
             assert ("H" * 8 if "forward" in name else "HHHH") in steps, name
+            # Products are waited for at a tile's end, S's at the first of new rows, masked ones every 64 columns.
+            masked = 0 if "gemm" not in name else 4 if "Li256E" in name else 2
+            assert len(re.findall(r"DEPBAR[.]LE gsb0, 0x0", sass)) == masked + (2 if "forward" in name else 1), name
             assert sass.count("MEMBAR.ALL.GPU") == 2, name  # of the cluster's barriers, not of the stages'
         elif "draw_mask" in name:
             assert "STG.E.128" in sass

@@ -4,13 +4,13 @@
 
 #ifdef __CUDACC__
 #define PEFT_KERNELS_DEVICE __device__ __forceinline__
-#define PEFT_KERNELS_GLOBAL(threads) __global__ void __launch_bounds__(threads)
+#define PEFT_KERNELS_GLOBAL(...) __global__ void __launch_bounds__(__VA_ARGS__)  // threads, and blocks an SM if need be
 #define PEFT_KERNELS_UNROLL _Pragma("unroll")
 #define PEFT_KERNELS_UNROLL_BY_4 _Pragma("unroll 4")
 #else
 #include "emulator/emulator.h"
 #define PEFT_KERNELS_DEVICE inline
-#define PEFT_KERNELS_GLOBAL(threads) inline void
+#define PEFT_KERNELS_GLOBAL(...) inline void
 #define PEFT_KERNELS_UNROLL
 #define PEFT_KERNELS_UNROLL_BY_4
 #endif

@@ -13,6 +13,7 @@
 #include "common/wgmma.h"
 
 #include <cstdint>
+#include <type_traits>
 
 namespace peft_kernels {
 
@@ -130,22 +131,75 @@ struct BoxProduct {
   // In the group's 64 rows, of this thread's sums; its others are eight rows below.
   PEFT_KERNELS_DEVICE static int row_of_group() { return thread_index() % kWarpgroup / 32 * 16 + lane() / 4; }
 
-  // The first `depth` of the next stage, in steps of 16 that wait for each other. sums = the product, or + if `onto`.
-  PEFT_KERNELS_DEVICE static void multiply_part(const Ring& ring, Slot& slot, int depth, float (&sums)[kSums],
-                                                bool onto) {
-    mbarrier_wait(ring.loaded + slot.index, slot.parity);
-    int step = 0;
-    do {
-      wgmma_fence();
-      multiply(ring.stages + slot.index * kStageBytes, step, sums, onto || step > 0);
-      wgmma_commit();
-      wgmma_wait<0>(sums);
-    } while (++step < kDepth / 16 && 16 * step < depth);
-    release(ring.read + slot.index);
-    slot.advance();
+  // Stages whose products are under way: a new one's begin before the last one's are done, and its place is free then.
+  struct Flow {
+    Mbarrier* newest = nullptr;  // of which it has not been said that it was read
+  };
+
+  // The next stages, at least 1, of new sums.
+  PEFT_KERNELS_DEVICE static Flow multiply_stages(const Ring& ring, Slot& slot, int stages, float (&sums)[kSums]) {
+    return multiply_stages(ring, slot, stages, [](int, int, uint64_t, bool) {}, sums);
   }
 
-  // The same of 64 columns at a time: take(part, sums of these columns).
+  // The same beside another product of the rows: also(slot, step, the operand of 16 of depth, onto) at every step, whose sums
+  // are `others`.
+  template <typename Also, int... kOthers>
+  PEFT_KERNELS_DEVICE static Flow multiply_stages(const Ring& ring, Slot& slot, int stages, const Also& also,
+                                                  float (&sums)[kSums], float (&... others)[kOthers]) {
+    const auto multiply_stage = [&](const char* place, bool onto) {
+      wgmma_fence(sums, others...);
+      PEFT_KERNELS_UNROLL
+      for (int step = 0; step < kDepth / 16; ++step) {
+        multiply(place, step, sums, onto || step > 0);
+        also(slot.index, step, left_operand(place) + step * kOperandStep<kLeftByFeature>, onto || step > 0);
+      }
+      wgmma_commit();
+    };
+    Flow flow;
+    first_stage(ring, slot, flow, [&](const char* place) { multiply_stage(place, false); });
+    for (int stage = 1; stage < stages; ++stage) {
+      next_stage(ring, slot, flow, sums, [&](const char* place) { multiply_stage(place, true); });
+    }
+    return flow;
+  }
+
+  // sums += the first `depth` of the next stage, as few steps of 16 as it takes.
+  PEFT_KERNELS_DEVICE static void multiply_part(const Ring& ring, Slot& slot, Flow& flow, int depth,
+                                                float (&sums)[kSums]) {
+    next_stage(ring, slot, flow, sums, [&](const char* place) {
+      in_steps(depth, [&](auto steps) {
+        wgmma_fence(sums);
+        PEFT_KERNELS_UNROLL
+        for (int step = 0; step < steps.value; ++step) multiply(place, step, sums, true);
+        wgmma_commit();
+      });
+    });
+  }
+
+  // sums += the product of rows in registers with the columns of the next stage; 16 of depth a step.
+  template <int kSteps>
+  PEFT_KERNELS_DEVICE static void multiply_registers(const Ring& ring, Slot& slot, Flow& flow,
+                                                     const uint32_t (&rows)[kSteps][4], float (&sums)[kSums]) {
+    next_stage(ring, slot, flow, sums, [&](const char* place) {
+      const uint64_t columns = right_operand(place);
+      wgmma_fence(sums);
+      PEFT_KERNELS_UNROLL
+      for (int step = 0; step < kSteps; ++step) {
+        wgmma<T, kRightByFeature>(sums, rows[step], columns + step * kOperandStep<kRightByFeature>, true);
+      }
+      wgmma_commit();
+    });
+  }
+
+  // All of it is done, and there are its sums.
+  template <int... kOthers>
+  PEFT_KERNELS_DEVICE static void finish(Flow& flow, float (&sums)[kSums], float (&... others)[kOthers]) {
+    wgmma_wait<0>(sums, others...);
+    release(flow.newest);
+    flow.newest = nullptr;
+  }
+
+  // The product of the first `depth` of the next stage, 64 columns at a time: take(part, sums of these columns).
   template <typename Take>
   PEFT_KERNELS_DEVICE static void multiply_by_columns(const Ring& ring, Slot& slot, int depth, const Take& take) {
     mbarrier_wait(ring.loaded + slot.index, slot.parity);
@@ -153,60 +207,19 @@ struct BoxProduct {
     PEFT_KERNELS_UNROLL
     for (int part = 0; part < Tile::kColumns / kBoxColumns; ++part) {
       float sums[kBoxColumns / 2];
-      int step = 0;
-      do {
-        wgmma_fence();
-        wgmma<T, kLeftByFeature, kRightByFeature>(
-            sums, left_operand(place) + step * kOperandStep<kLeftByFeature>,
-            right_operand(place + part * kBoxBytes) + step * kOperandStep<kRightByFeature>, step > 0);
+      in_steps(depth, [&](auto steps) {
+        wgmma_fence(sums);
+        PEFT_KERNELS_UNROLL
+        for (int step = 0; step < steps.value; ++step) {
+          wgmma<T, kLeftByFeature, kRightByFeature>(
+              sums, left_operand(place) + step * kOperandStep<kLeftByFeature>,
+              right_operand(place + part * kBoxBytes) + step * kOperandStep<kRightByFeature>, step > 0);
+        }
         wgmma_commit();
-        wgmma_wait<0>(sums);
-      } while (++step < kDepth / 16 && 16 * step < depth);
+      });
+      wgmma_wait<0>(sums);
       take(part, sums);
     }
-    release(ring.read + slot.index);
-    slot.advance();
-  }
-
-  // The next stages, at least 1. One's products are under way while the next one's begin; its place is free when they are
-  // done. sums = the product, or + if `onto`.
-  PEFT_KERNELS_DEVICE static void multiply_stages(const Ring& ring, Slot& slot, int stages, float (&sums)[kSums],
-                                                  bool onto) {
-    multiply_stages(ring, slot, stages, sums, onto, [](int, int, uint64_t, bool) {});
-  }
-
-  // The same beside another product of the rows: also(slot, step, the operand of 16 of depth, onto) at every step.
-  template <typename Also>
-  PEFT_KERNELS_DEVICE static void multiply_stages(const Ring& ring, Slot& slot, int stages, float (&sums)[kSums],
-                                                  bool onto, const Also& also) {
-    mbarrier_wait(ring.loaded + slot.index, slot.parity);
-    multiply_stage(ring, slot, sums, onto, also);
-    Mbarrier* previous = ring.read + slot.index;
-    slot.advance();
-    for (int stage = 1; stage < stages; ++stage, slot.advance()) {
-      mbarrier_wait(ring.loaded + slot.index, slot.parity);
-      multiply_stage(ring, slot, sums, true, also);
-      wgmma_wait<1>(sums);
-      release(previous);
-      previous = ring.read + slot.index;
-    }
-    wgmma_wait<0>(sums);
-    release(previous);
-  }
-
-  // sums += the product of rows in registers with the columns of the next stage; 16 of depth a step.
-  template <int kSteps>
-  PEFT_KERNELS_DEVICE static void multiply_registers(const Ring& ring, Slot& slot, const uint32_t (&rows)[kSteps][4],
-                                                     float (&sums)[kSums]) {
-    mbarrier_wait(ring.loaded + slot.index, slot.parity);
-    const uint64_t columns = right_operand(ring.stages + slot.index * kStageBytes);
-    wgmma_fence();
-    PEFT_KERNELS_UNROLL
-    for (int step = 0; step < kSteps; ++step) {
-      wgmma<T, kRightByFeature>(sums, rows[step], columns + step * kOperandStep<kRightByFeature>, true);
-    }
-    wgmma_commit();
-    wgmma_wait<0>(sums);
     release(ring.read + slot.index);
     slot.advance();
   }
@@ -239,17 +252,32 @@ struct BoxProduct {
     return operand_at<kRightByFeature>(place + kLeftBytes, kBoxBytes);
   }
 
-  template <typename Also>
-  PEFT_KERNELS_DEVICE static void multiply_stage(const Ring& ring, const Slot& slot, float (&sums)[kSums], bool onto,
-                                                 const Also& also) {
-    const char* place = ring.stages + slot.index * kStageBytes;
-    wgmma_fence();
-    PEFT_KERNELS_UNROLL
-    for (int step = 0; step < kDepth / 16; ++step) {
-      multiply(place, step, sums, onto || step > 0);
-      also(slot.index, step, left_operand(place) + step * kOperandStep<kLeftByFeature>, onto || step > 0);
-    }
-    wgmma_commit();
+  // of(a constant), the steps of 16 that the first `depth` of a stage takes: a group whose products are not in a loop needs no
+  // further fences.
+  template <typename Of>
+  PEFT_KERNELS_DEVICE static void in_steps(int depth, const Of& of) {
+    if (depth <= 16) return of(std::integral_constant<int, 1>());
+    if (depth <= 32) return of(std::integral_constant<int, 2>());
+    if (depth <= 48) return of(std::integral_constant<int, 3>());
+    of(std::integral_constant<int, kDepth / 16>());
+  }
+
+  // multiply(place of the next stage) is a group of products.
+  template <typename Multiply>
+  PEFT_KERNELS_DEVICE static void first_stage(const Ring& ring, Slot& slot, Flow& flow, const Multiply& multiply) {
+    mbarrier_wait(ring.loaded + slot.index, slot.parity);
+    multiply(ring.stages + slot.index * kStageBytes);
+    flow.newest = ring.read + slot.index;
+    slot.advance();
+  }
+
+  template <typename Multiply>
+  PEFT_KERNELS_DEVICE static void next_stage(const Ring& ring, Slot& slot, Flow& flow, float (&sums)[kSums],
+                                             const Multiply& multiply) {
+    Mbarrier* last = flow.newest;
+    first_stage(ring, slot, flow, multiply);
+    wgmma_wait<1>(sums);
+    if (last != nullptr) release(last);
   }
 
   // sums += 16 of a stage's depth, from element 16·step on.

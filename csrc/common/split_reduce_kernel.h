@@ -50,6 +50,18 @@ struct alignas(sizeof(T) * kWidth) Pack {
 // same partials give the same bits.
 template <typename Out, int kWidth>
 PEFT_KERNELS_DEVICE void reduce_pack(const Sum& of, int64_t first) {
+  float factor[kWidth];  // loaded ahead of the sums
+  PEFT_KERNELS_UNROLL
+  for (int i = 0; i < kWidth; ++i) factor[i] = of.scale;
+  if (of.row_scale != nullptr) {  // a pack may cross rows: R need not be a multiple of kWidth
+    int64_t row = first / of.rank, column = first - row * of.rank;
+    PEFT_KERNELS_UNROLL
+    for (int i = 0; i < kWidth; ++i) {
+      factor[i] *= of.row_scale[row];
+      if (++column == of.rank) column = 0, ++row;
+    }
+  }
+
   float sum[kWidth] = {};
   const float* source = of.partials + (of.pitch == of.rank ? first : first / of.rank * of.pitch + first % of.rank);
   PEFT_KERNELS_UNROLL_BY_4  // loads of several partials in flight; the additions stay in order
@@ -59,22 +71,9 @@ PEFT_KERNELS_DEVICE void reduce_pack(const Sum& of, int64_t first) {
     for (int i = 0; i < kWidth; ++i) sum[i] += pack.values[i];
   }
 
-  // A pack may cross rows: R need not be a multiple of kWidth.
-  int64_t row = 0, column = 0;
-  if (of.row_scale != nullptr) {
-    row = first / of.rank;
-    column = first - row * of.rank;
-  }
   Pack<Out, kWidth> result;
   PEFT_KERNELS_UNROLL
-  for (int i = 0; i < kWidth; ++i) {
-    float factor = of.scale;
-    if (of.row_scale != nullptr) {
-      factor *= of.row_scale[row];
-      if (++column == of.rank) column = 0, ++row;
-    }
-    result.values[i] = static_cast<Out>(sum[i] * factor);  // rounds to nearest, once
-  }
+  for (int i = 0; i < kWidth; ++i) result.values[i] = static_cast<Out>(sum[i] * factor[i]);  // rounds to nearest, once
   *reinterpret_cast<Pack<Out, kWidth>*>(static_cast<Out*>(of.out) + first) = result;
 }
 

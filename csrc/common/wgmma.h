@@ -28,8 +28,21 @@ PEFT_KERNELS_DEVICE uint64_t operand_at(const void* start, int group_bytes) {
 template <bool kByFeature>
 constexpr uint64_t kOperandStep = kByFeature ? 16 * 2 >> 4 : 16 * 128 >> 4;
 
-// Before the first product, and after other instructions have touched accumulators.
-PEFT_KERNELS_DEVICE void wgmma_fence() {
+// Keeps what sets and reads accumulators on its side of this: the compiler does not see that products under way write them.
+template <int kSums>
+PEFT_KERNELS_DEVICE void pin(float (&sums)[kSums]) {
+#ifdef __CUDACC__
+  PEFT_KERNELS_UNROLL
+  for (int i = 0; i < kSums; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+#else
+  (void)sums;
+#endif
+}
+
+// Before the first product, and after other instructions have touched accumulators: those of the products that follow.
+template <int... kSums>
+PEFT_KERNELS_DEVICE void wgmma_fence(float (&... sums)[kSums]) {
+  (pin(sums), ...);
 #ifdef __CUDACC__
   asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
 #endif
@@ -46,18 +59,14 @@ PEFT_KERNELS_DEVICE void wgmma_commit() {
 
 // Until all but the newest kPending groups are done: they have read their operands. Where none is left, `sums` hold their
 // sums, and what reads them stays behind this.
-template <int kPending, int kSums>
-PEFT_KERNELS_DEVICE void wgmma_wait(float (&sums)[kSums]) {
+template <int kPending, int... kSums>
+PEFT_KERNELS_DEVICE void wgmma_wait(float (&... sums)[kSums]) {
 #ifdef __CUDACC__
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
-  if constexpr (kPending == 0) {
-    PEFT_KERNELS_UNROLL
-    for (int i = 0; i < kSums; ++i) asm volatile("" : "+f"(sums[i])::"memory");
-  }
 #else
-  (void)sums;
   emulator::wgmma_wait(kPending);
 #endif
+  if constexpr (kPending == 0) (pin(sums), ...);
 }
 
 #ifdef __CUDACC__

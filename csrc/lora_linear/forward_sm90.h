@@ -5,6 +5,7 @@
 
 #include "common/kernel_source.h"
 #include "common/product_sm90.h"
+#include "lora_linear/bias.h"
 #include "lora_linear/store_sm90.h"
 
 #include <cstdint>
@@ -64,25 +65,31 @@ struct BoxForward : private BoxProduct<T, BoxWide, true, true> {
       each_tile(args, [&](int row_0, int column_0, bool new_rows, bool first) {
         row_0 += group() * kGroupRows;
         float sums[kSums];
+        typename Product::Flow flow;
         if (new_rows) {
           if (!first && is_first()) {
             stores_wait<0>();
             mbarrier_arrive_at(stored, cluster_rank());
           }
-          float low[kRanks / 2];
-          Product::multiply_stages(ring, slot, stages, sums, false, [&](int at, int step, uint64_t rows, bool onto) {
+          float low[kRanks / 2], factors[2];
+          load_factors(args, row_0 + row_of_group(), factors);  // while nothing waits for them
+          const auto also = [&](int at, int step, uint64_t rows, bool onto) {
             const uint64_t ranks = operand_at<true>(shared + kOut + at * kRankStride, 0);
             wgmma<T, true, true>(low, rows, ranks + step * kOperandStep<true>, onto);
-          });
-          wgmma_wait<0>(low);
-          round(args, row_0 + row_of_group(), low, s);
+          };
+          flow = Product::multiply_stages(ring, slot, stages, also, sums, low);
+          Product::finish(flow, sums, low);
+          round(args, factors, low, s);
           if (column_0 == 0) store_s(args, row_0 + row_of_group(), s);
           sync_named(1 + kGroups, kGroups * kWarpgroup);  // both have read A's boxes, where y goes now
         } else {
-          Product::multiply_stages(ring, slot, stages, sums, false);
+          flow = Product::multiply_stages(ring, slot, stages, sums);
         }
-        Product::multiply_registers(ring, slot, s, sums);
-        store_tile<T, Product>(args.y, args.bias, args.columns, shared + kOut, row_0, column_0, sums);
+        Product::multiply_registers(ring, slot, flow, s, sums);
+        const BiasPairs<T, kSums> bias(args.bias, args.columns, column_0 + 2 * (lane() % 4));
+        Product::finish(flow, sums);
+        bias.add_to(sums);
+        store_tile<T, Product>(args.y, shared + kOut, row_0, column_0, sums);
       });
       if (is_first()) stores_wait<0>();
     };
@@ -102,20 +109,23 @@ struct BoxForward : private BoxProduct<T, BoxWide, true, true> {
     }
   }
 
-  // S of rows `row` and row + 8, zero behind the last rank whatever x is.
-  PEFT_KERNELS_DEVICE static void round(const BoxArguments& args, int row, const float (&low)[kRanks / 2],
-                                        uint32_t (&s)[kSteps][4]) {
-    float factor[2];
+  // Of rows `row` and row + 8.
+  PEFT_KERNELS_DEVICE static void load_factors(const BoxArguments& args, int row, float (&factors)[2]) {
     PEFT_KERNELS_UNROLL
     for (int half = 0; half < 2; ++half) {
       const bool scaled = args.row_scale != nullptr && row + 8 * half < args.rows;
-      factor[half] = args.scale * (scaled ? args.row_scale[row + 8 * half] : 1.0f);
+      factors[half] = args.scale * (scaled ? args.row_scale[row + 8 * half] : 1.0f);
     }
+  }
+
+  // S of both, zero behind the last rank whatever x is.
+  PEFT_KERNELS_DEVICE static void round(const BoxArguments& args, const float (&factors)[2],
+                                        const float (&low)[kRanks / 2], uint32_t (&s)[kSteps][4]) {
     PEFT_KERNELS_UNROLL
     for (int at = 0; at < kRanks / 4; ++at) {
       const int column = 8 * (at / 2) + 2 * (lane() % 4);
-      const T pair[2] = {T(column < args.rank ? low[2 * at] * factor[at % 2] : 0.0f),
-                         T(column + 1 < args.rank ? low[2 * at + 1] * factor[at % 2] : 0.0f)};
+      const T pair[2] = {T(column < args.rank ? low[2 * at] * factors[at % 2] : 0.0f),
+                         T(column + 1 < args.rank ? low[2 * at + 1] * factors[at % 2] : 0.0f)};
       std::memcpy(&s[at / 4][at % 4], pair, sizeof(pair));
     }
   }

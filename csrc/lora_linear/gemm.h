@@ -5,7 +5,7 @@
 // forward  y  = x·Wᵀ + S·Bᵀ + bias                    right and low_right by feature: W [N, K], B [N, R]
 // backward dx = Σ_j dy_j·W_j + Σ_j D_j(dH_j·A_j)      right and low_right by depth:   W [N, K], A [R, K]
 //
-// The low-rank products come first: `keep_j` masks them in registers before the large ones are accumulated onto them.
+// `keep_j` masks the low-rank products in registers: a few columns at a time, before they are added.
 #pragma once
 
 #include "common/kernel_source.h"
@@ -32,7 +32,8 @@ struct Pair {
 struct Arguments {
   Pair low[kMostPairs], base[kMostPairs];  // of which `pairs` are there
   int pairs;
-  // [rows, ceil(columns / 8)], a bit an element as dropout's mask has it: none, one for all pairs, or one a pair.
+  // [rows, ceil(columns / 8)], a bit an element as dropout's mask has it: none, one for all pairs, or one a pair. They start on
+  // any byte, as the bias does on any element; the four bytes that their last one is in are read, as memory is allocated.
   const uint8_t* keep[kMostPairs];
   int masks;
   const void* bias;     // [columns], or null

@@ -1,10 +1,10 @@
 // Device code of the GEMM for sm_80 and later. One tile of `out` a block. Bound by the tensor cores at large sizes.
 #pragma once
 
+#include "common/byte_tile.h"
 #include "common/grid_dependency.h"
 #include "common/kernel_source.h"
 #include "common/product_sm80.h"
-#include "lora_linear/bias.h"
 #include "lora_linear/gemm.h"
 
 #include <cstdint>
@@ -22,12 +22,14 @@ struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
   static constexpr int kThreads = Tile::kThreads;
   static constexpr bool kSplits = std::is_same_v<Tile, Small>;  // the others are taken where they fill the GPU
   static_assert(!kSplits || Tile::kDepth == 64);
-  static constexpr int kKeepPitch = Tile::kColumns / 8;  // bytes of a row of the mask
   static constexpr int kOutPitch = Tile::kColumns + kChunk;  // so that neighbouring rows lie in different banks
   static constexpr int kOutBytes = Tile::kRows * kOutPitch * 2;
-  static constexpr int kKeep = Product::kStagesBytes > kOutBytes ? Product::kStagesBytes : kOutBytes;  // where it lies
-  static constexpr int kKeepBytes = Tile::kRows * kKeepPitch;
-  static constexpr int kSharedBytes = kKeep + kMostPairs * kKeepBytes;
+  // Behind the stages, in whose place `out` goes: masks and bias, which come with the first stage.
+  using Keep = ByteTile<Tile::kRows, Tile::kColumns / 8>;
+  using Bias = ByteTile<1, Tile::kColumns * 2>;
+  static constexpr int kKeep = Product::kStagesBytes > kOutBytes ? Product::kStagesBytes : kOutBytes;
+  static constexpr int kBias = kKeep + kMostPairs * Keep::kBytes;
+  static constexpr int kSharedBytes = kBias + Bias::kBytes;
 
   PEFT_KERNELS_DEVICE static void run(const Arguments& args, char* shared) {
     let_next_grid_start();  // if it was launched beside this one: the pass over x
@@ -42,7 +44,11 @@ struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
     Sums sums = {};
 
     for (int mask = 0; low_stages > 0 && mask < args.masks; ++mask) {
-      fetch_mask(args, args.keep[mask], shared + kKeep + mask * kKeepBytes, row_0, column_0);
+      Keep::template copy<kThreads>(shared + kKeep + mask * Keep::kBytes, keep_of(args, mask, row_0, column_0),
+                                    keep_pitch(args), args.rows - row_0, keep_pitch(args) - column_0 / 8);
+    }
+    if (args.bias != nullptr) {
+      Bias::template copy<kThreads>(shared + kBias, bias_of(args, column_0), 0, 1, 2 * (args.columns - column_0));
     }
     const auto fetch = [&](int stage, char* place) {  // operands are chosen by the stage and copied by the same code
       const bool low = stage < low_stages;
@@ -63,7 +69,9 @@ struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
         const int left_over = tiles_of(args.low[pair].depth - depth_0, kFragment);
         const int steps = left_over < kSteps ? left_over : kSteps;
         if (args.masks > 0) {
-          multiply_kept(place, steps, shared + kKeep + mask_of(args.masks, pair) * kKeepBytes, sums);
+          const int mask = mask_of(args.masks, pair);
+          multiply_kept(place, steps, shared + kKeep + mask * Keep::kBytes, keep_of(args, mask, row_0, column_0),
+                        keep_pitch(args), sums);
         } else {
           for (int step = 0; step < steps; ++step) Product::multiply(place, step, sums);
         }
@@ -71,7 +79,7 @@ struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
     };
     Product::each_stage(shared, low_stages + stages, fetch, use);
     if (kSplits && args.parts > 1) {
-      store_part(args, part, row_0, column_0, sums);
+      store_part(args, part, shared, row_0, column_0, sums);
     } else {
       store(args, shared, row_0, column_0, sums);
     }
@@ -88,46 +96,49 @@ struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
     return j;
   }
 
-  // The tile's bits, with the copies of the first stage where rows start on 8 bytes.
-  PEFT_KERNELS_DEVICE static void fetch_mask(const Arguments& args, const uint8_t* all, char* bits, int row_0,
-                                             int column_0) {
-    const int64_t pitch = (args.columns + 7) / 8;
-    const auto* keep = all + row_0 * pitch + column_0 / 8;
-    const int height = args.rows - row_0, width = static_cast<int>(pitch - column_0 / 8);  // of the rest of the mask
-    if ((reinterpret_cast<uintptr_t>(all) | pitch) % 8 == 0) {
-      for (int item = thread_index(); item < Tile::kRows * kKeepPitch / 8; item += kThreads) {
-        const int row = item / (kKeepPitch / 8), byte = item % (kKeepPitch / 8) * 8;
-        const bool inside = row < height && byte < width;
-        copy_async<8>(bits + item * 8, inside ? keep + row * pitch + byte : all, inside ? 8 : 0);
-      }
-    } else {
-      for (int item = thread_index(); item < Tile::kRows * kKeepPitch; item += kThreads) {
-        const int row = item / kKeepPitch, byte = item % kKeepPitch;
-        bits[item] = row < height && byte < width ? static_cast<char>(keep[row * pitch + byte]) : 0;
-      }
-    }
+  // Of a mask, the tile's first byte.
+  PEFT_KERNELS_DEVICE static int keep_pitch(const Arguments& args) { return (args.columns + 7) / 8; }
+  PEFT_KERNELS_DEVICE static const uint8_t* keep_of(const Arguments& args, int mask, int row_0, int column_0) {
+    return args.keep[mask] + static_cast<int64_t>(row_0) * keep_pitch(args) + column_0 / 8;
   }
 
   // sums += a stage's product where there is a bit.
-  PEFT_KERNELS_DEVICE static void multiply_kept(const char* place, int steps, const char* bits, Sums& sums) {
+  PEFT_KERNELS_DEVICE static void multiply_kept(const char* place, int steps, const char* bits, const uint8_t* keep,
+                                                int keep_pitch, Sums& sums) {
     Product::multiply_by_fragments(place, steps, [&](int i, int j, const float (&product)[4]) {
       PEFT_KERNELS_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const auto* words = reinterpret_cast<const uint32_t*>(bits + row_of(i, half) * kKeepPitch + warp_column() / 8);
-        const uint32_t pair = words[j / 4] >> (j % 4 * 8 + lane() % 4 * 2);
+        const char* row = Keep::row(bits, keep, keep_pitch, row_of(i, half)) + warp_column() / 8;
+        const int pair = static_cast<uint8_t>(row[j]) >> lane() % 4 * 2;
         if (pair & 1) sums[i][j][2 * half] += product[2 * half];
         if (pair & 2) sums[i][j][2 * half + 1] += product[2 * half + 1];
       }
     });
   }
 
+  // The tile's first.
+  PEFT_KERNELS_DEVICE static const T* bias_of(const Arguments& args, int column_0) {
+    return static_cast<const T*>(args.bias) + column_0;
+  }
+
+  // Of a pair of the tile's columns, in float32; zeros beyond the last, and without a bias.
+  PEFT_KERNELS_DEVICE static void load_bias(const Arguments& args, const char* shared, int column_0, int column,
+                                            float (&pair)[2]) {
+    const char* bias = args.bias == nullptr ? nullptr : Bias::row(shared + kBias, bias_of(args, column_0), 0, 0);
+    PEFT_KERNELS_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      pair[k] = bias == nullptr ? 0.0f : static_cast<float>(reinterpret_cast<const T*>(bias)[column + k]);
+    }
+  }
+
   // As float32, from the registers.
-  PEFT_KERNELS_DEVICE static void store_part(const Arguments& args, int part, int row_0, int column_0, const Sums& sums) {
+  PEFT_KERNELS_DEVICE static void store_part(const Arguments& args, int part, const char* shared, int row_0,
+                                             int column_0, const Sums& sums) {
     PEFT_KERNELS_UNROLL
     for (int j = 0; j < kFragmentColumns; ++j) {
       const int column = column_0 + column_of(j);
       float bias[2] = {};
-      if (part == 0) load_bias<T>(args.bias, args.columns, column, bias);
+      if (part == 0) load_bias(args, shared, column_0, column_of(j), bias);
       PEFT_KERNELS_UNROLL
       for (int i = 0; i < kFragmentRows; ++i) {
         PEFT_KERNELS_UNROLL
@@ -152,7 +163,7 @@ struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
     for (int j = 0; j < kFragmentColumns; ++j) {
       const int column = column_of(j);
       float bias[2];
-      load_bias<T>(args.bias, args.columns, column_0 + column, bias);
+      load_bias(args, shared, column_0, column, bias);
       PEFT_KERNELS_UNROLL
       for (int i = 0; i < kFragmentRows; ++i) {
         PEFT_KERNELS_UNROLL

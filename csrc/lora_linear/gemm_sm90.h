@@ -67,31 +67,35 @@ struct BoxGemm : private BoxProduct<T, Tile, true, kByFeature> {
             first = first > there ? first - there : 0;
           }
         };
-        if (part == 0) load_some(args.low, 0, INT_MAX);
         load_some(args.base, part * args.part, stages_of(part));
+        if (part == 0) load_some(args.low, 0, INT_MAX);
       });
     };
     const auto multiply = [&] {
       typename Product::Slot slot;
       Product::each_tile(args.rows, args.columns, args.parts, [&](int row_0, int column_0, int part) {
         row_0 += group() * kGroupRows;
+        const int row = row_0 + row_of_group();
+        const bool masked = part == 0 && args.masks > 0;
+        Bits bits;
+        if (masked) load_bits(args, args.keep[0], row, column_0, bits);  // of which nothing is asked before the end
         float sums[kSums];
-        bool onto = false;
-        if (part == 0 && args.masks > 0) {
-          multiply_kept(args, ring, slot, row_0 + row_of_group(), column_0, sums);
-          onto = true;
-        } else if (part == 0) {
+        typename Product::Flow flow = Product::multiply_stages(ring, slot, stages_of(part), sums);
+        if (part == 0 && !masked) {
           for (int j = 0; j < args.pairs; ++j) {
-            for (int depth = 0; depth < args.low[j].depth; depth += kDepth, onto = true) {
-              Product::multiply_part(ring, slot, args.low[j].depth - depth, sums, onto);  // few steps where it is small
+            for (int depth = 0; depth < args.low[j].depth; depth += kDepth) {
+              Product::multiply_part(ring, slot, flow, args.low[j].depth - depth, sums);
             }
           }
         }
-        Product::multiply_stages(ring, slot, stages_of(part), sums, onto);
+        const BiasPairs<T, kSums> bias(part == 0 ? args.bias : nullptr, args.columns, column_0 + 2 * (lane() % 4));
+        Product::finish(flow, sums);
+        bias.add_to(sums);
+        if (masked) add_kept(args, ring, slot, row, column_0, bits, sums);
         if (kSplits && args.parts > 1) {
-          store_part(args, part, row_0 + row_of_group(), column_0, sums);
+          store_part(args, part, row, column_0, sums);
         } else {
-          store_tile<T, Product>(args.out, args.bias, args.columns, shared + kOut, row_0, column_0, sums);
+          store_tile<T, Product>(args.out, shared + kOut, row_0, column_0, sums);
         }
       });
       if (is_first()) stores_wait<0>();
@@ -100,48 +104,53 @@ struct BoxGemm : private BoxProduct<T, Tile, true, kByFeature> {
   }
 
  private:
-  // sums = the low-rank products, each where its mask has a bit.
-  PEFT_KERNELS_DEVICE static void multiply_kept(const BoxArguments& args, const typename Product::Ring& ring,
-                                                typename Product::Slot& slot, int row, int column_0,
-                                                float (&sums)[kSums]) {
+  // The tile's bits of a thread's two rows, in words of memory: the first row's begin `shift` bits behind a word, and so the
+  // second's, eight rows below.
+  struct Bits {
+    uint32_t words[2][kWords + 1];
+    int shift;
+
+    PEFT_KERNELS_DEVICE uint32_t of(int half, int word) const {
+      const uint64_t both = static_cast<uint64_t>(words[half][word + 1]) << 32 | words[half][word];
+      return static_cast<uint32_t>(both >> shift);
+    }
+  };
+
+  PEFT_KERNELS_DEVICE static void load_bits(const BoxArguments& args, const uint8_t* keep, int row, int column_0,
+                                            Bits& bits) {
+    const int pitch = args.columns / 8;
+    const uint8_t* from = keep + static_cast<int64_t>(row) * pitch + column_0 / 8;
+    const int before = static_cast<int>(reinterpret_cast<uintptr_t>(from) % 4);
+    bits.shift = 8 * before;
     PEFT_KERNELS_UNROLL
-    for (int at = 0; at < kSums; ++at) sums[at] = 0.0f;
+    for (int half = 0; half < 2; ++half) {
+      const int bytes = row + 8 * half < args.rows ? before + pitch - column_0 / 8 : 0;  // of the rest of the row
+      PEFT_KERNELS_UNROLL
+      for (int word = 0; word <= kWords; ++word) {
+        const bool there = 4 * word < bytes && (word < kWords || before > 0);
+        bits.words[half][word] =
+            there ? *reinterpret_cast<const uint32_t*>(from - before + static_cast<int64_t>(8 * half) * pitch + 4 * word) : 0;
+      }
+    }
+  }
+
+  // sums += the low-rank products, each where its mask has a bit; `bits` are the first mask's.
+  PEFT_KERNELS_DEVICE static void add_kept(const BoxArguments& args, const typename Product::Ring& ring,
+                                           typename Product::Slot& slot, int row, int column_0, Bits& bits,
+                                           float (&sums)[kSums]) {
     for (int j = 0; j < args.pairs; ++j) {
-      uint32_t bits[2][kWords];
-      load_mask(args, args.keep[mask_of(args.masks, j)], row, column_0, bits);
+      Bits next = bits;
+      if (args.masks > 1 && j + 1 < args.pairs) load_bits(args, args.keep[j + 1], row, column_0, next);
       for (int depth = 0; depth < args.low[j].depth; depth += kDepth) {
         Product::multiply_by_columns(ring, slot, args.low[j].depth - depth, [&](int part, const float (&product)[32]) {
           PEFT_KERNELS_UNROLL
           for (int at = 0; at < 32; ++at) {
             const int fragment = at / 4, bit = fragment % 4 * 8 + lane() % 4 * 2 + at % 2;
-            if (bits[at / 2 % 2][2 * part + fragment / 4] >> bit & 1) sums[32 * part + at] += product[at];
+            if (bits.of(at / 2 % 2, 2 * part + fragment / 4) >> bit & 1) sums[32 * part + at] += product[at];
           }
         });
       }
-    }
-  }
-
-  // The tile's bits of this thread's two rows, before the products that they wait for.
-  PEFT_KERNELS_DEVICE static void load_mask(const BoxArguments& args, const uint8_t* keep, int row, int column_0,
-                                            uint32_t (&bits)[2][kWords]) {
-    const int pitch = args.columns / 8;
-    const bool words = (reinterpret_cast<uintptr_t>(keep) | pitch) % 4 == 0;
-    PEFT_KERNELS_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const uint8_t* from = keep + static_cast<int64_t>(row + 8 * i) * pitch + column_0 / 8;
-      const int bytes = row + 8 * i < args.rows ? pitch - column_0 / 8 : 0;  // of the rest of the row
-      PEFT_KERNELS_UNROLL
-      for (int word = 0; word < kWords; ++word) {
-        bits[i][word] = 0;
-        if (words) {
-          if (4 * word < bytes) bits[i][word] = *reinterpret_cast<const uint32_t*>(from + 4 * word);
-        } else {
-          PEFT_KERNELS_UNROLL
-          for (int byte = 0; byte < 4; ++byte) {
-            if (4 * word + byte < bytes) bits[i][word] |= static_cast<uint32_t>(from[4 * word + byte]) << 8 * byte;
-          }
-        }
-      }
+      bits = next;
     }
   }
 
@@ -154,14 +163,12 @@ struct BoxGemm : private BoxProduct<T, Tile, true, kByFeature> {
     PEFT_KERNELS_UNROLL
     for (int j = 0; j < Tile::kColumns / 8; ++j) {
       const int column = column_0 + 8 * j + 2 * (lane() % 4);
-      float bias[2] = {};
-      if (part == 0) load_bias<T>(args.bias, args.columns, column, bias);
       PEFT_KERNELS_UNROLL
       for (int half = 0; half < 2; ++half) {
         if (row + 8 * half >= args.rows || column >= args.columns) continue;
         const float* pair = sums + 4 * j + 2 * half;
         const int64_t at = (static_cast<int64_t>(part) * args.rows + row + 8 * half) * args.columns + column;
-        *reinterpret_cast<Pair*>(args.partials + at) = {{pair[0] + bias[0], pair[1] + bias[1]}};
+        *reinterpret_cast<Pair*>(args.partials + at) = {{pair[0], pair[1]}};
       }
     }
   }

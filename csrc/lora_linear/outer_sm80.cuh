@@ -9,8 +9,12 @@ namespace peft_kernels::lora_outer {
 constexpr int kLargestWidth = 64;  // of a stream
 constexpr int kLargestWidthToShrink = 32;  // above, writing and reading shrunk's parts moves more than a second pass
 
+// Registers for as many blocks an SM as shared memory allows on sm_90: unasked the compiler spills to have one more.
+template <int kWidth>
+constexpr int kBlocks = kWidth <= 32 ? 3 : 2;
+
 template <typename T, int kWidth, bool kShrinks>
-PEFT_KERNELS_GLOBAL(kThreads) outer_sm80(const Arguments args) {
+PEFT_KERNELS_GLOBAL(kThreads, kBlocks<kWidth>) outer_sm80(const Arguments args) {
   extern __shared__ __align__(128) char shared[];
   Outer<T, kWidth, kShrinks>::run(args, shared);
 }
@@ -19,7 +23,7 @@ PEFT_KERNELS_GLOBAL(kThreads) outer_sm80(const Arguments args) {
 template <typename T, int kWidth, bool kShrinks>
 cudaError_t launch_sm80(const Arguments& args, cudaStream_t stream, bool beside) {
   return launch_shared(&outer_sm80<T, kWidth, kShrinks>, blocks_of(args), kThreads,
-                       Outer<T, kWidth, kShrinks>::kSharedBytes, args, stream, 1, beside);
+                       Outer<T, kWidth, kShrinks>::shared_bytes(args), args, stream, 1, beside);
 }
 
 template <typename T, bool kShrinks>

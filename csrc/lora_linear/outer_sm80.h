@@ -3,6 +3,7 @@
 // time; the streams' blocks of the same columns follow one another, and meet in the L2 cache.
 #pragma once
 
+#include "common/byte_tile.h"
 #include "common/copy_async.h"
 #include "common/grid_dependency.h"
 #include "common/kernel_source.h"
@@ -30,9 +31,16 @@ struct Outer {
   using Wide = SharedTile<kRows, kSlice>;
   using Narrow = SharedTile<kRows, kWidth>;
   using Right = SharedTile<kSlice, kWidth>;
+  using Keep = ByteTile<kRows, kSlice / 8>;  // of a stage
   static constexpr int kStageBytes = Wide::kBytes + Narrow::kBytes;
-  static constexpr int kSharedBytes = kStages * kStageBytes + (kShrinks ? Right::kBytes : 0);
+  static constexpr int kStagesBytes = kStages * kStageBytes;
+  static constexpr int kSharedBytes = kStagesBytes + (kShrinks ? Right::kBytes : kStages * Keep::kBytes);
   using Sums = float[kWarpColumns / 16][kWidth / 8][4];
+
+  // What these take of it: `right`, or the stages' masks, lie behind the stages. There are never both.
+  static int shared_bytes(const Arguments& args) {
+    return args.right != nullptr || args.keep != nullptr ? kSharedBytes : kStagesBytes;
+  }
 
   PEFT_KERNELS_DEVICE static void run(const Arguments& args, char* shared) {
     const int slices = tiles_of(args.columns, kSlice);
@@ -41,21 +49,39 @@ struct Outer {
     const int column_0 = slice * kSlice, row_0 = part * args.part;
     const int end = args.rows - row_0 < args.part ? args.rows : row_0 + args.part;
     const int stages = tiles_of(end - row_0, kRows);
-    char* right = shared + kStages * kStageBytes;
+    const int64_t keep_pitch = (args.columns + 7) / 8;
+    const int mask = stream / (args.streams / args.masks);
+    const uint8_t* keep = args.keep == nullptr ? nullptr
+                                               : args.keep + (static_cast<int64_t>(mask) * args.rows + row_0) * keep_pitch +
+                                                     column_0 / 8;  // of this block
+    char* right = shared + kStagesBytes;
+    char* kept = shared + kStagesBytes;
+    // Starts the copies of a stage; past the last one an empty group, so that waiting counts alike.
+    const auto fetch = [&](int stage) {
+      if (stage < stages) {
+        const int row = stage * kRows, place = stage % kStages;
+        copy_stage(args, shared + place * kStageBytes, stream, row_0 + row, end, column_0);
+        if (!kShrinks && keep != nullptr) {
+          Keep::template copy<kThreads>(kept + place * Keep::kBytes, keep + row * keep_pitch, keep_pitch,
+                                        end - row_0 - row, static_cast<int>(keep_pitch) - column_0 / 8);
+        }
+      }
+      copy_async_commit();
+    };
     Sums sums = {};
 
     if constexpr (kShrinks) {  // arrives with the first stage
       Right::template copy<kThreads>(right, args.right, args.right_pitch, column_0, args.columns, 0, args.width);
     }
     PEFT_KERNELS_UNROLL
-    for (int stage = 0; stage < kStages - 1; ++stage) fetch(args, shared, stage, stages, stream, row_0, end, column_0);
+    for (int stage = 0; stage < kStages - 1; ++stage) fetch(stage);
     for (int stage = 0; stage < stages; ++stage) {
       copy_async_wait<kStages - 2>();
       sync_block();  // this stage has arrived, and the one before it is read: its place is free
-      fetch(args, shared, stage + kStages - 1, stages, stream, row_0, end, column_0);
+      fetch(stage + kStages - 1);
       char* tile = shared + stage % kStages * kStageBytes;
-      if (args.keep != nullptr) {
-        mask(args, tile, stream, row_0 + stage * kRows, column_0);
+      if (!kShrinks && keep != nullptr) {
+        drop(tile, kept + stage % kStages * Keep::kBytes, keep + stage * kRows * keep_pitch, keep_pitch);
         sync_block();
       }
       if constexpr (kShrinks) shrink(args, tile, right, slice, row_0 + stage * kRows, end);
@@ -70,30 +96,20 @@ struct Outer {
   PEFT_KERNELS_DEVICE static int lane() { return thread_index() % 32; }
   PEFT_KERNELS_DEVICE static int warp() { return thread_index() / 32; }
 
-  // Starts the copies of a stage; past the last one an empty group, so that waiting counts alike.
-  PEFT_KERNELS_DEVICE static void fetch(const Arguments& args, char* shared, int stage, int stages, int stream,
-                                        int row_0, int end, int column_0) {
-    if (stage < stages) {
-      char* tile = shared + stage % kStages * kStageBytes;
-      const int row = row_0 + stage * kRows;
-      Wide::template copy<kThreads>(tile, args.wide, args.wide_pitch, row, end, column_0, args.columns);
-      Narrow::template copy<kThreads>(tile + Wide::kBytes, args.narrow, args.narrow_pitch, row, end,
-                                      stream * args.width, (stream + 1) * args.width);
-    }
-    copy_async_commit();
+  PEFT_KERNELS_DEVICE static void copy_stage(const Arguments& args, char* tile, int stream, int row, int end,
+                                             int column_0) {
+    Wide::template copy<kThreads>(tile, args.wide, args.wide_pitch, row, end, column_0, args.columns);
+    Narrow::template copy<kThreads>(tile + Wide::kBytes, args.narrow, args.narrow_pitch, row, end, stream * args.width,
+                                    (stream + 1) * args.width);
   }
 
-  // Zero what dropout dropped, eight neighbours of a row at a time.
-  PEFT_KERNELS_DEVICE static void mask(const Arguments& args, char* tile, int stream, int row_0, int column_0) {
-    const int64_t bytes = (args.columns + 7) / 8;
-    const int which = stream / (args.streams / args.masks);
-    const uint8_t* keep = args.keep + static_cast<int64_t>(which) * args.rows * bytes;
+  // Zero what dropout dropped of a stage, eight neighbours of a row at a time; its mask came with it from `keep`.
+  PEFT_KERNELS_DEVICE static void drop(char* tile, const char* kept, const uint8_t* keep, int64_t keep_pitch) {
     PEFT_KERNELS_UNROLL_BY_4
     for (int i = 0; i < kRows * Wide::kChunks / kThreads; ++i) {
       const int item = i * kThreads + thread_index(), row = item / Wide::kChunks, chunk = item % Wide::kChunks;
-      const int64_t byte = column_0 / kChunk + chunk;
-      if (row_0 + row >= args.rows || byte >= bytes) continue;
-      keep_in_chunk(tile + Wide::offset(row, chunk), keep[(row_0 + row) * bytes + byte]);
+      keep_in_chunk(tile + Wide::offset(row, chunk),
+                    static_cast<uint8_t>(Keep::row(kept, keep, keep_pitch, row)[chunk]));
     }
   }
 

@@ -6,8 +6,9 @@
 
 namespace peft_kernels::lora_shrink {
 
+// Registers for three blocks an SM, as shared memory has on sm_80.
 template <typename T, int kColumns, bool kByFeature>
-PEFT_KERNELS_GLOBAL(kThreads) shrink_sm80(const Arguments args) {
+PEFT_KERNELS_GLOBAL(kThreads, 3) shrink_sm80(const Arguments args) {
   extern __shared__ __align__(128) char shared[];
   Shrink<T, kColumns, kByFeature>::run(args, shared);
 }

@@ -43,6 +43,7 @@ struct Shrink {
     const Place place{row_block * kRows, column_group / across, column_group % across * kColumns, split * args.part};
     const int end = args.depth - place.depth < args.part ? args.depth : place.depth + args.part;
     const int stages = tiles_of(end - place.depth, kDepth);
+    const uint64_t seed = args.seed == nullptr ? 0 : static_cast<uint64_t>(*args.seed);  // once, ahead of all waits
     Accumulators sums = {};
 
     PEFT_KERNELS_UNROLL
@@ -53,7 +54,7 @@ struct Shrink {
       fetch(args, shared, place, stage + kStages - 1, stages, end);
       char* tile = shared + stage % kStages * kStageBytes;
       if (args.seed != nullptr) {
-        drop(args, tile, place, place.depth + stage * kDepth);
+        drop(args, seed, tile, place, place.depth + stage * kDepth);
         sync_block();
       }
       multiply(tile, sums);
@@ -89,8 +90,8 @@ struct Shrink {
   }
 
   // Zero what is dropped of a stage: eight neighbours of a row at a time, whose draws are one call of Philox.
-  PEFT_KERNELS_DEVICE static void drop(const Arguments& args, char* tile, const Place& place, int depth_0) {
-    const uint64_t seed = static_cast<uint64_t>(*args.seed);
+  PEFT_KERNELS_DEVICE static void drop(const Arguments& args, uint64_t seed, char* tile, const Place& place,
+                                       int depth_0) {
     const int64_t bytes = (args.depth + 7) / 8;
     PEFT_KERNELS_UNROLL
     for (int i = 0; i < kRows * Wide::kChunks / kThreads; ++i) {

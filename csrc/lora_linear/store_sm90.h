@@ -3,7 +3,6 @@
 
 #include "common/kernel_source.h"
 #include "common/tensor_copy.h"
-#include "lora_linear/bias.h"
 
 namespace peft_kernels {
 
@@ -11,11 +10,11 @@ namespace peft_kernels {
 template <typename Product>
 constexpr int kOutBytes = 2 * Product::kGroups * Product::kGroupRows * kBoxRowBytes;
 
-// out = sums + bias, 64 columns at a time. The engine stores them while the next ones are rounded, and while the next tile is
+// out = sums, 64 columns at a time. The engine stores them while the next ones are rounded, and while the next tile is
 // multiplied: `boxes` have been read when the first thread of each warpgroup has waited for its stores.
 template <typename T, typename Product>
-PEFT_KERNELS_DEVICE void store_tile(const TensorMap& out, const void* bias, int columns, char* boxes, int row_0,
-                                    int column_0, const float (&sums)[Product::kSums]) {
+PEFT_KERNELS_DEVICE void store_tile(const TensorMap& out, char* boxes, int row_0, int column_0,
+                                    const float (&sums)[Product::kSums]) {
   constexpr int kParts = Product::kSums * 2 / kBoxColumns, kBoxBytes = Product::kGroupRows * kBoxRowBytes;
   const int row = Product::row_of_group(), lane = Product::lane();
   PEFT_KERNELS_UNROLL
@@ -26,8 +25,6 @@ PEFT_KERNELS_DEVICE void store_tile(const TensorMap& out, const void* bias, int 
     PEFT_KERNELS_UNROLL
     for (int j = 0; j < kBoxColumns / 8; ++j) {
       const int fragment = part * kBoxColumns / 8 + j;
-      float of_columns[2];
-      load_bias<T>(bias, columns, column_0 + 8 * fragment + 2 * (lane % 4), of_columns);
       PEFT_KERNELS_UNROLL
       for (int half = 0; half < 2; ++half) {
         struct alignas(4) Pair {
@@ -35,7 +32,7 @@ PEFT_KERNELS_DEVICE void store_tile(const TensorMap& out, const void* bias, int 
         };
         const float* pair = sums + 4 * fragment + 2 * half;
         *reinterpret_cast<Pair*>(box + box_offset(row + 8 * half, j) + 4 * (lane % 4)) = {
-            {T(pair[0] + of_columns[0]), T(pair[1] + of_columns[1])}};
+            {T(pair[0]), T(pair[1])}};
       }
     }
     publish_to_copies();

@@ -30,8 +30,8 @@ struct Shape {
   }
 };
 
-// Every edge: one element, sizes off the tile, ranks of 0, 1 and past a stage, several tiles each way; rows of the mask
-// that start on 8 bytes, and others.
+// Every edge: one element, sizes off the tile, ranks of 0, 1 and past a stage, several tiles each way; masks and biases that
+// start on 8 bytes, and others.
 inline std::vector<Shape> shapes(bool large) {
   std::vector<Shape> found;
   for (const bool by_feature : {true, false}) {
@@ -96,14 +96,18 @@ class Problem {
   const Shape shape;
   std::mt19937 random;
   std::vector<Operands> base, low;
+  // As they lie in memory: they begin at `start`, the masks so many bytes behind 16, the bias so many elements. A mask ends on
+  // four bytes, as every allocation does.
+  const int start;
   const Matrix<T> bias;
   std::vector<std::vector<uint8_t>> keep;
 
   explicit Problem(const Shape& s)
       : shape(s),
         random(s.rows * 31 + s.columns * 17 + s.depth),
-        bias(1, s.columns, random, 1.0),
-        keep(s.masks, std::vector<uint8_t>(static_cast<size_t>(s.rows) * ((s.columns + 7) / 8))) {
+        start(s.rows % 7),
+        bias(1, start + s.columns, random, 1.0),
+        keep(s.masks, std::vector<uint8_t>((start + static_cast<size_t>(s.rows) * ((s.columns + 7) / 8) + 3) / 4 * 4)) {
     for (int pair = 0; pair < s.pairs; ++pair) {
       base.emplace_back(s, s.depth_of(pair), 0.1, random);
       low.emplace_back(s, s.rank_of(pair), 0.3, random);
@@ -122,8 +126,8 @@ class Problem {
       args.low[j] = low[j].at(low[j].left.values.data(), low[j].right.values.data());
     }
     args.pairs = shape.pairs;
-    for (const std::vector<uint8_t>& mask : keep) args.keep[args.masks++] = mask.data();
-    args.bias = shape.with_bias ? bias.values.data() : nullptr;
+    for (const std::vector<uint8_t>& mask : keep) args.keep[args.masks++] = mask.data() + start;
+    args.bias = shape.with_bias ? bias.values.data() + start : nullptr;
     args.out = out;
     args.rows = shape.rows, args.columns = shape.columns;
     args.partials = partials;
@@ -183,12 +187,12 @@ class Problem {
       for (int column = 0; column < shape.columns; ++column) {
         double sum = 0.0, size = 0.0;
         for (int pair = 0; pair < shape.pairs; ++pair) {
-          const size_t byte = static_cast<size_t>(row) * ((shape.columns + 7) / 8) + column / 8;
+          const size_t byte = start + static_cast<size_t>(row) * ((shape.columns + 7) / 8) + column / 8;
           const bool kept = !shape.masks || keep[lora_gemm::mask_of(shape.masks, pair)][byte] >> column % 8 & 1;
           if (kept) add(low[pair], row, column, sum, size);
           add(base[pair], row, column, sum, size);
         }
-        if (shape.with_bias) sum += wide(bias.at(0, column));
+        if (shape.with_bias) sum += wide(bias.at(0, start + column));
         expected_.push_back(sum);
         allowed_.push_back(kRounding * std::abs(sum) + terms * 0x1p-24 * size + 0x1p-24);
       }

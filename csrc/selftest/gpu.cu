@@ -79,8 +79,8 @@ void gemm(const Problem<T>& problem, const std::string& name, const Launch& laun
     lora_gemm::Arguments args = problem.arguments(out.get(), partials.get(), parts);
     std::copy_n(base, shape.pairs, args.base);
     std::copy_n(low, shape.pairs, args.low);
-    for (int mask = 0; mask < args.masks; ++mask) args.keep[mask] = keep[mask].get();
-    args.bias = args.bias ? bias.get() : nullptr;
+    for (int mask = 0; mask < args.masks; ++mask) args.keep[mask] = keep[mask].get() + problem.start;
+    args.bias = args.bias ? bias.get() + problem.start : nullptr;
     check(launch(args), ("launching " + name).c_str());
     check(cudaDeviceSynchronize(), name.c_str());
     const std::vector<T> found = parts > 1 ? problem.reduced(partials.host(), parts) : out.host();

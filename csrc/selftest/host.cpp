@@ -198,7 +198,8 @@ std::string outer(const OuterProblem<T>& problem, unsigned order) {
       problem.arguments(problem.wide_values().data(), problem.narrow_values().data(), problem.right_values().data(),
                         problem.keep().data(), sums.data(), shrunk.data());
   const emulator::Report report =
-      emulator::launch(static_cast<int>(lora_outer::blocks_of(args)), lora_outer::kThreads, Outer::kSharedBytes, order,
+      emulator::launch(static_cast<int>(lora_outer::blocks_of(args)), lora_outer::kThreads,
+                       Outer::shared_bytes(args), order,
                        [&](char* shared) { Outer::run(args, shared); });
   if (report.bank_conflicts) return std::to_string(report.bank_conflicts) + " bank conflicts";
   if (!margin_is_whole(sums) || !margin_is_whole(shrunk)) return "written behind the end";

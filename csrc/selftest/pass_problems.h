@@ -147,8 +147,10 @@ class OuterProblem {
   const int rows, columns, width, parts;
   const bool shrinks, transposed;
   const int masks, streams;
+  const int start;  // of the masks: so many bytes behind 16
 
-  OuterProblem(int rows, int columns, int width, int parts, bool shrinks, int masks, bool transposed, int streams = 1)
+  OuterProblem(int rows, int columns, int width, int parts, bool shrinks, int masks, bool transposed, int streams = 1,
+               int start = 0)
       : rows(rows),
         columns(columns),
         width(width),
@@ -157,18 +159,20 @@ class OuterProblem {
         transposed(transposed),
         masks(masks),
         streams(streams),
+        start(start),
         random_(rows + columns * 3),
         wide_(rows, columns, random_, 1.0),
         narrow_(rows, streams * width, random_, 1.0),
         right_(columns, width, random_, 1.0),
-        keep_(static_cast<size_t>(masks) * rows * pitch()) {
+        keep_(start + static_cast<size_t>(masks) * rows * pitch()) {
     for (uint8_t& byte : keep_) byte = static_cast<uint8_t>(random_());
   }
 
   std::string text() const {
     return std::to_string(rows) + " x " + std::to_string(columns) + " x " + std::to_string(width) + " in " +
            std::to_string(parts) + (shrinks ? ", shrinks" : "") + (masks ? ", " + std::to_string(masks) + " masks" : "") +
-           (transposed ? ", transposed" : "") + (streams > 1 ? ", " + std::to_string(streams) + " streams" : "");
+           (transposed ? ", transposed" : "") + (streams > 1 ? ", " + std::to_string(streams) + " streams" : "") +
+           (start ? ", from byte " + std::to_string(start) : "");
   }
   const std::vector<T>& wide_values() const { return wide_.values; }
   const std::vector<T>& narrow_values() const { return narrow_.values; }
@@ -187,7 +191,7 @@ class OuterProblem {
             narrow_.pitch,
             shrinks ? right : nullptr,
             right_.pitch,
-            masks ? keep : nullptr,
+            masks ? keep + start : nullptr,
             sums,
             shrunk,
             rows,
@@ -208,7 +212,7 @@ class OuterProblem {
           double sum = 0.0, size = 0.0;
           for (int row = p * part(); row < std::min(rows, (p + 1) * part()); ++row) {
             const size_t mask = static_cast<size_t>(stream) * masks / streams;
-            if (masks && !(keep_[(mask * rows + row) * pitch() + column / 8] >> column % 8 & 1)) continue;
+            if (masks && !(keep_[start + (mask * rows + row) * pitch() + column / 8] >> column % 8 & 1)) continue;
             const double term =
                 selftest::wide(wide_.at(row, column)) * selftest::wide(narrow_.at(row, stream * width + rank));
             sum += term, size += std::abs(term);
@@ -243,7 +247,8 @@ class OuterProblem {
   std::vector<uint8_t> keep_;
 };
 
-// Widths up to 16. One element, sizes off the tile, several slices and parts, parts that end within a tile.
+// Widths up to 16. One element, sizes off the tile, several slices and parts, parts that end within a tile; rows of masks of
+// every alignment, more stages than there are places for them.
 template <typename T>
 std::vector<OuterProblem<T>> outers(int width) {
   std::vector<OuterProblem<T>> found;
@@ -258,6 +263,9 @@ std::vector<OuterProblem<T>> outers(int width) {
   found.emplace_back(140, 200, width - 8, 2, false, 3, true, 3);
   found.emplace_back(90, 140, width, 2, false, 2, true, 4);
   found.emplace_back(90, 140, width, 1, false, 0, true, 2);
+  found.emplace_back(333, 128, width, 1, false, 1, true);
+  found.emplace_back(70, 320, width, 1, false, 1, true, 1, 5);
+  found.emplace_back(150, 96, width, 2, false, 2, true, 2, 2);
   return found;
 }
 

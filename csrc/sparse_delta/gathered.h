@@ -73,26 +73,47 @@ struct Range {
   int64_t base, first, last;  // the row's first value
 };
 
-PEFT_KERNELS_DEVICE Range range_of(const Entries& entries, int row, int chunk) {
-  if (entries.starts != nullptr) {
-    const int32_t* begin = entries.begins + row * static_cast<int64_t>(entries.chunks + 1) + chunk;
-    const int64_t base = entries.start(row);
-    return {base, base + begin[0], base + begin[1]};
+// Where kChunks chunks of a row begin among the values: all that is loaded to know it, at once.
+template <int kChunks>
+struct Begins {
+  int64_t base = 0;
+  int32_t begins[kChunks + 1] = {};  // of entries
+
+  // Of chunks from `chunk` on.
+  PEFT_KERNELS_DEVICE void load(const Entries& entries, int row, int chunk) {
+    if (row >= entries.rows || entries.starts == nullptr) return;
+    base = entries.start(row);
+    const int32_t* from = entries.begins + row * static_cast<int64_t>(entries.chunks + 1);
+    PEFT_KERNELS_UNROLL
+    for (int i = 0; i <= kChunks; ++i) begins[i] = from[chunk + i < entries.chunks ? chunk + i : entries.chunks];
   }
-  const int column_0 = chunk * kChunkColumns, groups = entries.width / entries.m;
-  const int behind = (column_0 + kChunkColumns + entries.m - 1) / entries.m;  // groups that the chunk's edges cut apart too
-  const int64_t base = static_cast<int64_t>(row) * groups * entries.n;
-  return {base, base + column_0 / entries.m * entries.n,
-          base + static_cast<int64_t>(behind < groups ? behind : groups) * entries.n};
+
+  // Of chunk `chunk + i`; empty beyond the matrix.
+  PEFT_KERNELS_DEVICE Range range(const Entries& entries, int row, int chunk, int i) const {
+    if (entries.starts != nullptr) return {base, base + begins[i], base + begins[i + 1]};
+    if (row >= entries.rows || chunk + i >= entries.chunks) return {0, 0, 0};
+    const int column_0 = (chunk + i) * kChunkColumns, groups = entries.width / entries.m;
+    const int behind = (column_0 + kChunkColumns + entries.m - 1) / entries.m;  // groups that the edges cut apart too
+    const int64_t first = static_cast<int64_t>(row) * groups * entries.n;
+    return {first, first + column_0 / entries.m * entries.n,
+            first + static_cast<int64_t>(behind < groups ? behind : groups) * entries.n};
+  }
+};
+
+// The first of a range's values that this lane takes: what it holds is loaded while something else is done.
+PEFT_KERNELS_DEVICE int held_first(const Entries& entries, const Range& range, int lane) {
+  return range.first + lane < range.last ? entries.held(range.first + lane) : 0;
 }
 
-// Writes the values of a range from sums[place_of(local_row, first column…)]. By kLanes threads, `lane` of them.
-PEFT_KERNELS_DEVICE void gather(const Arguments& args, const Range& range, int chunk, int lane, const float* sums,
-                                int local_row, int local_column, int pitch, int part) {
+// Writes the values of a range from sums[place_of(local_row, first column…)]. By kLanes threads, `lane` of them; `held` is
+// held_first's.
+PEFT_KERNELS_DEVICE void gather(const Arguments& args, const Range& range, int chunk, int lane, int held,
+                                const float* sums, int local_row, int local_column, int pitch, int part) {
   const Entries& entries = args.entries;
   for (int64_t i = range.first + lane; i < range.last; i += kLanes) {
+    if (i >= range.first + kLanes) held = entries.held(i);
     const int group = entries.starts != nullptr ? 0 : static_cast<int>(i - range.base) / entries.n * entries.m;
-    const int column = group + entries.held(i) - chunk * kChunkColumns;
+    const int column = group + held - chunk * kChunkColumns;
     if (column < 0 || column >= kChunkColumns) continue;
     args.partials[part * args.count + i] = sums[place_of(local_row, local_column + column, pitch)];
   }

@@ -54,12 +54,27 @@ struct Gathered : private WarpProduct<T, Square, false, false> {
         }
       }
     }
+    // The sums' registers are free: where this thread's rows begin, then what they hold first, is loaded all at once.
+    constexpr int kRowsAtOnce = kThreads / kLanes, kRows = Tile::kRows / kRowsAtOnce;
+    constexpr int kChunks = Tile::kColumns / kChunkColumns;
+    const int lane = thread_index() % kLanes, chunk_0 = column_0 / kChunkColumns;
+    const auto local = [](int i) { return i * kRowsAtOnce + thread_index() / kLanes; };
+    Begins<kChunks> begins[kRows];
+    int held[kRows][kChunks];
+    PEFT_KERNELS_UNROLL
+    for (int i = 0; i < kRows; ++i) begins[i].load(entries, row_0 + local(i), chunk_0);
+    const auto range = [&](int i, int chunk) { return begins[i].range(entries, row_0 + local(i), chunk_0, chunk); };
+    PEFT_KERNELS_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      PEFT_KERNELS_UNROLL
+      for (int chunk = 0; chunk < kChunks; ++chunk) held[i][chunk] = held_first(entries, range(i, chunk), lane);
+    }
     sync_block();
-    for (int local = thread_index() / kLanes; local < Tile::kRows && row_0 + local < entries.rows;
-         local += kThreads / kLanes) {
-      for (int column = 0; column < Tile::kColumns && column_0 + column < entries.width; column += kChunkColumns) {
-        const int chunk = (column_0 + column) / kChunkColumns;
-        gather(args, range_of(entries, row_0 + local, chunk), chunk, thread_index() % kLanes, tile_sums, local, column,
+    PEFT_KERNELS_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      PEFT_KERNELS_UNROLL
+      for (int chunk = 0; chunk < kChunks; ++chunk) {
+        gather(args, range(i, chunk), chunk_0 + chunk, lane, held[i][chunk], tile_sums, local(i), chunk * kChunkColumns,
                Tile::kColumns, part);
       }
     }

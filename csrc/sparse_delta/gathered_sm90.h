@@ -22,6 +22,10 @@ struct BoxGathered : private BoxProduct<T, Tile, false, false> {
   static constexpr int kSums = Product::kStagesBytes, kBarriers = kSums + Product::kGroups * kSumsBytes;
   static constexpr int kSharedBytes = kBarriers + Product::kBarrierBytes;
   static_assert(kSharedBytes <= 232448);
+  // To gather, a thread has rows kRowsAtOnce apart.
+  static constexpr int kRowsAtOnce = kWarpgroup / kLanes, kRowsOfThread = kGroupRows / kRowsAtOnce;
+  static constexpr int kChunks = Tile::kColumns / kChunkColumns;
+  using Rows = Begins<kChunks>[kRowsOfThread];
 
   PEFT_KERNELS_DEVICE static void run(const BoxArguments& boxes, char* shared) {
     const Arguments& args = boxes.rest;
@@ -44,30 +48,38 @@ struct BoxGathered : private BoxProduct<T, Tile, false, false> {
       typename Product::Slot slot;
       Product::each_tile(args.entries.rows, args.entries.width, args.parts, [&](int row_0, int column_0, int part) {
         float sums[Product::kSums];
-        Product::multiply_stages(ring, slot, stages_of(part), sums, false);
-        gather_tile(args, reinterpret_cast<float*>(shared + kSums + Product::group() * kSumsBytes),
-                    row_0 + Product::group() * kGroupRows, column_0, part, sums);
+        typename Product::Flow flow = Product::multiply_stages(ring, slot, stages_of(part), sums);
+        row_0 += Product::group() * kGroupRows + thread_index() % kWarpgroup / kLanes;
+        Rows rows;
+        PEFT_KERNELS_UNROLL
+        for (int i = 0; i < kRowsOfThread; ++i) {  // while products are under way
+          rows[i].load(args.entries, row_0 + i * kRowsAtOnce, column_0 / kChunkColumns);
+        }
+        Product::finish(flow, sums);
+        gather_tile(args, reinterpret_cast<float*>(shared + kSums + Product::group() * kSumsBytes), row_0, column_0, part,
+                    rows, sums);
       });
     };
     Product::specialise(ring, load, multiply);
   }
 
  private:
-  // A chunk of columns at a time by way of shared memory, since registers have no index.
+  // A chunk of columns at a time by way of shared memory, since registers have no index. What the rows hold of a chunk is
+  // loaded while the one before is gathered. `row_0`: this thread's first.
   PEFT_KERNELS_DEVICE static void gather_tile(const Arguments& args, float* chunk_sums, int row_0, int column_0, int part,
-                                              const float (&sums)[Product::kSums]) {
-    constexpr int kRowsAtOnce = kWarpgroup / kLanes;
-    const int thread = thread_index() % kWarpgroup;
+                                              const Rows& rows, const float (&sums)[Product::kSums]) {
+    const int thread = thread_index() % kWarpgroup, lane = thread % kLanes, chunk_0 = column_0 / kChunkColumns;
+    const auto range = [&](int i, int chunk) {
+      return rows[i].range(args.entries, row_0 + i * kRowsAtOnce, chunk_0, chunk);
+    };
+    int held[kRowsOfThread], next[kRowsOfThread] = {};
     PEFT_KERNELS_UNROLL
-    for (int chunk = 0; chunk < Tile::kColumns / kChunkColumns; ++chunk) {
-      const int first = column_0 + chunk * kChunkColumns;
-      Range ranges[kGroupRows / kRowsAtOnce] = {};  // loaded together, and ahead of the barriers
+    for (int i = 0; i < kRowsOfThread; ++i) held[i] = held_first(args.entries, range(i, 0), lane);
+    PEFT_KERNELS_UNROLL
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
       PEFT_KERNELS_UNROLL
-      for (int i = 0; i < kGroupRows / kRowsAtOnce; ++i) {
-        const int row = row_0 + i * kRowsAtOnce + thread / kLanes;
-        if (row < args.entries.rows && first < args.entries.width) {
-          ranges[i] = range_of(args.entries, row, first / kChunkColumns);
-        }
+      for (int i = 0; i < kRowsOfThread && chunk + 1 < kChunks; ++i) {
+        next[i] = held_first(args.entries, range(i, chunk + 1), lane);
       }
       Product::sync_group();  // the chunk before has been gathered
       PEFT_KERNELS_UNROLL
@@ -85,9 +97,10 @@ struct BoxGathered : private BoxProduct<T, Tile, false, false> {
       }
       Product::sync_group();
       PEFT_KERNELS_UNROLL
-      for (int i = 0; i < kGroupRows / kRowsAtOnce; ++i) {
-        gather(args, ranges[i], first / kChunkColumns, thread % kLanes, chunk_sums, i * kRowsAtOnce + thread / kLanes, 0,
+      for (int i = 0; i < kRowsOfThread; ++i) {
+        gather(args, range(i, chunk), chunk_0 + chunk, lane, held[i], chunk_sums, i * kRowsAtOnce + thread / kLanes, 0,
                kChunkColumns, part);
+        held[i] = next[i];
       }
     }
   }

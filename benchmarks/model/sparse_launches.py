@@ -178,15 +178,18 @@ def _dvalues(l: Layer, ceilings: Ceilings) -> list[Launch]:
         return [*transposes, elementwise("sampled", 2 * l.M * l.size * l.nnz + l.layout, l.values)]
     if l.kind in ("entries", "n_of_m"):  # tiles of dW, of which only the entries are written
         return [Launch("tiles of dW", l.dW().flops, l.x + l.y + l.layout, l.values)]
+    before = [_gather("dy[:, rows]", l.M, l.count, l.N, l.size)] if l.kind == "rows" else []
+    if l.kind != "blocks" and l.count % 16:  # filled up with zeros
+        before.append(elementwise("pad", l.M * l.count * l.size, l.M * (l.count + -l.count % 16) * l.size))
     rows, columns, read, batch = {
-        "rows": (l.count, l.K, l.M * min(l.N * l.size, SECTOR * l.count) + l.x, 1),
+        "rows": (l.count, l.K, l.M * l.count * l.size + l.x, 1),
         "columns": (l.N, l.count, l.y + l.M * l.count * l.size, 1),
         "blocks": (l.side, l.side, sum(min(side, l.M * l.count * l.side * l.size) for side in (l.x, l.y)), l.count),
     }[l.kind]
     programs = 2 * int(ceilings.get("sms", 132))
     splits = configs.token_splits(configs.thin_tile(rows, columns, l.size), rows, columns, l.M, batch, programs)
     thin = Launch("thin products", 2 * l.M * l.nnz, read + l.layout, splits * l.values)
-    return [thin, elementwise("reduce", splits * l.values, l.values)] if splits > 1 else [thin]
+    return [*before, thin, *([elementwise("reduce", splits * l.values, l.values)] if splits > 1 else [])]
 
 
 # --- Ours, by the native kernels, as `cuda.py` calls them ----------------------------------------------------

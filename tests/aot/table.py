@@ -27,8 +27,8 @@ and backward on tensors without values, and what their launchers pass to Triton 
 strides are multiples of 16, what is absent, tiles, warps and stages (`tests/aot/`).
 
 Triton {triton} for sm_90, ptxas {ptxas}; the native library by CUDA {cuda}. Other versions take other registers. With
-Triton 3.6 and the newest the tests allow no spill and no serialised wgmma at regular sizes, which are multiples of 16,
-and ranks of 8.
+Triton 3.6 and the newest the tests allow no serialised wgmma, and no spill at regular sizes, which are multiples of 16
+(of 128 under a dropout mask), and ranks of 8.
 
 A call is named by x's dtype, the rank, M × K × N, the adapters' dtype, how many layers share x, dropout masks, and the
 way to expand. Of calls that are compiled alike but for ranks and sizes a row has the one that takes the most.
@@ -113,7 +113,11 @@ def page(rows: list[Row]) -> str:
         lines += [f"| {row.cells} |" for row in rows if row.kernel == kernel and (row.regular or not row.used.spilled)]
         spilling = [row for row in rows if row.kernel == kernel and not row.regular and row.used.spilled]
         if spilling:
-            lines += ["", "Spills at odd sizes, where every element is loaded by itself:", ""]
+            lines += [
+                "",
+                "Spills at odd sizes, where elements of a matrix or bytes of a mask are loaded one by one:",
+                "",
+            ]
             lines += [f"| {_HEADING} |", "|" + "---|" * len(_HEADING.split("|"))]
             lines += [f"| {row.cells} |" for row in spilling]
         lines.append("")

@@ -9,7 +9,7 @@ import os
 import pytest
 
 from peft_kernels.testing.aot import SHARED_MEMORY, compile_launch
-from tests.aot.cases import candidates, cases, first_of_each_kernel, scenarios
+from tests.aot.cases import SPILLED_AT_ODD_SIZES, candidates, cases, first_of_each_kernel, scenarios
 from tests.aot.phantom import GPUS
 
 EVERYTHING = os.environ.get("PEFT_KERNELS_AOT") == "all"
@@ -17,9 +17,6 @@ EVERYTHING = os.environ.get("PEFT_KERNELS_AOT") == "all"
 MATRIX = {80: ("mma.sync",), 90: ("wgmma", "mma.sync"), 100: ("tcgen05", "mma.sync"), "gfx942": ("mfma",)}
 #: Kernels that multiply no matrices.
 WITHOUT_MATRICES = {"split_reduce_kernel", "sampled_kernel", "write_kernel", "adamw_kernel"}
-#: Bytes that a thread may store to and load from local memory at odd sizes (`Scenario.regular`), where elements of a
-#: matrix or bytes of a mask are loaded one by one; nothing elsewhere.
-SPILLED_AT_ODD_SIZES = {"thin_kernel": 1400, "shrink_kernel": 1300, "extended_gemm_tma_kernel": 256}
 
 
 def to_compile(architecture):

@@ -21,7 +21,7 @@ from .reference import add_base
 from .triton_gemm import extended_gemm
 
 
-@triton.jit(do_not_specialize=["M", "mask_stride_stream"])
+@triton.jit(do_not_specialize=["M", "stride_split", "mask_stride_stream"])
 def shrink_kernel(
     x_ptr, a_ptr, s_ptr, mask_ptr, seed_ptr, scales, row_scale_ptrs, row_scale_strides,
     M, K, C, R, width, k_per_split, stride_xm, stride_xk, stride_ac, stride_ak, stride_split,

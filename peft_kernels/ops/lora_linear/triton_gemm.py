@@ -76,7 +76,10 @@ def _dropped_low_rank(
         )  # fmt: skip
         if mask_ptr is not None:
             mask = mask_ptr + tl.full((), j, tl.int64) * mask_stride_stream
-            product = tl.where(load_mask(mask, rows, first_column, M, mask_stride_row, BLOCK_N), product, 0.0)
+            kept = load_mask(mask, rows, first_column, M, mask_stride_row, BLOCK_N)
+            # The addition comes between the accumulator and its rounding, which ptxas would begin while wgmma runs and
+            # then serialise it (C7514; Triton 3.6, sm_90, without the large product).
+            product = tl.where(kept, product + 0.0, 0.0)
         acc = product if mask_ptr is None or j == 0 else acc + product
     return acc
 
@@ -211,7 +214,8 @@ def extended_gemm(
     layout = _tma_layout(ps, qs, out) if base and arch >= 90 and out.element_size() == 2 else None
     common = {"NUM": len(es), "HIGH": high_precision(high), "PRECISION": dot_precision(out.dtype),
               "R_DIVISOR": divisor(R, *strides_em), "FN_DIVISOR": divisor(*strides_fn),
-              "MASK_DIVISOR": divisor(row_stride) if masks is not None else 1}  # fmt: skip
+              # With several masks two accumulators fill the registers: masks loaded in vectors would spill (Triton 3.6).
+              "MASK_DIVISOR": divisor(row_stride) if masked == 1 else 1}  # fmt: skip
     tile = tile or configs.gemm_tile(
         M, N, R, out.element_size(), arch, layout is not None, masked, high, base, configs.tuned(out.device)
     )

@@ -44,6 +44,12 @@ class Layer(NamedTuple):
         trains = f"trains-{self.trains}" if self.trains else "frozen"
         return "-".join(words + [trains] * (self.trains != "xAB"))
 
+    @property
+    def regular(self) -> bool:
+        """A row of a dropout mask has K / 8 bytes, and is to begin on 16 as well."""
+        _, K, N = self.shape
+        return self.rank % 8 == 0 and K % (128 if self.masks else 16) == 0 and N % 16 == 0
+
     def run(self, device: torch.device) -> None:
         (M, K, N), dtype, adapter = self.shape, DTYPES[self.dtype], DTYPES[self.adapter or self.dtype]
 
@@ -123,5 +129,5 @@ def scenarios() -> Iterator[Scenario]:
     for place, layer in layers():
         places.setdefault(layer, place)
     for (layer, place), way in itertools.product(places.items(), ("fused", "blas")):
-        regular = layer.rank % 8 == 0 and all(size % 16 == 0 for size in layer.shape[1:])
-        yield Scenario(f"{layer.name}-{way}", f"triton:{way}", layer.run, layer.dtype, regular, place, configs)
+        name = f"{layer.name}-{way}"
+        yield Scenario(name, f"triton:{way}", layer.run, layer.dtype, layer.regular, place, configs)

@@ -16,7 +16,8 @@ class Scenario(NamedTuple):
 
     Attributes:
         dtype: of x.
-        regular: sizes are multiples of 16 and ranks of 8, as those of models are: no kernel may spill.
+        regular: sizes are multiples of 16 (under a dropout mask of 128) and ranks of 8, as those of models are: no
+            kernel may spill.
         compiled: in every run of the tests "everywhere" or for "sm_90", or only where "all" is.
         configs: of the op's room, which picks the tiles.
     """

@@ -14,7 +14,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from peft_kernels import _native
 from peft_kernels.testing.aot import SERIALISED, Launch, Resources, compile_launch
 from tests.aot import native
-from tests.aot.cases import Case, cases, scenarios
+from tests.aot.cases import SPILLED_AT_ODD_SIZES, Case, cases, scenarios
 from tests.aot.phantom import GPUS
 
 PAGE = Path(__file__).parents[2] / "docs" / "kernels.md"
@@ -27,8 +27,9 @@ and backward on tensors without values, and what their launchers pass to Triton 
 strides are multiples of 16, what is absent, tiles, warps and stages (`tests/aot/`).
 
 Triton {triton} for sm_90, ptxas {ptxas}; the native library by CUDA {cuda}. Other versions take other registers. With
-Triton 3.6 and the newest the tests allow no spill and no serialised wgmma at regular sizes, which are multiples of 16,
-and ranks of 8.
+Triton 3.6 and the newest the tests allow no serialised wgmma, and no spill at regular sizes, which are multiples of 16
+(of 128 under a dropout mask), and ranks of 8. At other sizes, where elements of a matrix or bytes of a mask are loaded
+one by one, they allow a thread to spill: {spilled}.
 
 A call is named by x's dtype, the rank, M × K × N, the adapters' dtype, how many layers share x, dropout masks, and the
 way to expand. Of calls that are compiled alike but for ranks and sizes a row has the one that takes the most.
@@ -48,7 +49,6 @@ class Row(NamedTuple):
     options: str
     instruction: str
     used: Resources
-    regular: bool
 
     @property
     def cells(self) -> str:
@@ -65,8 +65,7 @@ def kind(case: Case) -> tuple:
     launch, names = case.launch, case.launch.kernel.arg_names
     chosen = [(name, str(launch.constants.get((place,)))) for place, name in enumerate(names) if name.isupper()]
     absent = [name for place, name in enumerate(names) if name.endswith("_ptr") and (place,) in launch.constants]
-    return (launch.name, launch.num_warps, launch.num_stages, case.scenario.dtype, *chosen, *absent,
-            case.scenario.regular)  # fmt: skip
+    return (launch.name, launch.num_warps, launch.num_stages, case.scenario.dtype, *chosen, *absent)
 
 
 def blocks(launch: Launch) -> str:
@@ -74,7 +73,9 @@ def blocks(launch: Launch) -> str:
 
 
 def to_show() -> list[Case]:
-    return cases(GPUS[90], scenarios())
+    """What the tests compile in every run of regular calls in bfloat16."""
+    shown = [one for one in scenarios() if one.compiled != "all" and one.regular and one.dtype == "bf16"]
+    return cases(GPUS[90], shown)
 
 
 def _measured(part: int) -> list[tuple[tuple, Row]]:
@@ -83,8 +84,7 @@ def _measured(part: int) -> list[tuple[tuple, Row]]:
         compiled, used = compile_launch(case.launch)
         instruction = next((one for one in ("wgmma", "mma.sync") if one in compiled.asm["ptx"]), "")
         options = f"{case.launch.num_warps}, {case.launch.num_stages}"
-        row = Row(case.launch.name, case.scenario.name, blocks(case.launch), options, instruction, used,
-                  case.scenario.regular)  # fmt: skip
+        row = Row(case.launch.name, case.scenario.name, blocks(case.launch), options, instruction, used)
         found.append((kind(case), row))
     return found
 
@@ -106,15 +106,12 @@ def measure() -> list[Row]:
 
 def page(rows: list[Row]) -> str:
     facts = _native.build_facts()
-    lines = [HEAD.format(triton=triton.__version__, ptxas=get_ptxas(90).version, cuda=facts.get("cuda", "?"))]
+    spilled = ", ".join(f"`{kernel}` {most} bytes" for kernel, most in SPILLED_AT_ODD_SIZES.items())
+    versions = {"triton": triton.__version__, "ptxas": get_ptxas(90).version, "cuda": facts.get("cuda", "?")}
+    lines = [HEAD.format(**versions, spilled=spilled)]
     for kernel in dict.fromkeys(row.kernel for row in rows):
         lines += [f"## {kernel}", "", f"| {_HEADING} |", "|" + "---|" * len(_HEADING.split("|"))]
-        lines += [f"| {row.cells} |" for row in rows if row.kernel == kernel and (row.regular or not row.used.spilled)]
-        spilling = [row for row in rows if row.kernel == kernel and not row.regular and row.used.spilled]
-        if spilling:
-            lines += ["", "Spills at odd sizes, where every element is loaded by itself:", ""]
-            lines += [f"| {_HEADING} |", "|" + "---|" * len(_HEADING.split("|"))]
-            lines += [f"| {row.cells} |" for row in spilling]
+        lines += [f"| {row.cells} |" for row in rows if row.kernel == kernel]
         lines.append("")
     heading = "kernel | warps | registers | spilled | shared | CTAs an SM"
     for architecture in ("sm_80", "sm_90a"):

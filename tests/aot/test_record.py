@@ -1,11 +1,10 @@
-"""What the suite compiles is what is launched: the recording itself, the count of blocks a multiprocessor, the page."""
+"""What the suite compiles is what is launched: the recording itself, and the count of blocks a multiprocessor."""
 
 from __future__ import annotations
 
 import importlib
 import itertools
 import pkgutil
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,9 +15,9 @@ import triton
 from triton.runtime import JITFunction
 
 import peft_kernels as pk
-from peft_kernels import _native, ops
+from peft_kernels import ops
 from peft_kernels.testing.aot import blocks_per_processor
-from tests.aot import native, table
+from tests.aot import table
 from tests.aot.lora_linear import Layer
 from tests.aot.phantom import GPUS
 from tests.aot.record import recording
@@ -148,29 +147,3 @@ def test_blocks_per_processor_as_nvidia_counts(tmp_path):
     lines = "\n".join(" ".join(map(str, one)) for one in asked)
     counted = subprocess.check_output([tmp_path / "count"], input=lines, text=True).split()
     assert [blocks_per_processor(*one) for one in asked] == list(map(int, counted))
-
-
-def sections() -> dict[str, str]:
-    text = table.PAGE.read_text()
-    return dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE))
-
-
-def test_the_page_lists_what_is_launched(shown):
-    """Not the numbers, which each compiler has its own of. `make resources` writes the page."""
-    written = sections()
-    expected = {(case.launch.name, table.blocks(case.launch)) for case in shown if case.scenario.regular}
-    missing = [(kernel, blocks) for kernel, blocks in expected if f"| {blocks} |" not in written.get(kernel, "")]
-    assert not missing
-    assert {kernel for kernel in written if kernel.endswith("_kernel")} == {kernel for kernel, _ in expected}
-
-
-@pytest.mark.skipif(not _native.LIBRARY.exists(), reason="needs the native library")
-def test_the_page_lists_the_native_kernels():
-    names = {one.name for architecture in ("sm_80", "sm_90a") for one in native.kernels(architecture)}
-    written = sections()
-    listed = {
-        name
-        for architecture in ("sm_80", "sm_90a")
-        for name in re.findall(r"^\| `(.*?)` \|", written[f"The native library on {architecture}"], re.MULTILINE)
-    }
-    assert listed == names

@@ -1,5 +1,5 @@
-"""LoRA linear as a composition of torch's own operations, which torch differentiates, batches and traces itself; and the
-floating-point operations of the registered ops."""
+"""LoRA linear as a composition of torch's own operations, which torch differentiates, batches and traces itself; and
+the floating-point operations of the registered ops."""
 
 from __future__ import annotations
 

@@ -98,8 +98,10 @@ class LoRALinear(nn.Linear):
             raise ValueError(f"expected lora_dropout between 0 and 1, got {lora_dropout}")
         if adapter_precision not in ("default", "high"):
             raise ValueError(f"expected adapter_precision 'default' or 'high', got {adapter_precision!r}")
-        if adapter_dtype not in (None, self.weight.dtype, torch.float32):
-            raise ValueError(f"expected adapter_dtype {self.weight.dtype} or torch.float32, got {adapter_dtype}")
+        dtype = self.weight.dtype
+        if adapter_dtype not in (None, dtype, torch.float32 if dtype.itemsize == 2 else dtype):
+            expected = f"the weight's, {dtype}" + ", or torch.float32" * (dtype.itemsize == 2)
+            raise ValueError(f"expected an adapter_dtype as {expected}, got {adapter_dtype}")
         lora_alpha = r if lora_alpha is None else lora_alpha
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
         self.lora_dropout, self.adapter_precision = lora_dropout, adapter_precision

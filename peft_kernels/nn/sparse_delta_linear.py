@@ -198,8 +198,8 @@ class SparseDeltaLinear(nn.Linear):
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
     def _written_apart(self, weight: torch.Tensor, delta: NamedDelta) -> torch.Tensor:
-        """W₀ + Δ where torch differentiates, batches or traces what makes it, in a copy: what a transform wraps cannot be
-        written into the weight. A traced graph of values that are frozen reads the weight itself."""
+        """W₀ + Δ where torch differentiates, batches or traces what makes it, in a copy: what a transform wraps cannot
+        be written into the weight. A traced graph of values that are frozen reads the weight itself."""
         values = delta._parameters["values"]
         if torch.jit.is_tracing() and not values.requires_grad:  # torch checks a trace without gradients
             with untraced():

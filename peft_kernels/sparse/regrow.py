@@ -153,7 +153,8 @@ def regrow(
         mean, square: with which the moments of what grew start, a number or [c] as in `Regrown.carry`.
 
     Raises:
-        ValueError: `regrown` is not of the layer's layout, or a moment's start has another shape; nothing is changed then.
+        ValueError: `regrown` is not of the layer's layout, or a moment's start has another shape. Nothing is changed
+            then.
     """
     values = layer.values
     state = optimizer.state.get(values, {}) if optimizer is not None else {}

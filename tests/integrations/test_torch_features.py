@@ -6,10 +6,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainingArguments
 
 import peft_kernels as pk
 from tests.integrations.peft_models import KINDS, assert_equal, batch_for, make, run
+from tests.integrations.shira_models import layer_of
 
 accelerate = pk.integrations.peft.accelerate
 
@@ -235,3 +238,88 @@ def test_a_mixture_of_experts(taken):
         results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
     torch.testing.assert_close(*results)
     assert taken == [2, "alone"] * 3
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.out = nn.Linear(16, 16), nn.Linear(16, 8), nn.Linear(8, 16)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.key(x))) + torch.tanh(self.query(x))
+
+
+def pair_of_blocks(p=0.0):
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["query", "key", "out"], init_lora_weights=False, lora_dropout=p)
+    plain = get_peft_model(Block(), config).double()
+    ours = copy.deepcopy(plain)
+    assert len(accelerate(ours).shared) == 1
+    return ours, plain
+
+
+@pytest.mark.parametrize("transform", ["jvp", "each sample", "hessian", "jacrev"])
+def test_transforms_of_a_block(transform):
+    """Forward mode and per-sample gradients, of x and the adapters, where two of three layers share their input."""
+    pair, x = pair_of_blocks(), torch.randn(3, 5, 16, dtype=torch.float64)
+    trained = {name: p.detach() for name, p in pair[1].named_parameters() if p.requires_grad}
+
+    def result(model):
+        def loss(trained, x):
+            return functional_call(model, trained, (x,)).square().sum()
+
+        return {
+            "jvp": lambda: jvp(loss, (trained, x), (trained, x)),
+            "each sample": lambda: vmap(grad(loss), (None, 0))(trained, x),
+            "hessian": lambda: jacfwd(jacrev(loss))(trained, x[0]),
+            "jacrev": lambda: jacrev(lambda x: functional_call(model, trained, (x,)))(x[0]),
+        }[transform]()
+
+    torch.testing.assert_close(result(pair[0]), result(pair[1]))
+
+
+def test_trace_nested_and_flops_of_a_block():
+    ours, plain = pair_of_blocks(0.3)
+    traced = torch.jit.trace(ours.eval(), (torch.randn(3, 5, 16, dtype=torch.float64),))
+    plain.eval()
+    for shape in ((7, 2), (1, 9)):
+        x = torch.randn(*shape, 16, dtype=torch.float64)
+        torch.testing.assert_close(traced(x), plain(x))
+    x = torch.nested.nested_tensor([torch.randn(n, 16, dtype=torch.float64) for n in (3, 5)], layout=torch.jagged)
+    torch.testing.assert_close(ours(x).values(), plain(x).values())
+    assert ours.train()(x).shape == x.shape  # with dropout
+
+    def flops(model):
+        with FlopCounterMode(display=False) as counter:
+            model(torch.randn(2, 3, 16, dtype=torch.float64)).sum().backward()
+        return counter.get_total_flops()
+
+    assert flops(ours) == flops(plain)
+
+
+def test_transforms_of_shira():
+    """Which PEFT's own sparse tensors take neither in forward mode nor batched."""
+    layer = layer_of(torch.float64, torch.float64)
+    ours, dense = copy.deepcopy(nn.Sequential(layer)), layer.base_layer.weight.detach()
+    accelerate(ours)
+    name, x = "0.shira_weight.default", torch.randn(3, 5, 48, dtype=torch.float64)
+    values, (rows, columns) = layer.shira_weight["default"].detach(), layer.shira_indices["default"].long()
+
+    def found(values, x):
+        return functional_call(ours, {name: values}, (x,)).square().sum()
+
+    def expected(values, x):
+        weight = dense.index_put((rows, columns), values * layer.scaling["default"], accumulate=True)
+        return nn.functional.linear(x, weight, layer.base_layer.bias).square().sum()
+
+    for transform in (
+        lambda f: jvp(f, (values, x), (values, x)),
+        lambda f: vmap(grad(f), (None, 0))(values, x),
+        lambda f: jacfwd(jacrev(f))(values, x[0]),
+    ):
+        torch.testing.assert_close(transform(found), transform(expected))
+    traced = torch.jit.trace(ours, (x,))
+    other = torch.randn(7, 2, 48, dtype=torch.float64)
+    torch.testing.assert_close(traced(other), layer(other))
+    nested = torch.nested.nested_tensor([x[0], x[1, :2]], layout=torch.jagged)
+    torch.testing.assert_close(ours(nested).values(), layer(nested.values()))

@@ -62,8 +62,8 @@ def without_autocast(function: Callable, *args):
 
 
 class OneByOne(torch.autograd.Function):
-    """`apply(op, *args)` of a registered op that writes to nothing: under vmap once for each example, by its own kernels.
-    For backwards, of which `is_grads_batched` asks it; a forward under vmap is a composition."""
+    """`apply(op, *args)` of a registered op that writes to nothing: under vmap once for each example, by its own
+    kernels. For backwards and masks; a forward under vmap is a composition."""
 
     @staticmethod
     def forward(op, *args):

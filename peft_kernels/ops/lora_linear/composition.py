@@ -1,5 +1,5 @@
-"""LoRA linear as a composition of torch's own operations, which torch differentiates, batches and traces itself; and the
-floating-point operations of the registered ops."""
+"""LoRA linear as a composition of torch's own operations, which torch differentiates, batches and traces itself; and
+the floating-point operations of the registered ops."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def forward(
     x: torch.Tensor, projections: tuple, dropout_p: float, shared_dropout: bool, high_precision: bool
 ) -> tuple[torch.Tensor, ...]:
     """y_j = x·W_jᵀ + bias_j + scaling_j · (D_j(x)·A_jᵀ)·B_jᵀ, [..., N_j], for every projection j."""
-    count, low_dtype = len(projections), torch.float32 if high_precision else x.dtype
+    count, adapter_dtype = len(projections), projections[0][1].dtype
+    low_dtype = adapter_dtype if high_precision else x.dtype  # as wide as x, or float32
     operands = [x]
     if dropout_p > 0.0:
         operands = dropout.dropped(x, dropout_p, 1 if shared_dropout else count)

@@ -76,7 +76,8 @@ def lora_linear(
     Gradients flow to x, weight, lora_A, lora_B and bias, each in its own dtype, accumulated in float32 inside
     each product; what is not needed is neither computed nor saved. Saved for backward: x where lora_A or
     weight trains, S = scaling·D(x)·Aᵀ [M, R] where lora_B trains, 1 bit an element of x with dropout where
-    lora_A trains or x takes a gradient. Forward and backward are deterministic. Differentiable once.
+    lora_A trains or x takes a gradient. Forward and backward are deterministic. Differentiable once; under
+    `torch.func` and in forward mode any number of times, by torch's own operations. A nested x gives a nested y.
 
     Raises:
         ValueError: for shapes, dtypes, devices, a dropout or a precision that do not fit, in one line.

@@ -47,7 +47,8 @@ def masked_linear(
     every score, dweight = G ⊙ 1[S ≥ τ], dx = dy·(W ⊙ 1[S ≥ τ]), dbias = Σ dy, each in its parameter's dtype; what is
     not needed is neither computed nor saved. Saved for backward: x where scores or weight train; weight and scores
     themselves where they are needed, never a masked copy. A masked weight takes no part, also where it is infinite
-    or NaN. Forward and backward are deterministic. Differentiable once.
+    or NaN. Forward and backward are deterministic. Differentiable once;
+    under `torch.func` and in forward mode any number of times, by torch's own operations. A nested x gives a nested y.
 
     Raises:
         ValueError: for shapes, dtypes, devices or a threshold that do not fit, in one line.

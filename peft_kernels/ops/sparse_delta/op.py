@@ -44,7 +44,8 @@ def sparse_delta_linear(
     Gradients flow to x, weight, values and bias, each in its own dtype; what is not needed is neither computed nor
     saved. Saved for backward: x where weight or values train (of a layout of columns only x[:, columns], where the
     weight does not); weight and values by reference where x takes a gradient. Forward and backward are deterministic.
-    Differentiable once.
+    Differentiable once;
+    under `torch.func` and in forward mode any number of times, by torch's own operations. A nested x gives a nested y.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, in one line.

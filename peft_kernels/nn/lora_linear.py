@@ -143,10 +143,8 @@ class LoRALinear(nn.Linear):
         weight = self.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
         delta = self.lora_B.to(wide) @ self.lora_A.to(wide) * self.scaling
-        self.unmerged_weight, self.merged = weight.detach(), True
-        self.weight = nn.Parameter(
-            delta.add_(weight).to(weight.dtype), requires_grad=weight.requires_grad
-        )  # fmt: skip
+        merged = nn.Parameter(delta.add_(weight).to(weight.dtype), requires_grad=weight.requires_grad)
+        self.unmerged_weight, self.weight, self.merged = weight.detach(), merged, True
 
     @torch.no_grad()
     def unmerge(self) -> None:

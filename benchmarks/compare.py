@@ -98,8 +98,10 @@ def measured(revisions: tuple[str, str], options: argparse.Namespace) -> tuple[l
     """Rows of both revisions, each of two runs of half a quarter of the time: of each row the faster of the two."""
     found: list[dict[tuple, Row]] = [{}, {}]
     with tempfile.TemporaryDirectory() as folder:
-        trees = [checked_out(revision, Path(folder) / f"{number}") for number, revision in enumerate(revisions)]
+        trees: list[Path] = []
         try:
+            for number, revision in enumerate(revisions):
+                trees.append(checked_out(revision, Path(folder) / f"{number}"))
             for turn, which in enumerate((0, 1, 1, 0)):
                 out = Path(folder) / f"results{turn}"
                 command = [sys.executable, "-m", "benchmarks", "run", "--op", options.op, "--out", str(out)]

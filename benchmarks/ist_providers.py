@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import statistics
@@ -315,10 +316,10 @@ def saved_bytes(lane: Lane, batch: Batch) -> tuple[int, int]:
         def note(*_: Any) -> None:
             bounds.append(len(saved))
 
-        hooks = [block.register_forward_pre_hook(note) for block in lane.blocks]
-        hooks += [block.register_forward_hook(note) for block in lane.blocks]
-        lane.loss(batch)
-    for hook in hooks:
-        hook.remove()
+        with contextlib.ExitStack() as hooks:
+            for block in lane.blocks:
+                hooks.enter_context(block.register_forward_pre_hook(note))
+                hooks.enter_context(block.register_forward_hook(note))
+            lane.loss(batch)
     sizes = [tensor.untyped_storage().nbytes() for tensor in saved]
     return sum(sizes), sum(sum(sizes[begin:end]) for begin, end in zip(bounds[0::2], bounds[1::2]))

@@ -6,6 +6,7 @@ dropped while the delta trains, and others, where gradients are large, grow in t
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 
 import torch
@@ -58,15 +59,13 @@ def estimate(sums: Sums, layers: dict) -> tuple[dict, dict]:
         total += seen
         squares[name] += seen.square()
 
-    handles = []
-    for name, layer in layers.items():
-        layer.weight.requires_grad_(True)
-        handles.append(layer.weight.register_post_accumulate_grad_hook(partial(take, name)))
-    for _, batch in zip(range(1 + ESTIMATED_OVER), sums.batches()):
-        sums.loss(sums.model, batch).backward()
-    for handle, layer in zip(handles, layers.values()):
-        handle.remove()
-        layer.weight.requires_grad_(False)
+    with contextlib.ExitStack() as undo:
+        for name, layer in layers.items():
+            undo.callback(layer.weight.requires_grad_, False)
+            layer.weight.requires_grad_(True)
+            undo.enter_context(layer.weight.register_post_accumulate_grad_hook(partial(take, name)))
+        for _, batch in zip(range(1 + ESTIMATED_OVER), sums.batches()):
+            sums.loss(sums.model, batch).backward()
     sums.model.zero_grad()
     return found, squares
 

@@ -47,7 +47,8 @@ class DDPGradients:
         self.layers, self.trains = layers, trains
         self.ddp: DistributedDataParallel | None = None
         self._groups: list[list[nn.Parameter]] = []
-        self._kept_out = False  # DDP's reducer, in a forward that would have prepared it
+        self._reduces = False  # what the forward that runs now leads to
+        self._kept_out = False  # DDP's reducer, at the end of such a forward
         inner = unwrapped(model)
         self._hooks = [
             inner.register_forward_pre_hook(self._before_forward),
@@ -74,7 +75,7 @@ class DDPGradients:
     def _adopt(self, ddp: DistributedDataParallel) -> None:
         """Hooks on all of its parameters that train; they can only be registered where a gradient is required."""
         self.ddp = ddp
-        self._hooks.append(ddp.register_forward_hook(self.readmit, always_call=True))
+        self._hooks.append(ddp.register_forward_hook(self.readmit))
         left = {id(parameter): parameter for parameter in ddp.module.parameters() if parameter.requires_grad}
         left |= {id(parameter): parameter for layer in self.layers for parameter in layer.parameters}
         for layer in reversed(self.layers):
@@ -91,26 +92,25 @@ class DDPGradients:
                 self._hooks.append(hook)
 
     def _before_forward(self, module: nn.Module, args: tuple) -> None:
-        # DDP says so while it runs its module; the module inside is all that Trainer's callbacks see.
-        ddp = DistributedDataParallel._get_active_ddp_module()
-        if ddp is None or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:  # a recomputation inside backward
             return
         self.readmit()
         self._begin_anew()
-        if not ddp.require_backward_grad_sync or not _check_replaceable(ddp):
+        # DDP says so while it runs its module; the module inside is all that Trainer's callbacks see.
+        ddp = DistributedDataParallel._get_active_ddp_module()
+        if ddp is None or not ddp.require_backward_grad_sync or not _check_replaceable(ddp):
             return
         if ddp is not self.ddp:
             self._adopt(ddp)
-        ddp.require_backward_grad_sync = False  # read when this forward is over
-        self._kept_out = True
+        self._reduces = True
 
     def _after_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.watch(output)
+        if self._reduces:
+            self.watch(output)
 
     def watch(self, output: Any) -> None:
         """A backward through the output of this forward reduces."""
-        # In the first forward the wrapper's hook, just registered, does not run: backward, or the next step, readmits.
-        if not self._kept_out or not torch.is_grad_enabled():
+        if not (self._reduces or self._kept_out) or not torch.is_grad_enabled():
             return
         tensors = list(tensors_of(output))
         if not tensors:
@@ -118,10 +118,14 @@ class DDPGradients:
         for tensor in tensors:
             if tensor.requires_grad:
                 tensor.register_hook(self._begin)
+        # Read when the module's forward is over, and set no earlier: a forward that is interrupted runs no hook. In the
+        # first one the wrapper's hook, just registered, does not run: backward, or the next step, readmits.
+        self._reduces, self._kept_out = False, True
+        self.ddp.require_backward_grad_sync = False
 
     def _begin_anew(self) -> None:
-        """No backward is under way; one that raised has left things behind."""
-        self._under_way = False
+        """No backward is under way; one that raised has left things behind, as has a forward."""
+        self._reduces = self._under_way = False
         self._missing: list[set[int]] = []  # of each group, parameters whose gradients are still to come
         self._sent: list[tuple[list[nn.Parameter], torch.Tensor, dist.Work]] = []
         self._next = 0

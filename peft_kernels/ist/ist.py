@@ -55,7 +55,7 @@ class IST:
         config: the quantities of the algorithm.
         layers: names of the modules to take as layers, instead of finding them.
         is_adapter: says which parameters belong to adapters, as :func:`find_layers` has it.
-        loss_of: (model, batch) → the loss of the estimate; `model(**batch).loss` by default.
+        loss_of: (model, batch) → the loss of the estimate; by default the model's own, as Trainer finds it.
         optimizer: if given, it is made sure of that it holds every adapter: a parameter that was frozen when the
             optimizer was made would never train. `frozen_state` other than "keep" needs it; it can be given later, as
             the attribute of that name.
@@ -204,6 +204,8 @@ class IST:
         if self.config.frozen_state != "keep" and self.optimizer is None:
             raise ValueError(f"IST: expected an optimizer for frozen_state={self.config.frozen_state!r}, got none")
         self._check_not_compiled()
+        if self._gradients is not None:
+            self._gradients.readmit()  # where the step before was interrupted
         if self.sampler.needs_importance and self.step > 0 and self.step % self.config.interval == 0:
             if batch is None:
                 raise ValueError("IST.before_step: expected a batch, or a function that returns one, got None")

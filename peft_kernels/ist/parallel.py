@@ -100,6 +100,7 @@ class Sharded:
     def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
         self.layers = layers
         self._modules: list[nn.Module] = []
+        self._chosen: list[tuple[nn.Module, str, nn.Parameter, bool]] = []
         fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported: then the model is not sharded by it
         if fsdp is None:
             return
@@ -126,6 +127,7 @@ class Sharded:
 
     def reshard(self) -> None:
         """Free what is still gathered, so that the parameters of the layers are the model's."""
+        self._restore()
         for module in self._modules:
             module.reshard()
 
@@ -148,6 +150,7 @@ class Sharded:
                 )
 
     def _all_require_grad(self, *_) -> None:
+        self._restore()
         # By where they stand: what is gathered in between are other parameters, which have to be switched back as well.
         adapters = {id(parameter) for layer in self.layers for parameter in layer.parameters}
         self._chosen = [
@@ -161,9 +164,14 @@ class Sharded:
             parameter.requires_grad_(True)
 
     def _as_chosen(self, *_) -> None:
+        self._restore()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _restore(self) -> None:
+        """What was chosen before FSDP looked; also where it was interrupted."""
         for module, name, parameter, required in self._chosen:
             parameter.requires_grad_(required)
             getattr(module, name).requires_grad_(required)
-        for hook in self._hooks:
-            hook.remove()
-        self._chosen, self._hooks = [], []
+        self._chosen = []

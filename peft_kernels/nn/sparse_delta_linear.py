@@ -231,6 +231,7 @@ class SparseDeltaLinear(nn.Linear):
         seen = changed or stamp != self._written
         if not seen and not self._trained and not _capturing(weight):
             return
+        self._written = None  # until it is: this can be interrupted
         # The same numbers as before, maybe: a backward that is still to come may go on with the weight that it saved.
         if not done:
             write_delta(weight.data, base, values, delta.layout)
@@ -292,9 +293,9 @@ class SparseDeltaLinear(nn.Linear):
     def restore(self) -> None:
         """Put W₀ back into the weight, bit for bit. The deltas stay, `apply_delta` brings one back."""
         if self.active is not None:
-            delta = self.deltas[self.active]
+            delta, self._written = self.deltas[self.active], None
             delta.layout.put_(self.weight, delta.base)
-            delta.base, self.active, self._written = None, None, None
+            delta.base, self.active = None, None
 
     @torch.no_grad()
     def move_delta(self, layout: SparseLayout, values: torch.Tensor) -> None:

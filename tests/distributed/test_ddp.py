@@ -1,5 +1,7 @@
 """IST under DistributedDataParallel: the same layers everywhere, the gradients of one process on the joined batch."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,6 +14,7 @@ import peft_kernels as pk
 from peft_kernels.ist import IST, ISTConfig
 from tests.distributed.ranks import WORLD
 from tests.distributed.training import EVERYTHING, alone, batch_for, check_same, part, sent, tiny, train
+from tests.interrupts import ERRORS
 
 
 def trained(rank, given, options, how):
@@ -274,6 +277,40 @@ def test_one_process(tmp_path):
             for active in ([0, 2], [1], [3]):
                 ist.set_active(active)
                 once(either(inputs(rank=0)))
+        same(gradients(ddp), gradients(model))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_an_interrupted_step_leaves_ddp_as_its_user_set_it(tmp_path, error):
+    dist.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        ddp, model = DistributedDataParallel(Blocks()), Blocks()
+        ist = IST(ddp)
+        for each in (ist, IST(model)):
+            each.set_active([0, 2])
+
+        def fail(*_):
+            raise error
+
+        last = list(ddp.module.modules())[-1]
+        for hook in (last.register_forward_hook, ddp.module.register_full_backward_hook):
+            broken = hook(fail)
+            with contextlib.suppress(error, RuntimeError):  # backward passes on what it can
+                once(ddp(inputs(rank=0)))
+            broken.remove()
+            assert ddp.require_backward_grad_sync
+            ddp.zero_grad()
+        output = ddp(inputs(rank=0))  # no backward after it
+        del output
+        ist._gradients.readmit()  # as before_step does
+        assert ddp.require_backward_grad_sync
+        for either in (ddp, model):
+            with ddp.no_sync():
+                once(either(inputs(rank=0)))
+            assert ddp.require_backward_grad_sync
+            once(either(inputs(rank=0)))
         same(gradients(ddp), gradients(model))
     finally:
         dist.destroy_process_group()

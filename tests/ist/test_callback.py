@@ -44,6 +44,23 @@ def trainer_for(folder, steps=24, callback=None, data=DATA, **arguments):
     return trainer, callback
 
 
+def test_estimates_without_a_label_go_on_with_other_examples(tmp_path):
+    """Nine examples in ten without a label, one an estimate."""
+    data = [example | {"labels": example["labels"] if n % 10 == 0 else -100 * torch.ones_like(example["labels"])}
+            for n, example in enumerate(DATA)]  # fmt: skip
+    callback = Recorder(pk.ist.ISTConfig(interval=1, examples=1))
+    trainer, _ = trainer_for(tmp_path, 41, callback, data, per_device_train_batch_size=16, save_strategy="steps",
+                             save_steps=20, learning_rate=1e-3)  # fmt: skip
+    trainer.train()
+    ist = callback.ist
+    assert 0 < len(ist.history) < 20 and ist.left_out == {"no label counted": 40 - len(ist.history)}
+    assert ist.estimator.shift == 1, ist.estimator.why
+    resumed = Recorder(callback.config)
+    trainer, _ = trainer_for(tmp_path, 41, resumed, data, per_device_train_batch_size=16, learning_rate=1e-3)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
+    assert resumed.ist.left_out == ist.left_out and torch.equal(resumed.ist.unimportance, ist.unimportance)
+
+
 def test_trains_the_chosen_layers(tmp_path):
     trainer, callback = trainer_for(tmp_path, gradient_accumulation_steps=2, max_grad_norm=0.5)
     everything = trainable(trainer.model)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peft_kernels as pk
 from benchmarks.measure import peak_bytes
+from peft_kernels.nn import sparse_delta_linear
 from peft_kernels.testing import saved_tensors
 from peft_kernels.testing.sparse_delta import make_layout
 
@@ -42,6 +43,35 @@ def dense_weight(layer, base):
     """W₀ + Δ from scratch."""
     wide = base.to(layer.values.dtype).flatten()
     return wide.index_add(0, layer.layout.indices(), layer.values.detach()).view(N, K).to(base.dtype)
+
+
+@pytest.mark.parametrize("what", ["restore", "write"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_was_interrupted_is_written_again(monkeypatch, what, when):
+    """Ctrl-C around the writing itself: the next forward has W₀ + Δ, and `restore` W₀."""
+    layer, base = make_layer()
+    with torch.no_grad():
+        layer.values.normal_()
+    x = torch.randn(4, K)
+    with torch.no_grad():  # no step may follow: what is known to be there is not written again
+        layer(x)
+    owner, name = (pk.SparseLayout, "put_") if what == "restore" else (sparse_delta_linear, "write_delta")
+    inner = getattr(owner, name)
+
+    def interrupted(*args):
+        if when == "after":
+            inner(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, name, interrupted)
+        layer.values.data.add_(1.0)
+        layer.restore() if what == "restore" else layer.write(changed=True)
+    with torch.no_grad():
+        layer(x)
+    assert torch.equal(layer.weight, dense_weight(layer, base))
+    layer.restore()
+    assert torch.equal(layer.weight, base)
 
 
 OPTIMIZERS = {

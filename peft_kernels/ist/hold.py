@@ -9,6 +9,7 @@ reference pass is over) changes what the backward, or a forward that it recomput
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -70,6 +71,10 @@ class _Ending:
         self.stack.close()
 
 
+def _new(kind: type, *arguments: Any) -> Any:
+    return kind.__new__(kind, *arguments)
+
+
 class Entrance:
     """Every call of `module` goes through `around`, by a class of the module's own, as FSDP2 does it: hooks do not run
     when a forward is interrupted. A copy of the module, and one that is pickled, is of the class that it was.
@@ -92,6 +97,8 @@ class Entrance:
 
         def __reduce_ex__(self, protocol):
             function, arguments, *rest = kind.__reduce_ex__(self, protocol)
+            if function is copyreg.__newobj__:  # pickle knows it, and insists on the class that the module has now
+                function = _new
             return function, tuple(kind if each is entered else each for each in arguments), *rest
 
         names = {"__call__": __call__, "__reduce_ex__": __reduce_ex__, "_entrance": entrance}

@@ -144,12 +144,18 @@ def test_a_part_of_the_model_is_called(reentrant):
             torch.testing.assert_close(one.grad, other.grad)
 
 
-def test_a_penalty_on_adapters():
+@pytest.mark.parametrize("together", [True, False])
+def test_a_penalty_on_adapters(together):
     """Its gradients do not come through a forward."""
     model = llama()
     IST(model, ISTConfig(sampler=Fixed([1, 3]))).before_step()
     penalty = sum(p.square().sum() for n, p in model.named_parameters() if "lora_" in n)
-    (model(**batch_for(0)).loss + penalty).backward()
+    loss = model(**batch_for(0)).loss
+    if together:
+        loss = loss + penalty
+    else:
+        penalty.backward()
+    loss.backward()
     assert layers_with_gradient(model) == [1, 3]
 
 
@@ -324,3 +330,19 @@ def test_a_step_is_tried_again():
     assert trainable(model) == trainable(llama())
     model(**batch_for(0)).loss.backward()
     assert layers_with_gradient(model) == [2]
+
+
+def test_a_backward_is_tried_again():
+    """After an error in it, through the same outputs."""
+    model = llama()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    IST(model, ISTConfig(sampler=Fixed([2, 4]))).before_step()
+    loss = model(**batch_for(0)).loss
+    hook = loss.register_hook(interrupt)
+    with contextlib.suppress(KeyboardInterrupt):
+        loss.backward(retain_graph=True)
+    hook.remove()
+    assert trainable(model) == trainable(llama())
+    without_adapter(model)
+    loss.backward()
+    assert_gradients(model, [2, 4], [batch_for(0)])

@@ -108,11 +108,11 @@ def finished(tmp_path_factory):
         (folder / name).chmod(0o755)
     for name, text in SUITE.items():
         (suite / name).write_text(text)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "MAKE"))}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PY", "MAKE"))}
     environment |= {
         "PATH": f"{folder / 'bin'}:{environment['PATH']}", "SUITE": str(suite.relative_to(ROOT)), "OUT": str(out),
         "OVER": over,
-        "PYTEST_ADDOPTS": "-p tests.stub_gpu --limit 6", "PYTHONPATH": str(ROOT),
+        "PYTEST_ADDOPTS": "-p tests.stub_gpu --limit 6",
     }  # fmt: skip
     done = subprocess.run(
         ["make", "--no-print-directory", "gpu", "MINUTES=90"],

@@ -22,8 +22,9 @@ from .registry import MODES, OpSpec, Part, Request
 from .resultfile import WHOLE, ResultFile
 from .specs import SPECS
 
-#: Seconds that a provider may take at a time on a GPU, its compiler included.
-LIMIT = 120.0
+#: Seconds that a provider may take at a time on a GPU, its compiler included; of later stages (whole steps,
+#: torch.compile) three times that.
+LIMIT = 90.0
 OUTPUT = Path(__file__).parent / "output"
 WIDTH = 100
 
@@ -122,6 +123,8 @@ def measure(
             file, case = files[unit.spec.name], str(unit.case)
             bar.set_description(f"{remaining / 60:.1f} min left, {unit}"[:60])
             guard.failed, guard.without, guard.lose = {}, file.lost, partial(lose, file, unit)
+            if guard.limit is not None:
+                guard.limit = LIMIT * (3 if unit.part.stage > 1 else 1)
             request = Request(
                 device, file.ceilings, seconds_of(unit, left, remaining), tuple(options.mode), tuple(options.provider),
                 unit.part, guard,

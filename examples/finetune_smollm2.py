@@ -353,7 +353,8 @@ def table_of(runs: dict[str, Run], before: tuple[float, float], times: StepTimes
     row("held-out exact match", lambda r: f"{before[1]:.0%} → {r.exact_match:.0%}")
     table.add_section()
     table.add_row("time of a step", *(f"{times.seconds(name):.3g} s" for name in runs))
-    table.add_row("… / PEFT's", *("1" if name == PLAIN else spread(times.ratios(name)) for name in runs))
+    for label, of in (("… / PEFT's, median", middle), ("… least–most", ends)):
+        table.add_row(label, *("–" if name == PLAIN else of(times.ratios(name)) for name in runs))
     table.add_row("… with its estimates", *(f"{times.with_estimates:.2f}" if name == IST else "–" for name in runs))
     table.add_section()
     memory = "peak GPU memory" if options.device != "cpu" else "peak resident memory"
@@ -365,8 +366,12 @@ def table_of(runs: dict[str, Run], before: tuple[float, float], times: StepTimes
     return table
 
 
-def spread(ratios: list[float]) -> str:
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+def middle(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f}"
+
+
+def ends(ratios: list[float]) -> str:
+    return f"{min(ratios):.2f}–{max(ratios):.2f}"
 
 
 def facts_of(runs: dict[str, Run], times: StepTimes) -> list[str]:
@@ -374,7 +379,7 @@ def facts_of(runs: dict[str, Run], times: StepTimes) -> list[str]:
     rounds = len(times.steps[PLAIN])
     return [
         f"largest difference of the training losses, PEFT and accelerated: {max(abs(a - b) for a, b in losses):.1e}",
-        f"times of a step: medians of {rounds} interleaved rounds, and of the ratios within a round (least–most); an "
+        f"times of a step: medians of {rounds} interleaved rounds; ratios within a round, median and least–most; an "
         f"estimate of importance, every {times.interval} steps, takes {times.estimate_ratio:.1f} × PEFT's step",
         str(times.machine),
         f"IST estimated importance by {runs[IST].sparse.way}",

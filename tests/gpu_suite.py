@@ -91,7 +91,9 @@ class Worker:
     def __init__(self, config, folder: Path, name: str) -> None:
         self.config, self.folder = config, folder
         self.file = open(folder / name, "w")  # noqa: SIM115 (for the process's whole life)
-        faulthandler.enable(self.file)  # of a segmentation fault, too
+        # Without a controller that reads the file, traces go where the log is.
+        self.traces = self.file if hasattr(config, "workerinput") else open(os.dup(2), "w")  # noqa: SIM115
+        faulthandler.enable(self.traces)  # of a segmentation fault, too
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item, nextitem):
@@ -101,7 +103,7 @@ class Worker:
         self.file.flush()
         marker = item.get_closest_marker("time_limit")
         limit = max([self.config.option.limit, *(marker.args if marker else ())])
-        faulthandler.dump_traceback_later(limit, exit=True, file=self.file)
+        faulthandler.dump_traceback_later(limit, exit=True, file=self.traces)
         result = yield  # its reports are with the controller then
         fault = device_fault()
         faulthandler.cancel_dump_traceback_later()
@@ -113,6 +115,7 @@ class Worker:
             item.session.shouldstop = f"{LOST}{fault}"
         return result
 
+    @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item):
         lost = (self.folder / "lost").read_text().splitlines() if (self.folder / "lost").exists() else []
         if lost.count(json.dumps(_kind(item))) >= FATAL:

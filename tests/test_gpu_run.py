@@ -108,11 +108,11 @@ def finished(tmp_path_factory):
         (folder / name).chmod(0o755)
     for name, text in SUITE.items():
         (suite / name).write_text(text)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "MAKE"))}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PY", "MAKE"))}
     environment |= {
         "PATH": f"{folder / 'bin'}:{environment['PATH']}", "SUITE": str(suite.relative_to(ROOT)), "OUT": str(out),
         "OVER": over,
-        "PYTEST_ADDOPTS": "-p tests.stub_gpu --limit 6", "PYTHONPATH": str(ROOT),
+        "PYTEST_ADDOPTS": "-p tests.stub_gpu --limit 6",
     }  # fmt: skip
     done = subprocess.run(
         ["make", "--no-print-directory", "gpu", "MINUTES=90"],
@@ -241,3 +241,27 @@ def test_the_benchmarks(finished):
     assert {row["provider"] for row in first if row.get("mode") == "both"} == {
         "bare linear", "eager", "PEFT", "ours, reference",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("mishap", ["hangs", "loses"])
+def test_without_xdist_the_first_lost_process_ends_the_suite(tmp_path, mishap):
+    """Its report is whole, and the log has where it stood."""
+    (tmp_path / "test_small.py").write_text(
+        "import time, pytest\nfrom tests import stub_gpu\npytestmark = pytest.mark.gpu\n"
+        "def test_passes(): pass\ndef test_hangs(): time.sleep(600)\ndef test_loses(): stub_gpu.lose()\n"
+        "def test_after(): pass\n"
+    )
+    chosen = f"passes or {mishap} or after"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "tests.gpu_suite", "-p", "tests.stub_gpu", "-p", "no:faulthandler",
+         "-p", "no:xdist", "-c", "pyproject.toml", "--report", str(tmp_path / "out"), "--limit", "6", "-k", chosen,
+         str(tmp_path / "test_small.py")],
+        cwd=ROOT, capture_output=True, text=True, env={k: v for k, v in os.environ.items() if "PYTEST" not in k},
+    )  # fmt: skip
+    assert done.returncode != 0
+    found = cases(tmp_path / "out")
+    assert found == {"test_passes": "passed"} | ({"test_loses": "failure"} if mishap == "loses" else {})
+    if mishap == "hangs":
+        assert "Timeout (0:00:06)!" in done.stderr and "in test_hangs" in done.stderr
+    else:
+        assert "the GPU is lost to this process: CUDA error" in (tmp_path / "out" / "failures.txt").read_text()

@@ -322,8 +322,7 @@ class IST:
         self.unimportance = state["unimportance"].cpu().clone()
         self.step, self.updates, self._skipped = state["step"], list(state["updates"]), state["skipped"]
         self.estimator.load_state_dict(state["estimator"])
-        if "participation" in state:  # not in those of the first releases
-            self.participation.load_state_dict(state["participation"])
+        self.participation.load_state_dict(state["participation"])
         self.history = [tuple(entry) for entry in state["history"]]
         self.set_active(state["active"])
         self._agreed = False

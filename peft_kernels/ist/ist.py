@@ -338,9 +338,8 @@ class IST:
         self.unimportance = state["unimportance"].cpu().clone()
         self.step, self.updates, self._skipped = state["step"], list(state["updates"]), state["skipped"]
         self.estimator.load_state_dict(state["estimator"])
-        if "participation" in state:  # neither was in states of older versions
-            self.participation.load_state_dict(state["participation"])
-            self.left_out = dict(state["left_out"])
+        self.participation.load_state_dict(state["participation"])
+        self.left_out = dict(state["left_out"])
         self.history = [tuple(entry) for entry in state["history"]]
         self.set_active(state["active"])
         self._agreed = False

@@ -1,5 +1,5 @@
-"""How much is loaded at once where Triton by itself knows nothing of an address: PEFT's default rank, masks, odd numbers
-of tokens, rows and columns. Read from the PTX that the launchers' own arguments compile to, for sm_90."""
+"""How much is loaded at once where Triton by itself knows nothing of an address: PEFT's default rank, masks, odd
+numbers of tokens, rows and columns. Read from the PTX that the launchers' own arguments compile to, for sm_90."""
 
 from __future__ import annotations
 

@@ -107,7 +107,8 @@ def test_persistent_gemm():
             TensorDescriptor.from_tensor(out, [64, 16 if split else 32]),
             tuple(es), tuple(fs), bias, masks, M, N, depths, R, (R,) * n, (N,) * n, (1,) * n,
             masks.stride(0) if masked else 0, masks.stride(1) if masked else 0,
-            NUM=n, Q_TRANSPOSED=transposed, HIGH=None, PREFETCH=n == 1, BLOCK_M=64, BLOCK_N=32, BLOCK_K=16,
+            NUM=n, Q_TRANSPOSED=transposed, HIGH=None, PREFETCH=n == 1,
+            R_DIVISOR=16, FN_DIVISOR=1, MASK_DIVISOR=4, BLOCK_M=64, BLOCK_N=32, BLOCK_K=16,
             BLOCK_R=16, GROUP_M=2, SPLIT_EPILOGUE=split, PRECISION="ieee",
         )  # fmt: skip
         expected = bias.double().expand(M, N).clone()

@@ -29,7 +29,6 @@ def _low_rank(
 ):  # fmt: skip
     """acc + E·F for one tile; E's columns are adjacent."""
     columns = first_column + tl.arange(0, BLOCK_N)
-    tl.assume(R > 0)  # a sum that may have no step makes ptxas serialise wgmma (C7514, C7515; sm_90)
     for r in range(0, R, BLOCK_R):
         e, f = _load_low_rank(
             e_ptr, f_ptr, rows, columns, r, M, N, R, stride_em, stride_fr, stride_fn, R_DIVISOR, FN_DIVISOR, BLOCK_R
@@ -68,6 +67,8 @@ def _dropped_low_rank(
     accumulator for what they must not touch would spill, so only further masked projections pay for one."""
     mask_stride_stream = divisible(mask_stride_stream, MASK_DIVISOR)
     mask_stride_row = divisible(mask_stride_row, MASK_DIVISOR)
+    if mask_ptr is None or NUM == 1:  # with several masks registers would spill (Triton 3.6)
+        tl.assume(R > 0)  # a sum that may have no step makes ptxas serialise wgmma (C7514, C7515; sm_90)
     for j in tl.static_range(NUM):
         start = acc if mask_ptr is None or j == 0 else tl.zeros_like(acc)
         product = _low_rank(
@@ -214,7 +215,7 @@ def extended_gemm(
     layout = _tma_layout(ps, qs, out) if base and arch >= 90 and out.element_size() == 2 else None
     common = {"NUM": len(es), "HIGH": high_precision(high), "PRECISION": dot_precision(out.dtype),
               "R_DIVISOR": divisor(R, *strides_em), "FN_DIVISOR": divisor(*strides_fn),
-              # With several masks two accumulators fill the registers: masks loaded in vectors would spill (Triton 3.6).
+              # With several masks two accumulators fill the registers: vectors of masks would spill (Triton 3.6).
               "MASK_DIVISOR": divisor(row_stride) if masked == 1 else 1}  # fmt: skip
     tile = tile or configs.gemm_tile(
         M, N, R, out.element_size(), arch, layout is not None, masked, high, base, configs.tuned(out.device)

@@ -179,6 +179,8 @@ def gemm_tile(
             return GemmTile(64, 64, 64, block_r, 8, 4, 4)
         if M <= 512 or N <= 512:
             return GemmTile(64, 128, 64, block_r, 8, 8 if crowded else 4, 4)
+        if masks > 1:  # a square of 128 would spill (8 bytes with Triton 3.9, sm_90)
+            return GemmTile(128, 64, 64, block_r, 8, 8, 4)
         if arch >= 100 or crowded:
             return GemmTile(128, 128, 64, block_r, 8, 8, 4)
         return GemmTile(128, 256, 64, block_r, 8, 8, 3, split_epilogue=True)

@@ -139,8 +139,6 @@ struct BoxGemm : private BoxProduct<T, Tile, true, kByFeature> {
                                            typename Product::Slot& slot, int row, int column_0, Bits& bits,
                                            float (&sums)[kSums]) {
     for (int j = 0; j < args.pairs; ++j) {
-      Bits next = bits;
-      if (args.masks > 1 && j + 1 < args.pairs) load_bits(args, args.keep[j + 1], row, column_0, next);
       for (int depth = 0; depth < args.low[j].depth; depth += kDepth) {
         Product::multiply_by_columns(ring, slot, args.low[j].depth - depth, [&](int part, const float (&product)[32]) {
           PEFT_KERNELS_UNROLL
@@ -150,7 +148,8 @@ struct BoxGemm : private BoxProduct<T, Tile, true, kByFeature> {
           }
         });
       }
-      bits = next;
+      // All at once, and waited for once a pair: to hold two masks' bits at a time spills registers.
+      if (args.masks > 1 && j + 1 < args.pairs) load_bits(args, args.keep[j + 1], row, column_0, bits);
     }
   }
 

@@ -204,8 +204,8 @@ class IST:
         if self.config.frozen_state != "keep" and self.optimizer is None:
             raise ValueError(f"IST: expected an optimizer for frozen_state={self.config.frozen_state!r}, got none")
         self._check_not_compiled()
-        if self._gradients is not None:
-            self._gradients.readmit()  # where the step before was interrupted
+        if self.gradients is not None:
+            self.gradients.readmit()  # where the step before was interrupted
         if self.sampler.needs_importance and self.step > 0 and self.step % self.config.interval == 0:
             if batch is None:
                 raise ValueError("IST.before_step: expected a batch, or a function that returns one, got None")

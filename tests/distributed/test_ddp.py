@@ -304,7 +304,7 @@ def test_an_interrupted_step_leaves_ddp_as_its_user_set_it(tmp_path, error):
             ddp.zero_grad()
         output = ddp(inputs(rank=0))  # no backward after it
         del output
-        ist._gradients.readmit()  # as before_step does
+        ist.gradients.readmit()  # as before_step does
         assert ddp.require_backward_grad_sync
         for either in (ddp, model):
             with ddp.no_sync():

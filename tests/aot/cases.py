@@ -18,7 +18,12 @@ from tests.aot.scenario import Scenario
 ROOMS = (lora_linear, masked_linear, sparse_delta)
 #: Bytes that a thread may store to and load from local memory at odd sizes (`Scenario.regular`), where elements of a
 #: matrix or bytes of a mask are loaded one by one; nothing elsewhere.
-SPILLED_AT_ODD_SIZES = {"thin_kernel": 1400, "shrink_kernel": 1300, "extended_gemm_tma_kernel": 256}
+SPILLED_AT_ODD_SIZES = {
+    "thin_kernel": 1400,
+    "shrink_kernel": 1300,
+    "extended_gemm_tma_kernel": 256,
+    "extended_gemm_kernel": 256,
+}
 
 
 class Case(NamedTuple):

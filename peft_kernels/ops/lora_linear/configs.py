@@ -139,7 +139,7 @@ def x_pass_tile(M: int, K: int, width: int, element_size: int, high: bool, table
     if element_size == 4:
         return PassTile(32, 32, rank_block(width, 16), num_warps=4, num_stages=2)
     if high:
-        return PassTile(32, 64, rank_block(width, 64), num_warps=8, num_stages=2)
+        return PassTile(32, 128, rank_block(width, 64), num_warps=8, num_stages=2)
     block_c = rank_block(width, 64)
     # A third stage of 32 ranks would spill two registers on sm_90 (Triton 3.9).
     return PassTile(64, 128, block_c, num_warps=8, num_stages=2 if block_c == 32 else 3)

@@ -120,10 +120,13 @@ def add_base(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """S·Bᵀ + bias + x·Wᵀ [M, N] in x's dtype. The large product is added onto the small one: it reads y in its
-    epilogue, and the low-rank term is rounded where it is small."""
+    """S·Bᵀ + bias + x·Wᵀ [M, N] in x's dtype. The large product is added onto the small one, which it reads in its
+    epilogue. A float32 small one is added onto the large one: rounded first, it would err by its own size, which may be the
+    larger."""
     low_rank = linear(s, _as(lora_B, s.dtype), bias if bias is None else _as(bias, s.dtype))
-    return _as(low_rank, x.dtype).addmm_(x, weight.t())
+    if s.dtype == x.dtype:
+        return low_rank.addmm_(x, weight.t())
+    return linear(x, weight).add_(low_rank)  # in float32, rounded once
 
 
 def _low_rank_dtype(rows: torch.Tensor, rank: int, high_precision: bool) -> torch.dtype:

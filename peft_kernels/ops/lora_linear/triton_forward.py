@@ -171,8 +171,8 @@ def forward(
         if configs.expand_path(M, N, K, rank, x.dtype, arch, backend, table) == "fused":
             y = extended_gemm([rows], [weight.t()], [s_j], [lora_B.t()], x.new_empty(M, N), contiguous(bias))
         elif high_precision:
-            y = extended_gemm([], [], [s_j], [lora_B.t()], x.new_empty(M, N), contiguous(bias), base=False)
-            y.addmm_(rows, weight.t())
+            y = rows.mm(weight.t())  # first: its rounding is eager's, and that of a low-rank term may be larger
+            extended_gemm([], [], [s_j], [lora_B.t()], y, contiguous(bias), base=False, onto=True)
         else:
             y = add_base(s_j, lora_B, rows, weight, bias)
         ys.append(unflatten(y, x))

@@ -67,8 +67,7 @@ def _dropped_low_rank(
     accumulator for what they must not touch would spill, so only further masked projections pay for one."""
     mask_stride_stream = divisible(mask_stride_stream, MASK_DIVISOR)
     mask_stride_row = divisible(mask_stride_row, MASK_DIVISOR)
-    if mask_ptr is None or NUM == 1:  # with several masks registers would spill (Triton 3.6)
-        tl.assume(R > 0)  # a sum that may have no step makes ptxas serialise wgmma (C7514, C7515; sm_90)
+    tl.assume(R > 0)  # a sum that may have no step makes ptxas serialise wgmma (C7514, C7515; sm_90)
     for j in tl.static_range(NUM):
         start = acc if mask_ptr is None or j == 0 else tl.zeros_like(acc)
         product = _low_rank(
@@ -90,12 +89,12 @@ def extended_gemm_kernel(
     p_ptrs, q_ptrs, e_ptrs, f_ptrs, bias_ptr, mask_ptr, out_ptr, M, N, Ks, R,
     strides_pm, strides_pk, strides_qk, strides_qn, strides_em, strides_fr, strides_fn, stride_om, stride_on,
     mask_stride_stream, mask_stride_row,
-    NUM: tl.constexpr, BASE: tl.constexpr, HIGH: tl.constexpr, R_DIVISOR: tl.constexpr, FN_DIVISOR: tl.constexpr,
-    MASK_DIVISOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    NUM: tl.constexpr, BASE: tl.constexpr, ONTO: tl.constexpr, HIGH: tl.constexpr, R_DIVISOR: tl.constexpr,
+    FN_DIVISOR: tl.constexpr, MASK_DIVISOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of `out` a program. Without BASE only the low-rank products are computed (the large ones then follow
-    by the vendor's GEMM with beta = 1)."""
+    """A tile of `out` a program. Without BASE only the low-rank products are computed: the large ones then follow by
+    cuBLAS's GEMM with beta = 1, or have been computed and are in `out`, with ONTO."""
     m, n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     rows = m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -122,7 +121,10 @@ def extended_gemm_kernel(
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     out = out_ptr + rows[:, None] * stride_om + columns.to(tl.int64)[None, :] * stride_on
-    tl.store(out, acc.to(dtype), mask=(rows < M)[:, None] & (columns < N)[None, :])
+    inside = (rows < M)[:, None] & (columns < N)[None, :]
+    if ONTO:
+        acc += tl.load(out, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out, acc.to(dtype), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M", "mask_stride_stream"])
@@ -189,9 +191,11 @@ def extended_gemm(
     bias: torch.Tensor | None = None,
     masks: torch.Tensor | None = None,
     base: bool = True,
+    onto: bool = False,
     tile: configs.GemmTile | None = None,
 ) -> torch.Tensor:
-    """out = Σ_j P_j·Q_j + D_j(E_j·F_j) + bias; without `base` only the low-rank products and the bias.
+    """out = Σ_j P_j·Q_j + D_j(E_j·F_j) + bias; without `base` only the low-rank products and the bias, with `onto`
+    added to what `out` holds.
 
     Args:
         ps: [M, K_j] in out's dtype. qs: [K_j, N], the same. Any strides.
@@ -215,8 +219,7 @@ def extended_gemm(
     layout = _tma_layout(ps, qs, out) if base and arch >= 90 and out.element_size() == 2 else None
     common = {"NUM": len(es), "HIGH": high_precision(high), "PRECISION": dot_precision(out.dtype),
               "R_DIVISOR": divisor(R, *strides_em), "FN_DIVISOR": divisor(*strides_fn),
-              # With several masks two accumulators fill the registers: vectors of masks would spill (Triton 3.6).
-              "MASK_DIVISOR": divisor(row_stride) if masked == 1 else 1}  # fmt: skip
+              "MASK_DIVISOR": divisor(row_stride)}  # fmt: skip
     tile = tile or configs.gemm_tile(
         M, N, R, out.element_size(), arch, layout is not None, masked, high, base, configs.tuned(out.device)
     )
@@ -242,7 +245,7 @@ def extended_gemm(
         tuple(p.stride(0) for p in ps), tuple(p.stride(1) for p in ps),
         tuple(q.stride(0) for q in qs), tuple(q.stride(1) for q in qs),
         strides_em, strides_fr, strides_fn, out.stride(0), out.stride(1), stream_stride, row_stride,
-        BASE=base, **common, **blocks,
+        BASE=base, ONTO=onto, **common, **blocks,
     )  # fmt: skip
     return out
 

@@ -125,7 +125,7 @@ def adamw(
                 table, chunks, 0.0 if is_tensor else lr, lr if is_tensor else None, *logs, 1 - betas[0], 1 - betas[1],
                 eps, weight_decay, FIELDS=_FIELDS, KIND=KINDS[kind], WEIGHT=_TYPES[dtype], STARTS=_TYPES[starts],
                 COLUMNS=_TYPES[columns], DECAYS_WEIGHT=decays_weight, MAXIMIZE=maximize, BLOCK=configs.WRITTEN,
-                num_warps=4,
+                num_warps=8,
             )  # fmt: skip
 
 

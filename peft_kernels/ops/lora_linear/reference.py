@@ -120,9 +120,9 @@ def add_base(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """S·Bᵀ + bias + x·Wᵀ [M, N] in x's dtype. The large product is added onto the small one, which it reads in its
-    epilogue. A float32 small one is added onto the large one: rounded first, it would err by its own size, which may be the
-    larger."""
+    """S·Bᵀ + bias + x·Wᵀ [M, N] in x's dtype. The product with W is added onto the low-rank one, which it reads in its
+    epilogue. A float32 low-rank one is added to it instead: rounded first it would err by its own size, which may be
+    the larger."""
     low_rank = linear(s, _as(lora_B, s.dtype), bias if bias is None else _as(bias, s.dtype))
     if s.dtype == x.dtype:
         return low_rank.addmm_(x, weight.t())

@@ -90,8 +90,8 @@ def extended_gemm_kernel(
     strides_pm, strides_pk, strides_qk, strides_qn, strides_em, strides_fr, strides_fn, stride_om, stride_on,
     mask_stride_stream, mask_stride_row,
     NUM: tl.constexpr, BASE: tl.constexpr, ONTO: tl.constexpr, HIGH: tl.constexpr, R_DIVISOR: tl.constexpr,
-    FN_DIVISOR: tl.constexpr, MASK_DIVISOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
+    FN_DIVISOR: tl.constexpr, MASK_DIVISOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of `out` a program. Without BASE only the low-rank products are computed: the large ones then follow by
     cuBLAS's GEMM with beta = 1, or have been computed and are in `out`, with ONTO."""

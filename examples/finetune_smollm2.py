@@ -267,7 +267,9 @@ def run(options, name: str) -> Run:
         sparse = Sparse(list(ist.updates), ist.skipped, ist.estimator.why)
         ist.plot(output / "importance.png")
         (output / "importance.txt").write_text(f"{ist}\n")
-        kept = statistics.fmean(kept_in_a_step(ist, batch, options) for _ in range(DRAWS))
+        with pk.ist.IST(model, ist_config(options)) as goes_on:  # that of the training ended with it
+            goes_on.load_state_dict(ist.state_dict())
+            kept = statistics.fmean(kept_in_a_step(goes_on, batch, options) for _ in range(DRAWS))
     return Run(losses, peak, loss, match, difference, kept, sparse)
 
 

@@ -65,7 +65,8 @@ class Forwards:
             return call(*args, **kwargs)
         self._inside = True
         try:
-            return (self._run_to_gradients if is_model else self._run)(call, args, kwargs)
+            is_all = is_model or not self.ist.participation.expects_more(self.ist.active)
+            return (self._run_to_gradients if is_all else self._run)(call, args, kwargs)
         except BaseException:
             if self.ist.gradients is not None:
                 self.ist.gradients.readmit()  # DDP's hooks do not run after an interrupt either

@@ -97,6 +97,12 @@ class Participation:
         connected = not tensors or any(tensor.requires_grad for tensor in tensors)
         return bool(among) and (connected or bool(among & self.proven))
 
+    def expects_more(self, active: Collection[int]) -> bool:
+        """Where parts of the model are called one by one: whether a later one may lead to a gradient of some of these
+        layers, since the step before called them. Processes that train together need not call the same parts, and
+        always expect more."""
+        return self.is_shared or any(self._last_called.get(index, -2) == self.step - 1 for index in active)
+
     def others(self, tried: Collection[int]) -> list[int]:
         """Layers that the newest forward called beside those that were tried; those that ever got a gradient, if any
         did."""

@@ -209,6 +209,38 @@ def test_the_decoder_alone():
     assert all(active == grads for active, grads in found[1:])
 
 
+@pytest.mark.parametrize("sampler", ["ist", "rst", "lisa", "cyclic"])
+def test_a_part_that_is_called_by_itself(checkpointed, sampler):
+    """The encoder of an encoder-decoder; the first step cannot know that the decoder will not be called."""
+    for seed in range(6):
+        lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        model = checkpointed(get_peft_model(tiny("t5"), lora)).train()
+        encoder = model.get_base_model().encoder
+        ist = IST(model, ISTConfig(sampler=sampler, seed=seed, update_fraction=0.3, interval=STEPS))
+        for _ in range(4):
+            ist.before_step()
+            encoder(batch_for(0)["input_ids"]).last_hidden_state.sum().backward()
+            assert with_gradient(ist) == ist.active
+            model.zero_grad()
+
+
+def test_parts_that_are_called_one_after_the_other():
+    """What is drawn may be called by a later part: from the second step on nothing runs again."""
+    lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(tiny("t5"), lora).train()
+    base, calls, trained = model.get_base_model(), [], set()
+    base.encoder.register_forward_pre_hook(lambda *_: calls.append(1))
+    ist = IST(model, ISTConfig(sampler="rst", update_fraction=0.3))
+    for step in range(STEPS):
+        drawn = ist.before_step()
+        encoded = base.encoder(batch_for(0)["input_ids"]).last_hidden_state
+        base.decoder(batch_for(0)["labels"], encoder_hidden_states=encoded).last_hidden_state.sum().backward()
+        assert with_gradient(ist) == ist.active and (step == 0 or ist.active == drawn)
+        trained |= set(ist.active)
+        model.zero_grad()
+    assert STEPS <= len(calls) <= STEPS + 1 and trained == set(range(len(ist.layers)))
+
+
 class Two(nn.Module):
     """Two lists of blocks in one module, of which a batch uses one or both."""
 

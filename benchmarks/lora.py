@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import peft_kernels as pk
-from peft_kernels.testing import assert_within_eager, truth
+from peft_kernels.testing import assert_within_eager, float64_reference
 from peft_kernels.testing import eager as eager_results
 from peft_kernels.testing.lora_linear import LoRACase
 from peft_kernels.testing.timing import Timer, interleaved
@@ -115,7 +115,7 @@ def make_inputs(shape: Shape, device: str, seed: int = 0) -> LoRACase:
 def right_results(shape: Shape, device: str) -> tuple[LoRACase, dict, dict]:
     """A shape's inputs, with what is exact and what eager makes of them."""
     case = make_inputs(shape, device)
-    return case, truth(case), eager_results(case)
+    return case, float64_reference(case), eager_results(case)
 
 
 @functools.cache
@@ -131,7 +131,7 @@ def check(provider: Provider, shape: Shape, device: str) -> str | None:
     case, exact, yardstick = right_results(shape, device)
     if provider.base:
         held = replace(case, projections=[p._replace(weight=provider.base(p.weight)) for p in case.projections])
-        exact, yardstick = truth(held), eager_results(held)
+        exact, yardstick = float64_reference(held), eager_results(held)
     torch.manual_seed(case.seed)
     built = provider.build(case)
     ys = built.forward()

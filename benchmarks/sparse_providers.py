@@ -14,7 +14,7 @@ from torch import nn
 import peft_kernels as pk
 from peft_kernels import backends
 from peft_kernels.testing import assert_within_eager
-from peft_kernels.testing.sparse_delta import SparseCase, eager, truth
+from peft_kernels.testing.sparse_delta import SparseCase, eager, float64_reference
 
 from .providers import why_not_installed
 from .providers.ours import why_not
@@ -260,7 +260,7 @@ def of_ours(providers: Iterable[str]) -> str:
 def right_results(case: SparseCase) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """In float64, and by eager PyTorch in the case's own dtypes, whose error is what others may err by."""
     wide = replace(case, **{name: getattr(case, name).double() for name in ("x", "weight", "values", "dy")})
-    exact, yardstick = truth(case) | _stepped(wide), eager(case) | _stepped(case)
+    exact, yardstick = float64_reference(case) | _stepped(wide), eager(case) | _stepped(case)
     if case.x.dtype == torch.float32:
         yardstick = {name: torch.lerp(exact[name], y.double(), OTHER_ORDER).float() for name, y in yardstick.items()}
     return exact, yardstick

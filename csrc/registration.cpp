@@ -29,5 +29,5 @@ STABLE_TORCH_LIBRARY(peft_kernels_native, m) {
   m.def("sparse_sampled(Tensor dy, Tensor x, Tensor row_starts, Tensor columns) -> Tensor");
   m.def("sparse_write(Tensor(a!) weight, Tensor base, Tensor values, Tensor row_starts, Tensor columns) -> ()");
   m.def(
-      "split_reduce(Tensor[] partials, Tensor?[] row_scale, float[] scale, ScalarType out_dtype) -> Tensor[]");
+      "reduce_partials(Tensor[] partials, Tensor?[] row_scale, float[] scale, ScalarType out_dtype) -> Tensor[]");
 }

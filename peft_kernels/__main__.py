@@ -14,7 +14,7 @@ import torch
 
 import peft_kernels
 from peft_kernels import _native, backends, tune
-from peft_kernels.ops.common import tuning
+from peft_kernels.ops.core import tuning
 from peft_kernels.ops.lora_linear import configs
 from peft_kernels.ops.lora_linear.explain import Sizes, explain, explain_native
 from peft_kernels.tune import session

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from peft_kernels import _native
-from peft_kernels.ops.common import dropout
+from peft_kernels.ops.core import dropout
 
 HAS_NVCC = bool(shutil.which("nvcc") or os.path.exists("/usr/local/cuda/bin/nvcc"))
 pytestmark = pytest.mark.skipif(
@@ -24,9 +24,9 @@ CUDA = pytest.mark.skipif(
 )
 
 
-def split_reduce(partials, row_scale, scale, out_dtype):
+def reduce_partials(partials, row_scale, scale, out_dtype):
     """Of one."""
-    return torch.ops.peft_kernels_native.split_reduce([partials], [row_scale], [scale], out_dtype)[0]
+    return torch.ops.peft_kernels_native.reduce_partials([partials], [row_scale], [scale], out_dtype)[0]
 
 
 def draw_mask(*args):
@@ -40,8 +40,8 @@ def library():
 
 
 def test_schema():
-    assert str(torch.ops.peft_kernels_native.split_reduce.default._schema) == (
-        "peft_kernels_native::split_reduce(Tensor[] partials, Tensor?[] row_scale, float[] scale, "
+    assert str(torch.ops.peft_kernels_native.reduce_partials.default._schema) == (
+        "peft_kernels_native::reduce_partials(Tensor[] partials, Tensor?[] row_scale, float[] scale, "
         "ScalarType out_dtype) -> Tensor[]"
     )
     assert str(torch.ops.peft_kernels_native.cuda_version.default._schema) == (
@@ -68,10 +68,10 @@ def test_loads_without_the_package():
     """No Python beyond torch's own: the ops do not need `_C`, nor this package."""
     code = (
         f"import torch; torch.ops.load_library({str(_native.LIBRARY)!r}); "
-        "print(torch.ops.peft_kernels_native.split_reduce)"
+        "print(torch.ops.peft_kernels_native.reduce_partials)"
     )
     printed = subprocess.check_output([sys.executable, "-c", code], cwd="/", text=True, timeout=300)
-    assert "peft_kernels_native.split_reduce" in printed
+    assert "peft_kernels_native.reduce_partials" in printed
 
 
 def test_build_facts():
@@ -256,7 +256,7 @@ class TestDrawMask:
 
 def test_refuses_cpu_tensors():
     with pytest.raises(NotImplementedError, match="CPU"):
-        split_reduce(torch.zeros(1, 2, 3), None, 1.0, torch.float32)
+        reduce_partials(torch.zeros(1, 2, 3), None, 1.0, torch.float32)
 
 
 # --- On a GPU -----------------------------------------------------------------------------------------------
@@ -282,13 +282,13 @@ def reference(partials, row_scale, scale):
         ((17, 4096, 512), 0),
     ],
 )
-def test_split_reduce_is_the_rounded_sum(shape, padding, with_row_scale, out_dtype):
+def test_reduce_partials_is_the_rounded_sum(shape, padding, with_row_scale, out_dtype):
     parts, rows, rank = shape
     torch.manual_seed(0)
     storage = torch.randn(parts, rows * rank + padding, device="cuda")
     partials = storage[:, : rows * rank].unflatten(1, (rows, rank))
     row_scale = torch.randn(rows, device="cuda") if with_row_scale else None
-    out = split_reduce(partials, row_scale, 0.75, out_dtype)
+    out = reduce_partials(partials, row_scale, 0.75, out_dtype)
     assert (out.shape, out.dtype) == ((rows, rank), out_dtype)
 
     exact = reference(partials, row_scale, 0.75)
@@ -299,44 +299,44 @@ def test_split_reduce_is_the_rounded_sum(shape, padding, with_row_scale, out_dty
 
 
 @pytest.mark.gpu
-def test_split_reduce_repeats_bit_for_bit_and_adds_in_order():
+def test_reduce_partials_repeats_bit_for_bit_and_adds_in_order():
     torch.manual_seed(0)
     partials = torch.randn(9, 257, 12, device="cuda")
-    first = split_reduce(partials, None, 1.0, torch.float32)
+    first = reduce_partials(partials, None, 1.0, torch.float32)
     in_order = torch.zeros_like(first)
     for part in partials:
         in_order += part
     assert torch.equal(first, in_order)
-    assert all(torch.equal(first, split_reduce(partials, None, 1.0, torch.float32)) for _ in range(5))
+    assert all(torch.equal(first, reduce_partials(partials, None, 1.0, torch.float32)) for _ in range(5))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(3, 0, 4), (3, 4, 0), (0, 0, 0)])
-def test_split_reduce_of_nothing(shape):
-    out = split_reduce(torch.empty(shape, device="cuda"), None, 1.0, torch.bfloat16)
+def test_reduce_partials_of_nothing(shape):
+    out = reduce_partials(torch.empty(shape, device="cuda"), None, 1.0, torch.bfloat16)
     assert out.shape == shape[1:]
 
 
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_split_reduce_past_2_to_the_31_elements():
+def test_reduce_partials_past_2_to_the_31_elements():
     rows = 2**31 // 64 + 3
     partials = torch.ones(1, rows, 64, device="cuda")
     partials[0, -1] = 3
-    out = split_reduce(partials, None, 2.0, torch.bfloat16)
+    out = reduce_partials(partials, None, 2.0, torch.bfloat16)
     assert bool((out[:-1] == 2).all())
     assert bool((out[-1] == 6).all())
 
 
 @pytest.mark.gpu
-def test_split_reduce_runs_on_the_current_stream():
+def test_reduce_partials_runs_on_the_current_stream():
     partials = torch.ones(4, 64, 16, device="cuda")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
     # A launch on any other stream would make the capture fail.
     with torch.cuda.graph(graph, stream=stream):
-        out = split_reduce(partials, None, 1.0, torch.float32)
+        out = reduce_partials(partials, None, 1.0, torch.float32)
     partials.fill_(2)
     graph.replay()
     torch.cuda.synchronize()
@@ -352,34 +352,34 @@ def test_split_reduce_runs_on_the_current_stream():
         (((2, 3, 4), None, torch.float64), "expected out_dtype float32, float16 or bfloat16"),
     ],
 )
-def test_split_reduce_says_what_it_expected(arguments, message):
+def test_reduce_partials_says_what_it_expected(arguments, message):
     shape, scale_shape, out_dtype = arguments
     row_scale = None if scale_shape is None else torch.ones(scale_shape, device="cuda")
     with pytest.raises(RuntimeError, match=message) as caught:
-        split_reduce(torch.ones(shape, device="cuda"), row_scale, 1.0, out_dtype)
+        reduce_partials(torch.ones(shape, device="cuda"), row_scale, 1.0, out_dtype)
     assert "\n" not in str(caught.value).strip()
 
 
 @pytest.mark.gpu
-def test_split_reduce_refuses_strided_partials():
+def test_reduce_partials_refuses_strided_partials():
     with pytest.raises(RuntimeError, match=r"expected every partial \[M, R\] contiguous"):
-        split_reduce(torch.ones(2, 3, 4, device="cuda").mT, None, 1.0, torch.float32)
+        reduce_partials(torch.ones(2, 3, 4, device="cuda").mT, None, 1.0, torch.float32)
     with pytest.raises(RuntimeError, match="or of an R of a multiple of 4 with adjacent columns"):
-        split_reduce(torch.ones(2, 3, 8, device="cuda")[:, :, :6], None, 1.0, torch.float32)
+        reduce_partials(torch.ones(2, 3, 8, device="cuda")[:, :, :6], None, 1.0, torch.float32)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
-def test_split_reduce_of_several_is_that_of_each(out_dtype):
+def test_reduce_partials_of_several_is_that_of_each(out_dtype):
     """More than a launch takes; of one size or another, with rows apart, empty, without 16 bytes' alignment."""
     torch.manual_seed(0)
     wide = torch.randn(3, 100, 48, device="cuda")
     partials = [*wide.split(16, dim=2), wide[:, :33], wide[:, :0], torch.randn(5, 7, 3, device="cuda")] * 2
     row_scale = [torch.randn(len(one[0]), device="cuda") if j % 3 else None for j, one in enumerate(partials)]
     scale = [0.5 + j for j in range(len(partials))]
-    found = torch.ops.peft_kernels_native.split_reduce(partials, row_scale, scale, out_dtype)
+    found = torch.ops.peft_kernels_native.reduce_partials(partials, row_scale, scale, out_dtype)
     for one, *given in zip(found, partials, row_scale, scale):
-        assert torch.equal(one, split_reduce(given[0].contiguous(), *given[1:], out_dtype))
+        assert torch.equal(one, reduce_partials(given[0].contiguous(), *given[1:], out_dtype))
 
 
 @pytest.mark.gpu

@@ -51,7 +51,7 @@ class TestWithoutNvcc:
         code = """
 import torch, peft_kernels as pk
 from peft_kernels import _native
-from peft_kernels.ops.common import dropout
+from peft_kernels.ops.core import dropout
 print(pk.__file__, _native.why_not(), _native.cuda_version(), pk.backends.choose("sparse_delta_linear", torch.ones(1)))
 seed = torch.tensor([7])
 expected = dropout.draw_mask_by_torch(seed, 33, 71, 0.1, 2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from peft_kernels import _native
-from peft_kernels.ops.common import dropout
+from peft_kernels.ops.core import dropout
 
 pytestmark = pytest.mark.skipif(not _native.LIBRARY.exists(), reason="needs the native library")
 

@@ -16,7 +16,7 @@ from packaging.specifiers import SpecifierSet
 import peft_kernels
 from peft_kernels import _native, backends
 from peft_kernels.__main__ import env, explained
-from peft_kernels.ops.common import tuning
+from peft_kernels.ops.core import tuning
 from peft_kernels.ops.lora_linear import configs
 from peft_kernels.tune import session
 
@@ -134,7 +134,7 @@ class TestExplained:
         assert f"S, pass over x block_m {tile.block_m}, block_c {tile.block_c}" in words
         assert "dH and dB, pass over dy" in words
         assert "backend cuda, y tile 128 × 256 of sm_90a on 132 SMs" in words or not _native.build_facts()
-        ways = {16: "one pass over dy, one over x beside", 40: "two passes over dy", 70: "the vendor's GEMM each"}
+        ways = {16: "one pass over dy, one over x beside", 40: "two passes over dy", 70: "cuBLAS each"}
         for rank, way in ways.items():
             words = " ".join(explained("4096", "4096", "4096", str(rank), "bfloat16", arch=90).split())
             assert f"backend cuda, dH, dB, dA {way}" in words

@@ -14,17 +14,17 @@ import pytest
 import torch
 
 from peft_kernels.__main__ import env
-from peft_kernels.ops.common import tuning
-from peft_kernels.ops.common.tuning import FEATURES, RANKS, TOKENS, Gpu
+from peft_kernels.ops.core import tuning
+from peft_kernels.ops.core.tuning import FEATURES, RANKS, TOKENS, Gpu
 from peft_kernels.ops.masked_linear import configs as masked
 from peft_kernels.ops.sparse_delta import configs as sparse
 from peft_kernels.tune import plan, session
-from peft_kernels.tune.plan import ROOMS, Job
+from peft_kernels.tune.plan import PACKAGES, Job
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = Gpu("NVIDIA Test 1", 90, "3.9.0")
 KEY = ("gemm_tile", 8192, 4096, 2, True)
-FEWER = ["masked_linear"]  # the room with the fewest jobs
+FEWER = ["masked_linear"]  # the op package with the fewest jobs
 
 
 def rule():
@@ -46,7 +46,7 @@ def write(folder, table, gpu=GPU):
 
 def tile_of(job, table):
     """What a launch at the job's shape takes."""
-    choose, key = getattr(ROOMS[job.op], job.choice), dict(zip(ROOMS[job.op].CHOICES[job.choice].fields, job.key))
+    choose, key = getattr(PACKAGES[job.op], job.choice), dict(zip(PACKAGES[job.op].CHOICES[job.choice].fields, job.key))
     if "per_64" in key:
         key["density"] = key.pop("per_64") / 64
     if "arch" in inspect.signature(choose).parameters:
@@ -69,7 +69,7 @@ def test_buckets():
 
 @pytest.mark.parametrize("architecture", [0, 80, 90, 100])
 def test_a_job_measures_what_a_launch_looks_up(architecture):
-    jobs = plan.jobs(list(ROOMS), architecture)
+    jobs = plan.jobs(list(PACKAGES), architecture)
     assert len(set(jobs)) == len(jobs)
     for job in jobs:
         if job.at:
@@ -89,7 +89,7 @@ def test_sizes_between_buckets_find_a_tile():
 
 
 def test_crossovers_come_from_the_table():
-    lora = ROOMS["lora_linear"]
+    lora = PACKAGES["lora_linear"]
     size = 4096**3
 
     def path(backend, table):
@@ -116,13 +116,13 @@ def test_crossovers_come_from_the_table():
     assert sparse.sampled_up_to(2, {("sampled_up_to", 2): 0.01}) == 0.01
 
 
-@pytest.mark.parametrize("op", ROOMS)
+@pytest.mark.parametrize("op", PACKAGES)
 def test_round_trip(op, tmp_path):
     """Every kind of entry, a size that is never reached too."""
     jobs = plan.jobs([op], 90)
     table = {(job.choice, *job.key): math.inf if job.at else job.candidates[-1] for job in jobs}
-    tuning.write(tuning.path_in(tmp_path, op, GPU), op, GPU, ROOMS[op].CHOICES, table)
-    assert tuning.load(op, GPU, ROOMS[op].CHOICES, tmp_path) == table
+    tuning.write(tuning.path_in(tmp_path, op, GPU), op, GPU, PACKAGES[op].CHOICES, table)
+    assert tuning.load(op, GPU, PACKAGES[op].CHOICES, tmp_path) == table
 
 
 def test_the_users_table_comes_before_the_packages_before_the_rule(tmp_path):
@@ -147,10 +147,10 @@ def test_the_cache_folder(monkeypatch, tmp_path):
 
 
 def test_nothing_is_read_on_a_cpu_or_by_an_import():
-    assert all(not configs.tuned(torch.device("cpu")) for configs in ROOMS.values())
+    assert all(not configs.tuned(torch.device("cpu")) for configs in PACKAGES.values())
     code = (
-        "import peft_kernels; from peft_kernels.tune.plan import ROOMS\n"
-        "print([configs.tuned.cache_info().currsize for configs in ROOMS.values()])"
+        "import peft_kernels; from peft_kernels.tune.plan import PACKAGES\n"
+        "print([configs.tuned.cache_info().currsize for configs in PACKAGES.values()])"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.stdout.strip() == "[0, 0, 0]", result.stderr
@@ -227,7 +227,7 @@ def test_a_table_that_does_not_fit_is_ignored_with_one_line(name, tmp_path):
 
 
 def test_a_size_that_is_none_is_ignored(tmp_path):
-    lora = ROOMS["lora_linear"].CHOICES
+    lora = PACKAGES["lora_linear"].CHOICES
     for bad in (-1, math.nan, "large", True, []):
         path = tuning.path_in(tmp_path, "lora_linear", GPU)
         entries = [{"choice": "fused_from", "key": {"element_size": 2}, "best": bad}]
@@ -352,7 +352,7 @@ def test_crossovers():
 
 
 def test_crossovers_come_first_from_the_end_at_which_a_bound_grows():
-    jobs = plan.jobs(list(ROOMS), 90)
+    jobs = plan.jobs(list(PACKAGES), 90)
     crossovers = [job for job in jobs if job.at]
     assert jobs[: len(crossovers)] == crossovers
     for choice, crossover in plan.CROSSOVERS.items():
@@ -515,7 +515,7 @@ def test_dry_run_leaves_out_what_is_there(tmp_path):
 
 def test_env_says_which_table_is_used(tmp_path, monkeypatch):
     monkeypatch.setenv("PEFT_KERNELS_CACHE", str(tmp_path))
-    everything = ", ".join(ROOMS)
+    everything = ", ".join(PACKAGES)
     assert session.tables_used(GPU) == f"{everything}: none: nothing was measured on NVIDIA Test 1"
     write(tmp_path, {KEY: other()[0]})
     path = tuning.path_in(tmp_path, "masked_linear", GPU)

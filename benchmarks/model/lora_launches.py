@@ -230,7 +230,7 @@ def triton(layers: list[Layer], ceilings: Ceilings, path: str, adapter: int = 0)
     if sums:
         partials = sum(one.written for one in sums)
         backward.append(elementwise("reduce dH and dB", partials, sum(one.S + wide * one.B for one in layers)))
-    tile = configs.x_pass_tile(l.M, l.K, C // masks, l.size, False)
+    tile = configs.da_tile(l.M, l.K, C // masks, l.size, False)
     programs = math.ceil(l.K / tile.block_k) * masks * math.ceil(C // masks / tile.block_c)
     chunks, _ = configs.split(l.M, tile.block_m, programs, processors)
     dA = F32 * chunks * l.R * l.K
@@ -250,10 +250,10 @@ def triton(layers: list[Layer], ceilings: Ceilings, path: str, adapter: int = 0)
 
 def _dy_pass(l: Layer, wide: int, processors: int) -> list[Launch]:
     """dH and dB, in partial sums; by products of cuBLAS where these would be too large."""
-    if configs.LARGEST_RANK_OF_DY_PASS[l.size] < l.R:
+    if configs.LARGEST_RANK_OF_DH_DB[l.size] < l.R:
         dB = F32 * l.N * l.R  # float32 whatever B is
         return [*cast("B", wide * l.B, l.B), l.dH(), l.dB()._replace(written=dB), *cast("dB", dB, wide * l.B)]
-    tile = configs.dy_pass_tile(l.M, l.N, l.R, l.size, False, 1)
+    tile = configs.dh_db_tile(l.M, l.N, l.R, l.size, False, 1)
     blocks = math.ceil(l.N / tile.block_n)
     chunks, _ = configs.split(l.M, tile.block_m, blocks, processors)
     dH, dB = F32 * blocks * l.M * l.R, F32 * chunks * l.N * l.R
@@ -270,11 +270,11 @@ def cuda(layers: list[Layer], ceilings: Ceilings, path: str) -> Passes | None:
     l, n, processors = layers[0], len(layers), int(ceilings.get("sms", 132))
     if l.size == F32:
         return None
-    by_vendor = l.R > LARGEST_RANK_OF_PASS and not l.p
+    by_cublas = l.R > LARGEST_RANK_OF_PASS and not l.p
     masks = n if l.p else 1
     C, bits = n * l.R, l.M * math.ceil(l.K / 8) if l.p else 0
     forward = [elementwise("seed", 0, INDEX)] if l.p else []
-    if by_vendor:
+    if by_cublas:
         forward += [one.shrink() for one in layers]
     else:
         forward += [elementwise("cat of the As", n * l.A, n * l.A)] if n > 1 else []
@@ -305,7 +305,7 @@ def cuda(layers: list[Layer], ceilings: Ceilings, path: str) -> Passes | None:
     products = [in_one(one.base_dx(), one.low_rank_dx(), kept=one.x) for one in layers]
     dx = functools.reduce(lambda one, other: in_one(one, other, kept=l.x), products)
     dx = _reads(dx._replace(name="dx"), masks * bits)
-    if by_vendor:
+    if by_cublas:
         dA = [l.dA()._replace(written=2 * l.A), *cast("dA", 2 * l.A, l.A)]
         return Passes(forward, [*backward, *n * dA, dx])
     backward += [elementwise("cat of dH", n * l.S, n * l.S)] if n > 1 else []

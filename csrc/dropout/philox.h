@@ -1,4 +1,4 @@
-// The dropout contract of peft_kernels/ops/common/dropout.py, in C++: which element is dropped is a pure function
+// The dropout contract of peft_kernels/ops/core/dropout.py, in C++: which element is dropped is a pure function
 // of a seed. Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11).
 #pragma once
 

@@ -12,7 +12,7 @@
 #include "common/kernel_table.h"
 #include "common/launch.h"
 #include "common/operands.h"
-#include "common/split_reduce.h"
+#include "common/reduce_partials.h"
 #include "lora_linear/calls.h"
 #include "lora_linear/gemm_sm80.cuh"
 
@@ -130,7 +130,7 @@ void Call::launch() const {
   check_cuda(call(args_, tile_, processors_, current_stream(device_)), "launching lora_gemm");
 }
 
-Tensor Call::result() const { return args_.parts > 1 ? split_reduce(out_, 1.0, dtype_) : out_; }
+Tensor Call::result() const { return args_.parts > 1 ? reduce_partials(out_, 1.0, dtype_) : out_; }
 
 namespace {
 

@@ -1,4 +1,4 @@
-// One pass over wide rows for the gradient of a low-rank matrix, in parts of the rows that split_reduce adds up; with dy also
+// One pass over wide rows for the gradient of a low-rank matrix, in parts of the rows that reduce_partials adds up; with dy also
 // for dH:
 //
 //   sums[p]    = D(wide)ᵀ·narrow    over the p-th part of the rows: dB of dyᵀ·S [N, R], dA of (D(x)ᵀ·dH)ᵀ [R, K]; where

@@ -1,4 +1,4 @@
-// One pass over wide rows for the few columns of a low-rank product, in parts that split_reduce adds up:
+// One pass over wide rows for the few columns of a low-rank product, in parts that reduce_partials adds up:
 //
 //   partials[p] = D(wide)·narrow    over the p-th part of the depth
 //
@@ -6,7 +6,7 @@
 // backward dH of dy·B     narrow by depth:   B [N, R], no mask
 //
 // With dropout a stream (a projection) has its own mask, drawn here and stored, a bit an element (dropout.py has the
-// contract); what is kept is not rescaled, that is split_reduce's.
+// contract); what is kept is not rescaled, that is reduce_partials's.
 #pragma once
 
 #include <cstdint>

@@ -284,10 +284,10 @@ void reduce(const char* name) {
     blocks = append<kWidth>(args, problem.sum(values.get(), row_scale.get(), out.get()));
   }
   reduction::kernel<Out, kWidth><<<blocks, reduction::kThreads>>>(args);
-  check(cudaGetLastError(), "launching split_reduce");
-  check(cudaDeviceSynchronize(), "split_reduce");
+  check(cudaGetLastError(), "launching reduce_partials");
+  check(cudaDeviceSynchronize(), "reduce_partials");
   for (size_t j = 0; j < problems.size(); ++j) {
-    report(std::string("split_reduce<") + name + ">", problems[j].complaint(outs[j].host()));
+    report(std::string("reduce_partials<") + name + ">", problems[j].complaint(outs[j].host()));
   }
 }
 

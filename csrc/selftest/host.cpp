@@ -291,7 +291,7 @@ void reduce(const char* name) {
   }
   emulator::launch(blocks, reduction::kThreads, 0, 1, [&](char*) { reduction::kernel<Out, kWidth>(args); });
   for (size_t j = 0; j < problems.size(); ++j) {
-    report(std::string("split_reduce<") + name + ">",
+    report(std::string("reduce_partials<") + name + ">",
            margin_is_whole(outs[j]) ? problems[j].complaint(outs[j]) : "written behind the end of out");
   }
 }

@@ -1,7 +1,7 @@
 // The problems of the passes over x and dy: dropout's mask, shrink, outer, and the sum of their partial results.
 #pragma once
 
-#include "common/split_reduce_kernel.h"
+#include "common/reduce_partials_kernel.h"
 #include "dropout/arguments.h"
 #include "lora_linear/outer_sm80.h"
 #include "lora_linear/shrink_sm80.h"
@@ -269,7 +269,7 @@ std::vector<OuterProblem<T>> outers(int width) {
   return found;
 }
 
-// --- split_reduce ---------------------------------------------------------------------------------------------
+// --- reduce_partials ---------------------------------------------------------------------------------------------
 
 template <typename Out>
 struct Reduction {

@@ -3,14 +3,14 @@ needs none of them: `pk.integrations.peft` needs PEFT, `pk.integrations.transfor
 
 import importlib
 
-_ROOMS = ("peft", "transformers")
+_PACKAGES = ("peft", "transformers")
 
 
 def __getattr__(name: str):
-    if name in _ROOMS:
+    if name in _PACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_ROOMS])
+    return sorted([*globals(), *_PACKAGES])

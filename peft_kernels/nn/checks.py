@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..ops.common.messages import describe
+from ..ops.core.messages import describe
 
 
 def check_linear(linear: nn.Module, ours: type[nn.Linear], written: bool = False, name: str | None = None) -> None:

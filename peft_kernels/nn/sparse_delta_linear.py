@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops.common.messages import describe
-from ..ops.common.tensors import flatten
-from ..ops.common.transforms import is_transformed, over_values, untraced
+from ..ops.core.messages import describe
+from ..ops.core.tensors import flatten
+from ..ops.core.transforms import is_transformed, over_values, untraced
 from ..ops.sparse_delta import SparseDelta, SparseLayout, with_sparse_gradient_, write_delta, written
 from .checks import check_linear
 

@@ -1,1 +1,2 @@
-"""One room per op family. Each room: `op.py` (public functions), `reference.py`, kernels, `configs.py`, README."""
+"""One package per op family. Each op package: `op.py` (public functions), `reference.py`, kernels, `configs.py`,
+README."""

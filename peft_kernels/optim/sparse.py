@@ -11,7 +11,7 @@ from torch import nn
 
 from .. import backends
 from ..nn import SparseDeltaLinear
-from ..ops.common.messages import describe
+from ..ops.core.messages import describe
 
 Params = nn.Module | Iterable[nn.Parameter] | Iterable[nn.Module] | Iterable[dict[str, Any]]
 

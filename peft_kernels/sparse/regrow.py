@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..nn import SparseDeltaLinear
-from ..ops.common.messages import describe
+from ..ops.core.messages import describe
 from ..ops.sparse_delta import SparseLayout
 from .select import largest
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ops.common.messages import describe
+from ..ops.core.messages import describe
 
 #: Entries of a gradient that are added in one go.
 PIECE = 1 << 22

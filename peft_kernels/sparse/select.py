@@ -14,7 +14,7 @@ from random import Random
 
 import torch
 
-from ..ops.common.messages import describe
+from ..ops.core.messages import describe
 from ..ops.sparse_delta import SparseLayout
 
 #: Entries that are looked at in one go. Beside scores and result it takes up to 40 bytes for each of these.

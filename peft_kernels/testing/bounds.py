@@ -47,49 +47,49 @@ def assert_within_eager(
     name: str,
     actual: torch.Tensor,
     eager: torch.Tensor,
-    truth: torch.Tensor,
+    float64_reference: torch.Tensor,
     samples: int | None = None,
     sums: Sums | None = None,
 ) -> None:
-    """Compare a kernel's result with eager PyTorch's, both against the truth.
+    """Compare a kernel's result with eager PyTorch's, both against the float64 reference.
 
-    max error ≤ 2 · eager's + one ulp of max |truth|; rms error ≤ 1.25 · eager's, where eager's is taken as no
-    less than that of the truth rounded once (ulp / √12). The ratio of two rms errors over n samples is itself
-    known to 1/√n only: four such deviations are granted (a suite makes thousands of comparisons), which is nothing
-    for a large tensor.
+    max error ≤ 2 · eager's + one ulp of max |reference|; rms error ≤ 1.25 · eager's, where eager's is taken as no
+    less than that of the float64 reference rounded once (ulp / √12). The ratio of two rms errors over n samples is
+    itself known to 1/√n only: four such deviations are granted (a suite makes thousands of comparisons), which is
+    nothing for a large tensor.
 
     Args:
         actual, eager: results in the same dtype and shape.
-        truth: float64, the same shape.
+        float64_reference: float64, the same shape.
         samples: how many independent roundings stand behind the elements, if fewer than there are elements: all of
             a gradient of lora_B share the M·R roundings of S.
         sums: for float32 results of a GPU, what lies behind an element: eager's errors are taken as no less than what
-            follows from it, of the truth's rms and maximum.
+            follows from it, of the reference's rms and maximum.
 
     Raises:
         AssertionError: naming the tensor, both errors and the bound.
     """
-    if actual.shape != truth.shape or actual.dtype != eager.dtype:
+    if actual.shape != float64_reference.shape or actual.dtype != eager.dtype:
         raise AssertionError(
-            f"{name}: expected {list(truth.shape)} {eager.dtype}, got {list(actual.shape)} {actual.dtype}"
+            f"{name}: expected {list(float64_reference.shape)} {eager.dtype}, got {list(actual.shape)} {actual.dtype}"
         )
-    if truth.numel() == 0:
+    if float64_reference.numel() == 0:
         return
     if not bool(torch.isfinite(actual).all()):
         raise AssertionError(f"{name}: {int((~torch.isfinite(actual)).sum())} elements are not finite")
-    truth = truth.to(actual.device)
-    error, eager_error = (actual.double() - truth).abs(), (eager.double() - truth).abs()
-    largest, summed = truth.abs().max().item(), sums.error if sums else 0.0
+    float64_reference = float64_reference.to(actual.device)
+    error, eager_error = (actual.double() - float64_reference).abs(), (eager.double() - float64_reference).abs()
+    largest, summed = float64_reference.abs().max().item(), sums.error if sums else 0.0
     eager_max = max(eager_error.max().item(), summed * largest)
     bound = 2.0 * eager_max + ulp(largest, actual.dtype)
     if error.max().item() > bound:
         raise AssertionError(
             f"{name}: max error {error.max().item():.3e} > {bound:.3e} "
-            f"(2 × eager's {eager_max:.3e} + one ulp of max |truth|)"
+            f"(2 × eager's {eager_max:.3e} + one ulp of max |reference|)"
         )
-    rms, eager_rms, size = (t.square().mean().sqrt().item() for t in (error, eager_error, truth))
+    rms, eager_rms, size = (t.square().mean().sqrt().item() for t in (error, eager_error, float64_reference))
     eager_rms = max(eager_rms, summed * size)
-    slack = 4.0 / math.sqrt(min(samples or truth.numel(), truth.numel()))
+    slack = 4.0 / math.sqrt(min(samples or float64_reference.numel(), float64_reference.numel()))
     bound = (1.25 + slack) * max(eager_rms, ulp(size, actual.dtype) / math.sqrt(12.0))
     if rms > bound:
         raise AssertionError(f"{name}: rms error {rms:.3e} > {bound:.3e} (1.25 × eager's {eager_rms:.3e})")

@@ -1,4 +1,4 @@
-"""Cases of the LoRA linear op: inputs, the truth in float64, the eager expression of PEFT, and one runner that
+"""Cases of the LoRA linear op: inputs, the float64 reference, the eager expression of PEFT, and one runner that
 takes any of them through forward and backward."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 
-from ..ops.common import dropout
+from ..ops.core import dropout
 from ..ops.lora_linear import Projection, lora_linear_shared_input
 from .bounds import Sums
 
@@ -151,7 +151,7 @@ def sums(case: LoRACase) -> dict[str, Sums]:
     return {name: Sums(count, tensor_cores=high) for name, count in terms.items()}
 
 
-def truth(case: LoRACase) -> dict[str, torch.Tensor]:
+def float64_reference(case: LoRACase) -> dict[str, torch.Tensor]:
     """PEFT's expression in float64, on the same inputs and the same mask."""
 
     def double(value):

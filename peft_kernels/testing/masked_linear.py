@@ -1,4 +1,4 @@
-"""Cases of the masked linear op: inputs, the truth in float64, the eager expression, and one runner that takes any of
+"""Cases of the masked linear op: inputs, the float64 reference, the eager expression, and one runner that takes any of
 them through forward and backward."""
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def sums(case: MaskedCase) -> dict[str, Sums]:
     return {name: Sums(count) for name, count in terms.items()}
 
 
-def truth(case: MaskedCase) -> dict[str, torch.Tensor]:
+def float64_reference(case: MaskedCase) -> dict[str, torch.Tensor]:
     """The definition in float64 by autograd alone, y = x·(W ⊙ m)ᵀ + bias with m = 1[S ≥ τ] − S.detach() + S, on the
     same inputs and the same mask."""
     mask = case.mask().double()

@@ -1,5 +1,5 @@
-"""Cases of the linear layer with a sparse delta: inputs, the truth in float64, the eager expression of the peers (clone
-the weight, scatter, multiply), and one runner that takes any of them through forward and backward."""
+"""Cases of the linear layer with a sparse delta: inputs, the float64 reference, the eager expression of the peers
+(clone the weight, scatter, multiply), and one runner that takes any of them through forward and backward."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def sums(case: SparseCase) -> dict[str, Sums]:
     return {name: Sums(count) for name, count in terms.items()}
 
 
-def truth(case: SparseCase) -> dict[str, torch.Tensor]:
+def float64_reference(case: SparseCase) -> dict[str, torch.Tensor]:
     """The peers' expression in float64, on the same inputs."""
     wide = {name: getattr(case, name) for name in (*LEAVES, "dy")}
     wide = {name: value if value is None else value.double() for name, value in wide.items()}

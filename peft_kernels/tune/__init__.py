@@ -2,12 +2,13 @@
 
     python -m peft_kernels tune                       everything; go on where the last run stopped
     python -m peft_kernels tune --minutes 10          stop after ten minutes; run it again to go on
-    python -m peft_kernels tune --op lora_linear      one room (may be given several times)
+    python -m peft_kernels tune --op lora_linear      one op package (may be given several times)
     python -m peft_kernels tune --dry-run             only say what would be measured; needs no GPU
 
-Every candidate of every tile function (`configs.py` of each room) is first held against plain PyTorch and float64, and
-dropped, by name, where it is wrong; one that does not compile or wants more than the GPU has is skipped and counted.
-The rest are timed in turns by CUDA events with a cold L2 cache, and the smallest median wins. What decides the most
+Every candidate of every tile function (`configs.py` of each op package) is first held against plain PyTorch and
+float64, and dropped, by name, where it is wrong; one that does not compile or wants more than the GPU has is skipped
+and counted. The rest are timed in turns by CUDA events with a cold L2 cache, and the smallest median wins. What decides
+the most
 comes first: from which size on one way is faster than another, with the rules' tiles or those of an earlier run; then
 tiles. A run that ends early leaves a bound for the first: the way in question is taken where it was seen to be faster.
 A candidate that loses the GPU ends the run; it is noted, and the next run goes on behind it. Measurements are

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from ..ops.common.tuning import FEATURES, RANKS, TOKENS
+from ..ops.core.tuning import FEATURES, RANKS, TOKENS
 from ..ops.lora_linear import configs as lora_linear
 from ..ops.masked_linear import configs as masked_linear
 from ..ops.sparse_delta import configs as sparse_delta
 
-ROOMS: dict[str, ModuleType] = {
+PACKAGES: dict[str, ModuleType] = {
     "lora_linear": lora_linear,
     "masked_linear": masked_linear,
     "sparse_delta": sparse_delta,
@@ -41,7 +41,7 @@ class Job(NamedTuple):
 
 
 def jobs(ops: list[str], architecture: int) -> list[Job]:
-    """All of them for the rooms named. First the crossovers, as a way decides more than a tile; with the tiles that are
+    """All of them for the ops named. First the crossovers, as a way decides more than a tile; with the tiles that are
     known, which are the rules' in a first run. Then tiles, large shapes first."""
     return [job for find in (_crossovers, _tiles) for op in ops for job in find(op, architecture)]
 
@@ -135,13 +135,13 @@ CROSSOVERS = {
 
 def _tiles(op: str, architecture: int) -> Iterator[Job]:
     for choice, key in _KEYS[op](architecture):
-        candidates = ROOMS[op].CHOICES[choice].candidates(*key, architecture)
+        candidates = PACKAGES[op].CHOICES[choice].candidates(*key, architecture)
         if len(candidates) > 1:
             yield Job(op, choice, key, (), tuple(candidates))
 
 
 def _crossovers(op: str, architecture: int) -> Iterator[Job]:
-    for choice in ROOMS[op].CHOICES:
+    for choice in PACKAGES[op].CHOICES:
         if choice in CROSSOVERS and CROSSOVERS[choice].only_on in (None, architecture):
             # From the end at which a bound grows, so that what is measured counts although others are not.
             for at in sorted(CROSSOVERS[choice].sizes, key=math.prod, reverse=CROSSOVERS[choice].of is smallest_from):
@@ -152,10 +152,10 @@ def _keys_of_lora_linear(architecture: int) -> Iterator[tuple[str, tuple]]:
     for M, N, R in itertools.product(TOKENS.all(), FEATURES.all(), RANKS.all()):
         for dropping in (False, True):
             yield "shrink_tile", (M, N, R, 2, dropping, False)
-        if lora_linear.LARGEST_RANK_OF_DY_PASS[2] >= R:
-            yield "dy_pass_tile", (M, N, R, 2, False)
-        yield "x_pass_tile", (M, N, R, 2, False)
-        yield "gemm_tile", (M, N, R, 2, False, 1, False, False)  # dx with dropout, onto which the vendor's GEMM adds
+        if lora_linear.LARGEST_RANK_OF_DH_DB[2] >= R:
+            yield "dh_db_tile", (M, N, R, 2, False)
+        yield "da_tile", (M, N, R, 2, False)
+        yield "gemm_tile", (M, N, R, 2, False, 1, False, False)  # dx with dropout, onto which cuBLAS adds
         for masks in (0, 1):
             yield "gemm_tile", (M, N, R, 2, architecture >= 90, masks, False, True)
 

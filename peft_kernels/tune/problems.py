@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _native
-from ..ops.common import dropout
-from ..ops.common.machine import architecture
-from ..ops.common.reduce import split_reduce
+from ..ops.blocks.reduce import reduce_partials
+from ..ops.core import dropout
+from ..ops.core.machine import architecture
 from ..ops.lora_linear import configs as lora_configs
 from ..ops.lora_linear import cuda, triton_backward, triton_forward
 from ..ops.lora_linear import reference as lora_reference
@@ -29,7 +29,7 @@ from ..ops.sparse_delta import SparseLayout
 from ..ops.sparse_delta import configs as sparse_configs
 from ..ops.sparse_delta.reference import gather_columns, grad_values
 from ..ops.sparse_delta.triton_backward import gathered_grad, sampled_grad, thin_grad
-from .plan import ROOMS, Job
+from .plan import PACKAGES, Job
 
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}
 _RANK = 16  # of the layer at which "fused" and "blas" are compared
@@ -75,7 +75,7 @@ def problem(
         table: what was found so far; crossovers are measured with its tiles.
         dtype: bfloat16 or float32, as the key says, unless given.
     """
-    key = dict(zip(ROOMS[job.op].CHOICES[job.choice].fields, job.key))
+    key = dict(zip(PACKAGES[job.op].CHOICES[job.choice].fields, job.key))
     inputs = Inputs(device, dtype or _DTYPES[key["element_size"]], depth)
     build = _PROBLEMS[job.op, job.choice]
     return build(inputs, job.at, table, **key) if job.at else build(inputs, **key)
@@ -98,7 +98,7 @@ def _dy_pass(inputs: Inputs, M, N, R, **_) -> Problem:
     def launch(tile):
         dh = torch.empty_like(s)
         grad_B, sums = sums_over_dy(dy, lora_B, s, dh, 1.0, None, dy.dtype, False, tile)
-        split_reduce(sums, M)
+        reduce_partials(sums, M)
         return dh, grad_B
 
     return Problem(launch, lambda dy, lora_B, s: (dy @ lora_B, dy.t() @ s), (dy, lora_B, s))
@@ -114,7 +114,7 @@ def _x_pass(inputs: Inputs, M, K, width, **_) -> Problem:
 
 
 def _gemm(inputs: Inputs, M, N, R, masks, base, **_) -> Problem:
-    """Forward, which has no mask, and dx; onto dx without `base` the vendor's GEMM would be added."""
+    """Forward, which has no mask, and dx; onto dx without `base` cuBLAS would be added."""
     K = inputs.depth
     e, f = inputs.normal(M, R), inputs.normal(R, N, scale=R**-0.5)
     if masks:
@@ -298,8 +298,8 @@ def _of_layout(inputs: Inputs, layout: SparseLayout, gradient: Callable[..., tor
 
 _PROBLEMS: dict[tuple[str, str], Callable[..., Problem]] = {
     ("lora_linear", "shrink_tile"): _shrink,
-    ("lora_linear", "dy_pass_tile"): _dy_pass,
-    ("lora_linear", "x_pass_tile"): _x_pass,
+    ("lora_linear", "dh_db_tile"): _dy_pass,
+    ("lora_linear", "da_tile"): _x_pass,
     ("lora_linear", "gemm_tile"): _gemm,
     ("lora_linear", "fused_from"): _fused_from,
     ("lora_linear", "cuda_fused_from"): _cuda_fused_from,

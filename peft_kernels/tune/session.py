@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from ..ops.common import tuning
-from ..ops.common.tuning import Gpu
-from .plan import CROSSOVERS, ROOMS, Job, best, jobs
+from ..ops.core import tuning
+from ..ops.core.tuning import Gpu
+from .plan import CROSSOVERS, PACKAGES, Job, best, jobs
 
 Results = list[float | str]
 
@@ -46,8 +46,8 @@ def run(
     out_of_time: Callable[[], bool] = lambda: False,
     progress: Callable[[list[Job]], Iterable[Job]] = iter,
 ) -> dict[Job, Results]:
-    """Measure what is not measured yet, and write each room's table, also where it ends early (out of time, or by an
-    exception, which is passed on).
+    """Measure what is not measured yet, and write each op package's table, also where it ends early (out of time, or by
+    an exception, which is passed on).
 
     Args:
         folder: of tables and measurements; the user's cache.
@@ -75,7 +75,7 @@ def run(
             if job.at and job.op not in compared:  # whole layers are, by the tiles of the tables in force
                 compared.add(job.op)
                 _write_table(folder, gpu, job.op, planned, rows)
-                ROOMS[job.op].tuned.cache_clear()
+                PACKAGES[job.op].tuned.cache_clear()
             # Tiles are measured by themselves; two ways are compared with the tiles that were found.
             table = best((other for other in planned if other.op == job.op), rows) if job.at else {}
             try:
@@ -125,21 +125,21 @@ def _line(job: Job, results: Results) -> str:
 def _write_table(folder: Path, gpu: Gpu, op: str, planned: list[Job], rows: dict[Job, Results]) -> None:
     table = best((job for job in planned if job.op == op), rows)
     if table:
-        tuning.write(tuning.path_in(folder, op, gpu), op, gpu, ROOMS[op].CHOICES, table)
+        tuning.write(tuning.path_in(folder, op, gpu), op, gpu, PACKAGES[op].CHOICES, table)
 
 
 # --- The command ---------------------------------------------------------------------------------------------
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--op", action="append", choices=ROOMS, help="one room; may be given several times")
+    parser.add_argument("--op", action="append", choices=PACKAGES, help="one op package; may be given several times")
     parser.add_argument("--minutes", type=float, help="start no further measurement after this many minutes")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be measured; needs no GPU")
 
 
 def main(options: argparse.Namespace) -> str | None:
     """The command; the line that it fails with, or None."""
-    ops = options.op or list(ROOMS)
+    ops = options.op or list(PACKAGES)
     folder, (gpu, missing) = tuning.cache_folder(), current_gpu()
     if options.dry_run:
         print(dry_run(ops, folder, gpu))
@@ -179,11 +179,11 @@ def current_gpu() -> tuple[Gpu | None, str]:
 
 
 def tables_used(gpu: Gpu) -> str:
-    """Which table each room uses on this GPU, or why none."""
-    rooms: dict[str, list[str]] = {}
-    for op, configs in ROOMS.items():
-        rooms.setdefault(tuning.explain(op, gpu, configs.CHOICES), []).append(op)
-    return "; ".join(f"{', '.join(ops)}: {text}" for text, ops in rooms.items())
+    """Which table each op package uses on this GPU, or why none."""
+    packages: dict[str, list[str]] = {}
+    for op, configs in PACKAGES.items():
+        packages.setdefault(tuning.explain(op, gpu, configs.CHOICES), []).append(op)
+    return "; ".join(f"{', '.join(ops)}: {text}" for text, ops in packages.items())
 
 
 def dry_run(ops: list[str], folder: Path, gpu: Gpu | None) -> str:

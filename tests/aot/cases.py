@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import peft_kernels as pk
-from peft_kernels.ops.common.tuning import Choice
+from peft_kernels.ops.core.tuning import Choice
 from peft_kernels.testing.aot import Launch
 from tests.aot import lora_linear, masked_linear, sparse_delta
 from tests.aot.phantom import Gpu
@@ -15,7 +15,7 @@ from tests.aot.record import recording
 from tests.aot.scenario import Scenario
 
 #: Each has `scenarios()`.
-ROOMS = (lora_linear, masked_linear, sparse_delta)
+PACKAGES = (lora_linear, masked_linear, sparse_delta)
 #: Bytes that a thread may store to and load from local memory at odd sizes (`Scenario.regular`), where elements of a
 #: matrix or bytes of a mask are loaded one by one; nothing elsewhere.
 SPILLED_AT_ODD_SIZES = {
@@ -38,7 +38,7 @@ class Case(NamedTuple):
 
 
 def scenarios() -> list[Scenario]:
-    return [scenario for room in ROOMS for scenario in room.scenarios()]
+    return [scenario for room in PACKAGES for scenario in room.scenarios()]
 
 
 def cases(gpu: Gpu, wanted: Iterable[Scenario]) -> list[Case]:
@@ -82,8 +82,8 @@ def _add(found: dict[tuple, Case], gpu: Gpu, scenario: Scenario) -> None:
 
 
 class _Candidates:
-    """A room's table of what was measured, were the fastest tile always the candidate of this `number` (or the last).
-    `most`: how many the choices have that were looked up."""
+    """An op package's table of what was measured, were the fastest tile always the candidate of this `number` (or the
+    last). `most`: how many the choices have that were looked up."""
 
     def __init__(self, choices: Mapping[str, Choice], gpu: Gpu) -> None:
         self.number, self.most = 0, 1

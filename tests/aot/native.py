@@ -91,11 +91,11 @@ def _cuobjdump(what: str, architecture: str) -> str:
 def _name(mangled: str) -> str:
     """As the library's table calls it: without namespaces and arguments, tiles by their names."""
     text = _demangled(mangled).removeprefix("void ")
-    text = text.replace("peft_kernels::reduction::kernel", "split_reduce")
+    text = text.replace("peft_kernels::reduction::kernel", "reduce_partials")
     text = re.sub(r"\b\w+::", "", text).partition("(")[0].replace(" >", ">")
     for tile, alias in _tiles().items():
         text = text.replace(tile, alias)
-    if text.startswith("split_reduce"):
+    if text.startswith("reduce_partials"):
         text = text.replace("__nv_bfloat16", "bfloat16").replace("__half", "half")
     return text.replace("draw_mask_kernel", "draw_mask")
 

@@ -19,7 +19,7 @@ class Scenario(NamedTuple):
         regular: sizes are multiples of 16 (under a dropout mask of 128) and ranks of 8, as those of models are: no
             kernel may spill.
         compiled: in every run of the tests "everywhere" or for "sm_90", or only where "all" is.
-        configs: of the op's room, which picks the tiles.
+        configs: of the op's package, which picks the tiles.
     """
 
     name: str

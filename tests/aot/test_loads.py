@@ -61,7 +61,7 @@ def scenarios() -> Iterator[Scenario]:
 
 
 #: Gathered or scattered by nature.
-SCATTERED = ("write_kernel", "split_reduce_kernel")
+SCATTERED = ("write_kernel", "reduce_partials_kernel")
 
 
 @pytest.mark.parametrize(

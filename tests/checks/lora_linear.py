@@ -12,11 +12,11 @@ from peft_kernels.ops.lora_linear import cuda, reference
 from peft_kernels.testing import (
     assert_within_eager,
     eager,
+    float64_reference,
     make_case,
     poisoned_allocations,
     run,
     saved_tensors,
-    truth,
 )
 from peft_kernels.testing.lora_linear import sums
 from tests.checks.common import record_calls, strided, subsets
@@ -54,7 +54,7 @@ def check_within_eager(backend: str, autocast: torch.dtype | None = None, **case
     draws = math.ceil(SAMPLES / max(smallest, 1))
     for draw in range(draws):
         case = make_case(**case_arguments, draw=draw)
-        exact, plain = truth(case), eager(case, autocast)
+        exact, plain = float64_reference(case), eager(case, autocast)
         with pk.use_backend(backend), poisoned_allocations():
             first = run(case, autocast=autocast)
             second = run(case, autocast=autocast)

@@ -11,7 +11,7 @@ import torch
 import peft_kernels as pk
 from peft_kernels.ops.masked_linear import reference
 from peft_kernels.testing import assert_within_eager, poisoned_allocations, saved_tensors
-from peft_kernels.testing.masked_linear import NAMES, eager, make_case, ours, run, sums, truth
+from peft_kernels.testing.masked_linear import NAMES, eager, float64_reference, make_case, ours, run, sums
 from tests.checks.common import record_calls, strided, subsets
 
 #: Leading dims, K, N: off every tile, on it, a single row, none, a dimension of size 0.
@@ -41,7 +41,7 @@ def check_within_eager(backend: str, autocast: torch.dtype | None = None, **case
     smallest = min(size for t in (case.x, case.weight, case.bias, case.grad_y) if t is not None and (size := t.numel()))
     for draw in range(math.ceil(SAMPLES / smallest)):
         case = make_case(**case_arguments, draw=draw)
-        exact, plain = truth(case), eager(case, autocast)
+        exact, plain = float64_reference(case), eager(case, autocast)
         with pk.use_backend(backend), poisoned_allocations():
             first = run(case, autocast=autocast)
             second = run(case, autocast=autocast)

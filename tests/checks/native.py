@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from peft_kernels import _native, backends
-from peft_kernels.ops.common import dropout
+from peft_kernels.ops.core import dropout
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -72,7 +72,7 @@ def lora_forward(x, weight, lora_A, lora_B, row_scale, scale, bias):
     assert K >= 1 and N >= 1 and N % 8 == 0 and 1 <= R <= 64
     wide, lora_A = taken(x, M, K, dtype), taken(lora_A, R, K, dtype)
     s = x.new_zeros(M, -(-R // 8) * 8)
-    s[:, :R] = _split_reduce((wide @ lora_A.mT)[None], row_scale, scale, dtype)
+    s[:, :R] = _reduce_partials((wide @ lora_A.mT)[None], row_scale, scale, dtype)
     y = wide @ taken(weight, N, K, dtype).mT + s[:, :R].float() @ taken(lora_B, N, R, dtype).mT
     if bias is not None:
         assert bias.shape == (N,) and bias.is_contiguous() and bias.dtype == dtype
@@ -137,12 +137,12 @@ def sparse_gathered(dy, x, row_starts, columns, n, m):
     return parts(dy.mT, x, 2 if M > 8 else 1)[:, rows, columns.long()]
 
 
-def split_reduce(partials, row_scale, scale, out_dtype):
+def reduce_partials(partials, row_scale, scale, out_dtype):
     assert len(partials) == len(row_scale) == len(scale) >= 1
-    return [_split_reduce(*one, out_dtype) for one in zip(partials, row_scale, scale)]
+    return [_reduce_partials(*one, out_dtype) for one in zip(partials, row_scale, scale)]
 
 
-def _split_reduce(partials, row_scale, scale, out_dtype):
+def _reduce_partials(partials, row_scale, scale, out_dtype):
     _, M, R = partials.shape
     assert partials.dtype == torch.float32
     if M * R:

@@ -16,13 +16,13 @@ from peft_kernels.testing import assert_within_eager, poisoned_allocations, save
 from peft_kernels.testing.sparse_delta import (
     LEAVES,
     eager,
+    float64_reference,
     make_case,
     make_layout,
     ours,
     ours_in_weight,
     run,
     sums,
-    truth,
 )
 from tests.checks.common import record_calls, strided, subsets
 
@@ -67,7 +67,7 @@ def check_within_eager(backend: str, autocast: torch.dtype | None = None, **case
     collected: dict[str, list[tuple[torch.Tensor, ...]]] = {}
     for draw in range(draws):
         case = make_case(**case_arguments, draw=draw)
-        exact, plain = truth(case), eager(case, autocast)
+        exact, plain = float64_reference(case), eager(case, autocast)
         for how, expression in EXPRESSIONS.items():
             frozen = ("weight",) if expression is ours_in_weight else ()
             case.frozen = frozen

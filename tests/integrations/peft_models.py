@@ -1,4 +1,4 @@
-"""Tiny random PEFT models and the three runs that the tests compare: truth, PEFT's own, accelerated."""
+"""Tiny random PEFT models and the three runs that the tests compare: the float64 reference, PEFT's own, accelerated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_kernels.integrations.peft import Report
-from peft_kernels.ops.common import dropout
+from peft_kernels.ops.core import dropout
 from peft_kernels.testing import ulp
 
 VOCABULARY = 32
@@ -105,15 +105,15 @@ def run_layer(layer, x, grad, autocast: torch.dtype | None = None):
     return {"y": y.detach(), **dict(zip(leaves, grads))}
 
 
-def assert_as_close_as_peft(ours: list[dict], eager: list[dict], truth: list[dict]) -> None:
+def assert_as_close_as_peft(ours: list[dict], eager: list[dict], float64_reference: list[dict]) -> None:
     """Logits and gradients: the norm of the error against PEFT's own, geometric mean over several runs, at
     most twice for each tensor and 1.25 times for half of them. One run would prove little: all its gradients
     carry the rounding errors of one loss, and the ratio of two such errors is a matter of luck. (One layer is
     held to the strict rule.) The loss, a single number: the rms of its errors within twice PEFT's and one ulp."""
     ratios = {}
-    for name in truth[0]:
+    for name in float64_reference[0]:
         errors, yardsticks = [], []
-        for one, other, true in zip(ours, eager, truth):
+        for one, other, true in zip(ours, eager, float64_reference):
             assert one[name].dtype == other[name].dtype and one[name].shape == true[name].shape
             once_rounded = torch.finfo(one[name].dtype).eps / 4 * true[name].norm().item()
             errors.append(max((one[name].double() - true[name]).norm().item(), once_rounded))

@@ -1,4 +1,4 @@
-"""The accelerated layer and model against PEFT's own: float64 truth, PEFT in the same dtype, ours."""
+"""The accelerated layer and model against PEFT's own: float64 reference, PEFT in the same dtype, ours."""
 
 import copy
 
@@ -56,14 +56,14 @@ def test_layer(base, precision, p, taken):
     eager = replay_dropout(nn.ModuleDict({"layer": layer}), Report(("layer",), (), {})) if p else {"layer": layer}
     wide = copy.deepcopy(eager["layer"]).double()
     expected = run_layer(eager["layer"], x, grad, autocast)
-    truth = run_layer(wide, x.double(), grad.double())
+    float64_reference = run_layer(wide, x.double(), grad.double())
 
     pk.integrations.peft.accelerate(layer)
     ours = run_layer(layer, x, grad, autocast)
     assert taken == ["alone"]
-    assert ours.keys() == truth.keys()
+    assert ours.keys() == float64_reference.keys()
     for name in ours:
-        assert_within_eager(name, ours[name], expected[name], truth[name])
+        assert_within_eager(name, ours[name], expected[name], float64_reference[name])
 
 
 @pytest.mark.parametrize("leading", [(), (0,), (4,), (2, 3), (2, 0, 3), (1, 2, 1, 3)])
@@ -100,8 +100,8 @@ def compare(kind, dtype, adapters, autocast, p):
     report = pk.integrations.peft.accelerate(model)
     assert not report.kept
     eager = replay_dropout(plain, report) if p else plain
-    truth = copy.deepcopy(eager).double()
-    assert_as_close_as_peft(runs(model, autocast), runs(eager, autocast), runs(truth))
+    float64_reference = copy.deepcopy(eager).double()
+    assert_as_close_as_peft(runs(model, autocast), runs(eager, autocast), runs(float64_reference))
 
 
 def test_mixtures_that_only_autocast_can_run(taken):
@@ -109,14 +109,14 @@ def test_mixtures_that_only_autocast_can_run(taken):
     x, grad = torch.randn(3, 48), torch.randn(3, 40)
     pk.integrations.peft.accelerate(layer)
     layer.lora_A.to(BF16), layer.lora_B.to(BF16)
-    truth = run_layer(copy.deepcopy(layer).double(), x.double(), grad.double())
+    float64_reference = run_layer(copy.deepcopy(layer).double(), x.double(), grad.double())
     taken.clear()
     ours = run_layer(layer, x, grad, BF16)
     assert taken == ["alone"]
     pk.integrations.peft.restore(layer)
     eager = run_layer(layer, x, grad, BF16)
     for name in ours:
-        assert_within_eager(name, ours[name], eager[name], truth[name])
+        assert_within_eager(name, ours[name], eager[name], float64_reference[name])
 
 
 @pytest.mark.parametrize("autocast", [None, BF16])

@@ -45,16 +45,16 @@ def test_layer(precision, how, bias, taken):
         layer.set_scale("default", 0.7)
     x, grad = inputs(dtype, autocast)
     expected = run_layer(layer, x, grad, autocast)
-    truth = run_layer(copy.deepcopy(layer).double(), x.double(), grad.double())
+    float64_reference = run_layer(copy.deepcopy(layer).double(), x.double(), grad.double())
     assert not accelerate(layer).kept and taken == []
     ours = run_layer(layer, x, grad, autocast)
     assert taken == ["sparse"]
-    assert ours.keys() == truth.keys() >= {"y", "x", "shira_weight.default"}
+    assert ours.keys() == float64_reference.keys() >= {"y", "x", "shira_weight.default"}
     for name in ours:
         if dtype == F64:
             torch.testing.assert_close(ours[name], expected[name], rtol=1e-13, atol=1e-13)
         else:
-            assert_within_eager(name, ours[name], expected[name], truth[name])
+            assert_within_eager(name, ours[name], expected[name], float64_reference[name])
 
 
 @pytest.mark.parametrize("leading", [(), (0,), (4,), (2, 0, 3), (1, 2, 1, 3)])

@@ -1,4 +1,4 @@
-"""The Triton kernels of the LoRA linear room in Triton's interpreter. It multiplies float16 and float32 rightly, and
+"""The Triton kernels of the LoRA linear op in Triton's interpreter. It multiplies float16 and float32 rightly, and
 bfloat16 not at all, so that bfloat16 is left to the GPU suite."""
 
 import os
@@ -81,7 +81,7 @@ def test_persistent_gemm():
     with masks, against the pointer kernel's operands in plain PyTorch."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    from peft_kernels.ops.common import dropout
+    from peft_kernels.ops.core import dropout
     from peft_kernels.ops.lora_linear.triton_gemm import extended_gemm_tma_kernel
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The Triton kernels of the masked linear room in Triton's interpreter. It multiplies float16 and float32 rightly, and
+"""The Triton kernels of the masked linear op in Triton's interpreter. It multiplies float16 and float32 rightly, and
 bfloat16 not at all, so that bfloat16 is left to the GPU suite."""
 
 import os

@@ -1,5 +1,5 @@
-"""The Triton kernels of the sparse delta room in Triton's interpreter. It multiplies float16 and float32 rightly, and
-bfloat16 not at all, so that bfloat16 is left to the GPU suite."""
+"""The Triton kernels of the sparse delta op package in Triton's interpreter. It multiplies float16 and float32 rightly,
+and bfloat16 not at all, so that bfloat16 is left to the GPU suite."""
 
 import os
 

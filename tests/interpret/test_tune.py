@@ -9,9 +9,17 @@ import torch
 from peft_kernels import _native
 from peft_kernels.ops.lora_linear import cuda
 from peft_kernels.tune.measure import check
-from peft_kernels.tune.plan import CROSSOVERS, ROOMS, Job
+from peft_kernels.tune.plan import CROSSOVERS, PACKAGES, Job
 from peft_kernels.tune.problems import problem
-from tests.checks.native import lora_forward, lora_gemm, lora_grads, lora_outer, lora_shrink, split_reduce, standing_in
+from tests.checks.native import (
+    lora_forward,
+    lora_gemm,
+    lora_grads,
+    lora_outer,
+    lora_shrink,
+    reduce_partials,
+    standing_in,
+)
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs a process of its own with TRITON_INTERPRET=1"
@@ -19,8 +27,8 @@ pytestmark = pytest.mark.skipif(
 KEYS = [
     ("lora_linear", "shrink_tile", (40, 72, 16, 2, False, False)),
     ("lora_linear", "shrink_tile", (40, 72, 32, 2, True, False)),
-    ("lora_linear", "dy_pass_tile", (40, 72, 16, 2, False)),
-    ("lora_linear", "x_pass_tile", (40, 72, 32, 2, False)),
+    ("lora_linear", "dh_db_tile", (40, 72, 16, 2, False)),
+    ("lora_linear", "da_tile", (40, 72, 32, 2, False)),
     ("lora_linear", "gemm_tile", (40, 72, 16, 2, False, 0, False, True)),
     ("lora_linear", "gemm_tile", (40, 72, 16, 2, False, 1, False, True)),
     ("lora_linear", "gemm_tile", (40, 72, 32, 2, False, 1, False, False)),
@@ -36,7 +44,7 @@ KEYS = [
 
 @pytest.mark.parametrize(("op", "choice", "key"), KEYS)
 def test_every_candidate_passes_the_check(op, choice, key):
-    candidates = tuple(ROOMS[op].CHOICES[choice].candidates(*key, 0))
+    candidates = tuple(PACKAGES[op].CHOICES[choice].candidates(*key, 0))
     assert len(candidates) > 1
     prepared = problem(Job(op, choice, key, (), candidates), {}, "cpu", torch.float16, depth=96)
     assert check(prepared, candidates) == [""] * len(candidates)
@@ -57,6 +65,6 @@ def test_both_ways_pass_the_check(op, choice, at):
 def test_native_kernels_pass_the_check(choice, table, monkeypatch):
     monkeypatch.setattr(cuda, "has_boxes", lambda _: True)  # whose kernels the stand-ins are
     ways = CROSSOVERS[choice].ways
-    with standing_in(lora_forward, lora_gemm, lora_grads, lora_outer, lora_shrink, split_reduce):
+    with standing_in(lora_forward, lora_gemm, lora_grads, lora_outer, lora_shrink, reduce_partials):
         prepared = problem(Job("lora_linear", choice, (2,), (40, 72, 48), ways), table, "cpu", torch.float16)
         assert check(prepared, ways) == ["", ""]

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import peft_kernels as pk
-from peft_kernels.ops.common import dropout
+from peft_kernels.ops.core import dropout
 from peft_kernels.ops.lora_linear import LoRALinearFunction
 from peft_kernels.testing import LoRACase, make_case, run, saved_tensors
 from tests.checks import lora_linear as checks

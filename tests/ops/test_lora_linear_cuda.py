@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import peft_kernels as pk
 from peft_kernels import _native, backends
-from peft_kernels.ops.common import native
+from peft_kernels.ops.core import native
 from peft_kernels.ops.lora_linear import configs, cuda, op, reference
 from peft_kernels.testing import make_case, run
 from tests.checks import lora_linear as checks
@@ -19,7 +19,7 @@ from tests.checks.native import (
     lora_grads,
     lora_outer,
     lora_shrink,
-    split_reduce,
+    reduce_partials,
     standing_in,
 )
 
@@ -40,7 +40,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
-    with standing_in(lora_forward, lora_gemm, lora_grads, lora_shrink, lora_outer, split_reduce):
+    with standing_in(lora_forward, lora_gemm, lora_grads, lora_shrink, lora_outer, reduce_partials):
         yield
 
 
@@ -116,24 +116,24 @@ def called(monkeypatch):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 @pytest.mark.parametrize("projections", [1, 3])
 def test_launches(projections, dropout_p, called):
-    """By the room's README: what several projections share, with masks of their own too."""
-    forward = ["lora_shrink", "split_reduce"] + ["lora_gemm"] * projections
-    backward = ["lora_outer"] * projections + ["split_reduce", "lora_grads", "split_reduce"]
+    """By the op package's README: what several projections share, with masks of their own too."""
+    forward = ["lora_shrink", "reduce_partials"] + ["lora_gemm"] * projections
+    backward = ["lora_outer"] * projections + ["reduce_partials", "lora_grads", "reduce_partials"]
     assert called((40,), 72, (48, 24, 24)[:projections], 8, dropout_p=dropout_p) == forward + backward
 
 
 def test_launches_at_large_ranks(called):
-    """Above 32 dH and dB have a pass each; above 64 they and dA are products of the vendor's."""
-    backward = ["lora_outer", "lora_shrink", "split_reduce", "lora_grads", "split_reduce"]
-    assert called((40,), 72, (48,), 40) == ["lora_shrink", "split_reduce", "lora_gemm", *backward]
+    """Above 32 dH and dB have a pass each; above 64 they and dA are cuBLAS products."""
+    backward = ["lora_outer", "lora_shrink", "reduce_partials", "lora_grads", "reduce_partials"]
+    assert called((40,), 72, (48,), 40) == ["lora_shrink", "reduce_partials", "lora_gemm", *backward]
     assert called((40,), 72, (48,), 70) == ["lora_gemm", "lora_gemm"]
     # A mask is applied to tiles of x: one pass, in streams.
-    masked = ["lora_shrink", "split_reduce", "lora_gemm", "lora_grads", "split_reduce"]
+    masked = ["lora_shrink", "reduce_partials", "lora_gemm", "lora_grads", "reduce_partials"]
     assert called((40,), 72, (48,), 70, dropout_p=0.25) == masked
     # Three of 40 beside each other too.
-    backward = ["lora_outer", "lora_shrink"] * 3 + ["split_reduce", "lora_grads", "split_reduce"]
+    backward = ["lora_outer", "lora_shrink"] * 3 + ["reduce_partials", "lora_grads", "reduce_partials"]
     shared = called((40,), 72, (48, 24, 24), 40)
-    assert shared == ["lora_shrink", "split_reduce", *["lora_gemm"] * 3, *backward]
+    assert shared == ["lora_shrink", "reduce_partials", *["lora_gemm"] * 3, *backward]
 
 
 @pytest.mark.parametrize("trained", [(), (0,), (0, 2), (1, 2)], ids=str)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import peft_kernels as pk
-from peft_kernels.ops.common import dropout, native
+from peft_kernels.ops.core import dropout, native
 from peft_kernels.testing import make_case
 from tests.checks import lora_linear as checks
 from tests.checks.common import captured

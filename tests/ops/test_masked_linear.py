@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import peft_kernels as pk
 from peft_kernels.ops.masked_linear import MaskedLinearFunction, configs, reference
 from peft_kernels.testing import saved_tensors
-from peft_kernels.testing.masked_linear import NAMES, MaskedCase, eager, make_case, ours, run, truth
+from peft_kernels.testing.masked_linear import NAMES, MaskedCase, eager, float64_reference, make_case, ours, run
 from tests.checks import masked_linear as checks
 
 DTYPES = {
@@ -62,7 +62,7 @@ def test_drawn_shapes(dtype, **case_arguments):
 @pytest.mark.parametrize("scores_dtype", [torch.float64, torch.float32])
 def test_equals_the_definition_in_float64(scores_dtype):
     case = make_case((3, 5), 20, 12, torch.float64, scores_dtype)
-    exact = truth(case)
+    exact = float64_reference(case)
     for name, value in run(case).items():
         torch.testing.assert_close(value, exact[name].to(value.dtype))
         assert value.dtype == (scores_dtype if name == "grad of scores" else torch.float64)
@@ -290,6 +290,6 @@ def test_tiles(arch, element_size, aligned):
 def test_eager_expression_is_the_definition():
     """The yardstick of the other tests, itself against the definition."""
     case = make_case(dtype=torch.float64)
-    exact = truth(case)
+    exact = float64_reference(case)
     for name, value in eager(case).items():
         torch.testing.assert_close(value, exact[name])

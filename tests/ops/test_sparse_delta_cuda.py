@@ -9,7 +9,7 @@ import peft_kernels as pk
 from peft_kernels import _native
 from peft_kernels.testing.sparse_delta import make_case
 from tests.checks import sparse_delta as checks
-from tests.checks.native import HALVES, sparse_gathered, split_reduce, standing_in
+from tests.checks.native import HALVES, reduce_partials, sparse_gathered, standing_in
 
 pytestmark = pytest.mark.skipif(not _native.LIBRARY.exists(), reason="needs the native library")
 DTYPES = {
@@ -21,7 +21,7 @@ DTYPES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
-    with standing_in(sparse_gathered, split_reduce):
+    with standing_in(sparse_gathered, reduce_partials):
         yield
 
 

@@ -1,9 +1,9 @@
-"""What the rooms share."""
+"""What the op packages share."""
 
 import pytest
 import torch
 
-from peft_kernels.ops.common.tensors import mm_over_rows
+from peft_kernels.ops.core.tensors import mm_over_rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

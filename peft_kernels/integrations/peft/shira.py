@@ -17,7 +17,7 @@ from peft.tuners import shira
 from peft.tuners.shira import layer as shira_layer
 from torch.nn import Linear
 
-from ...ops.common.messages import describe
+from ...ops.core.messages import describe
 from ...ops.sparse_delta import SparseLayout, sparse_delta_linear
 from .layers import PLAIN, dtypes_fit, is_watched, only_adapter
 

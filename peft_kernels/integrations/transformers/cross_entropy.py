@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ...ops.common.transforms import backward_of, is_transformed
+from ...ops.core.transforms import backward_of, is_transformed
 
 #: Of float32 values in use at a time beside logits and gradient; on a CPU they fit in its cache.
 PIECE_BYTES, CACHED_BYTES = 1 << 28, 1 << 22

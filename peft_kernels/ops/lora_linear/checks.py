@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..common.messages import describe
+from ..core.messages import describe
 
 
 def check(op: str, x: torch.Tensor, projections: tuple, dropout_p: float, adapter_precision: str) -> None:

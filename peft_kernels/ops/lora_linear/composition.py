@@ -8,7 +8,7 @@ import math
 import torch
 from torch.nn.functional import linear
 
-from ..common import dropout
+from ..core import dropout
 
 
 def forward(

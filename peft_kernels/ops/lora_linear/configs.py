@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import torch
 
-from ..common import tuning
-from ..common.tuning import FEATURES, RANKS, TOKENS, UNTUNED, Table
+from ..core import tuning
+from ..core.tuning import FEATURES, RANKS, TOKENS, UNTUNED, Table
 
-#: By element size: above, dH and dB come from the vendor's GEMM, since the partials of the pass over dy grow with R.
-LARGEST_RANK_OF_DY_PASS = {2: 32, 4: 16}
+#: By element size: above, dH and dB come from cuBLAS, since the partials of the pass over dy grow with R.
+LARGEST_RANK_OF_DH_DB = {2: 32, 4: 16}
 _PROGRAMS_PER_SM = 2  # enough loads in flight for a kernel that only reads
 
 
@@ -105,12 +105,12 @@ def shrink_candidates(
     return tuning.with_rule_first(rule, tiles)
 
 
-def dy_pass_tile(M: int, N: int, R: int, element_size: int, high: bool, arch: int, table: Table = UNTUNED) -> PassTile:
+def dh_db_tile(M: int, N: int, R: int, element_size: int, high: bool, arch: int, table: Table = UNTUNED) -> PassTile:
     if table:
-        key = "dy_pass_tile", TOKENS.of(M), FEATURES.of(N), RANKS.of(R), element_size, high
+        key = "dh_db_tile", TOKENS.of(M), FEATURES.of(N), RANKS.of(R), element_size, high
         if tile := table.get(key):
             return tile
-    block_r = rank_block(R, LARGEST_RANK_OF_DY_PASS[element_size])
+    block_r = rank_block(R, LARGEST_RANK_OF_DH_DB[element_size])
     if element_size == 4:
         return PassTile(32, 32, block_r, num_warps=4, num_stages=2)
     if high:
@@ -122,8 +122,8 @@ def dy_pass_tile(M: int, N: int, R: int, element_size: int, high: bool, arch: in
     return PassTile(64, 128, block_r, num_warps=4, num_stages=3 if arch else 2)
 
 
-def dy_pass_candidates(M: int, N: int, R: int, element_size: int, high: bool, arch: int) -> list[PassTile]:
-    rule = dy_pass_tile(M, N, R, element_size, high, arch)
+def dh_db_candidates(M: int, N: int, R: int, element_size: int, high: bool, arch: int) -> list[PassTile]:
+    rule = dh_db_tile(M, N, R, element_size, high, arch)
     if element_size == 4 or high:
         return [rule]
     sizes = [(32, 128, 8), (64, 128, 4), (64, 64, 4), (128, 128, 8)]
@@ -131,9 +131,9 @@ def dy_pass_candidates(M: int, N: int, R: int, element_size: int, high: bool, ar
     return tuning.with_rule_first(rule, tiles)
 
 
-def x_pass_tile(M: int, K: int, width: int, element_size: int, high: bool, table: Table = UNTUNED) -> PassTile:
+def da_tile(M: int, K: int, width: int, element_size: int, high: bool, table: Table = UNTUNED) -> PassTile:
     if table:
-        key = "x_pass_tile", TOKENS.of(M), FEATURES.of(K), RANKS.of(width), element_size, high
+        key = "da_tile", TOKENS.of(M), FEATURES.of(K), RANKS.of(width), element_size, high
         if tile := table.get(key):
             return tile
     if element_size == 4:
@@ -145,8 +145,8 @@ def x_pass_tile(M: int, K: int, width: int, element_size: int, high: bool, table
     return PassTile(64, 128, block_c, num_warps=8, num_stages=2 if block_c == 32 else 3)
 
 
-def x_pass_candidates(M: int, K: int, width: int, element_size: int, high: bool, arch: int) -> list[PassTile]:
-    rule = x_pass_tile(M, K, width, element_size, high)
+def da_candidates(M: int, K: int, width: int, element_size: int, high: bool, arch: int) -> list[PassTile]:
+    rule = da_tile(M, K, width, element_size, high)
     if element_size == 4 or high:
         return [rule]
     tiles = [PassTile(m, k, rule.block_c, warps, 3 if arch else 2) for m, k, warps in [(64, 64, 4), (128, 128, 8)]]
@@ -222,7 +222,7 @@ CUDA_FUSED_FROM: dict[tuple[int, int], int] = {}
 def expand_path(
     M: int, N: int, K: int, R: int, dtype: torch.dtype, arch: int, backend: str, table: Table = UNTUNED
 ) -> str:
-    """ "fused" (the rank inside the GEMM) or "blas" (low-rank product first, then the vendor's GEMM added onto it)."""
+    """ "fused" (the rank inside the GEMM) or "blas" (low-rank product first, then cuBLAS added onto it)."""
     forced = backend.partition(":")[2]
     smallest = table.get(("fused_from", dtype.itemsize), FUSED_FROM.get((arch, dtype.itemsize)))
     return forced or ("fused" if _reached(smallest, M, N, K) else "blas")
@@ -268,8 +268,8 @@ def _reached(smallest: float | None, M: int, N: int, K: int) -> bool:
 
 CHOICES = {
     "shrink_tile": tuning.Choice(("M", "K", "width", "element_size", "dropping", "high"), shrink_candidates),
-    "dy_pass_tile": tuning.Choice(("M", "N", "R", "element_size", "high"), dy_pass_candidates),
-    "x_pass_tile": tuning.Choice(("M", "K", "width", "element_size", "high"), x_pass_candidates),
+    "dh_db_tile": tuning.Choice(("M", "N", "R", "element_size", "high"), dh_db_candidates),
+    "da_tile": tuning.Choice(("M", "K", "width", "element_size", "high"), da_candidates),
     "gemm_tile": tuning.Choice(("M", "N", "R", "element_size", "tma", "masks", "high", "base"), gemm_candidates),
     "fused_from": tuning.Choice(("element_size",)),  # M·N·K
     "cuda_fused_from": tuning.Choice(("element_size",)),  # M·N·K

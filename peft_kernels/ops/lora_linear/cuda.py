@@ -15,13 +15,13 @@ from typing import NamedTuple
 
 import torch
 
-from ..common import dropout
-from ..common.machine import architecture
-from ..common.native import Sum, aligned, by_row, has_boxes, native, padded, reduced, takes, with_columns, with_rows
-from ..common.tensors import flatten, matmul_float32, unflatten
+from ..core import dropout
+from ..core.machine import architecture
+from ..core.native import Sum, aligned, by_row, has_boxes, native, padded, reduced, takes, with_columns, with_rows
+from ..core.tensors import flatten, matmul_float32, unflatten
 from . import configs, reference
 
-LARGEST_RANK_OF_PASS = 64  # of `lora_outer`, a stream; above, the vendor's GEMM, or with a mask several streams
+LARGEST_RANK_OF_PASS = 64  # of `lora_outer`, a stream; above, cuBLAS, or with a mask several streams
 LARGEST_RANK_OF_JOINT_PASS = 32  # for dH and dB: above, dH's partial sums cost more than to read dy twice
 LARGEST_NUMBER_OF_PAIRS = 3  # of `lora_gemm`
 LARGEST_RANK_OF_FORWARD = 64  # of `lora_forward`
@@ -242,7 +242,7 @@ def _products_of_x(
     masks: torch.Tensor | None,
 ) -> tuple[list[_Product], list[torch.Tensor]]:
     """What adds up to Σ_j dy_j·W_j + D_j(dH_j·A_j) [M, K]: one product for what lies the same way, to be computed, and
-    the vendor's parts."""
+    the products by cuBLAS."""
     one_mask = masks is None or len(masks) == 1  # or none
 
     def masks_of(projections: list[int]) -> list[torch.Tensor]:
@@ -256,7 +256,7 @@ def _products_of_x(
         if takes(weight) or takes(weight.t()):
             together.setdefault(not takes(weight), []).append(j)
         else:
-            parts.append(_grad_x_by_vendor(dys[j], weight, dhs[j], lora_As[j], masks_of([j])))
+            parts.append(_grad_x_by_cublas(dys[j], weight, dhs[j], lora_As[j], masks_of([j])))
     for by_feature, members in together.items():
         for start in range(0, len(members), LARGEST_NUMBER_OF_PAIRS):
             some = members[start : start + LARGEST_NUMBER_OF_PAIRS]
@@ -267,7 +267,7 @@ def _products_of_x(
     return products, parts
 
 
-def _grad_x_by_vendor(
+def _grad_x_by_cublas(
     dy: torch.Tensor, weight: torch.Tensor, dh: torch.Tensor, lora_A: torch.Tensor, masks: list[torch.Tensor]
 ) -> torch.Tensor:
     """dy·W + D(dH·A) [M, K]."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ... import _native
-from ..common.tuning import UNTUNED, Table
+from ..core.tuning import UNTUNED, Table
 from . import configs, cuda
 
 
@@ -56,12 +56,12 @@ def explain(
         for product, columns in (("y", N), ("dx", K)):
             yield product, _text(configs.gemm_tile(M, columns, R, size, arch, tma, table=table))
     else:
-        yield "y and dx", "S·Bᵀ or dH·A first, then the vendor's GEMM with beta = 1"
-    if size in configs.LARGEST_RANK_OF_DY_PASS and configs.LARGEST_RANK_OF_DY_PASS[size] >= R:
-        yield "dH and dB, pass over dy", _text(configs.dy_pass_tile(M, N, R, size, False, arch, table))
+        yield "y and dx", "S·Bᵀ or dH·A first, then cuBLAS with beta = 1"
+    if size in configs.LARGEST_RANK_OF_DH_DB and configs.LARGEST_RANK_OF_DH_DB[size] >= R:
+        yield "dH and dB, pass over dy", _text(configs.dh_db_tile(M, N, R, size, False, arch, table))
     else:
-        yield "dH and dB", "two products by the vendor's GEMM: the rank is above that of the pass over dy"
-    yield "dA, pass over x", _text(configs.x_pass_tile(M, K, R, size, False, table))
+        yield "dH and dB", "two products by cuBLAS: the rank is above that of the pass over dy"
+    yield "dA, pass over x", _text(configs.da_tile(M, K, R, size, False, table))
 
 
 def explain_native(
@@ -75,7 +75,7 @@ def explain_native(
         return
     least = table.get(("cuda_fused_from", size), configs.CUDA_FUSED_FROM.get((arch, size)))
     if R > cuda.LARGEST_RANK_OF_PASS:
-        way = "the vendor's GEMM, as the rank is above that of a pass; with dropout a pass over x"
+        way = "cuBLAS, as the rank is above that of a pass; with dropout a pass over x"
     elif arch != 90 or K % 8 or not cuda.fits_one_kernel(N, R):
         way = "a pass over x: one kernel for S and y takes sm_90, K and N of multiples of 8, ranks up to 64"
     elif least is None:
@@ -90,7 +90,7 @@ def explain_native(
         text = f"tile {tile[0]} × {tile[1]} of {tile[2]} on {processors} SMs" if tile else "not known to this Python"
         yield f"backend cuda, {product}", text
     if R > cuda.LARGEST_RANK_OF_PASS:
-        way = "the vendor's GEMM each; with dropout a pass over x for dA"
+        way = "cuBLAS each; with dropout a pass over x for dA"
     else:
         way = "one pass over dy" if R <= cuda.LARGEST_RANK_OF_JOINT_PASS else "two passes over dy"
         way += ", one over x" + " beside the last tiles of dx" * (arch == 90)

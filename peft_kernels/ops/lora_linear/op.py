@@ -14,11 +14,11 @@ from torch._C import _is_any_autocast_enabled
 from torch.compiler import is_dynamo_compiling
 
 from ... import backends
-from ..common import dropout
-from ..common.library import LIBRARY, on_device_of, register
-from ..common.machine import architecture
-from ..common.tensors import autocast
-from ..common.transforms import backward_of, compose, is_transformed, over_values
+from ..core import dropout
+from ..core.library import LIBRARY, on_device_of, register
+from ..core.machine import architecture
+from ..core.tensors import autocast
+from ..core.transforms import backward_of, compose, is_transformed, over_values
 from . import composition, configs, cuda, reference
 from .checks import check
 
@@ -333,8 +333,8 @@ def _(x, projections, scalings, seed, dropout_p, shared_dropout, save_s, save_ma
         rank = sum(lora_A.shape[0] for lora_A, kept_s in zip(projections[2::5], save_s) if kept_s)
         kept.append(x.new_empty(rows, rank, dtype=torch.float32 if high_precision else None))
     if save_mask and seed is not None:
-        streams = 1 if shared_dropout else len(scalings)
-        kept.append(x.new_empty(streams, rows, dropout.mask_bytes(x.shape[-1]), dtype=torch.uint8))
+        num_masks = 1 if shared_dropout else len(scalings)
+        kept.append(x.new_empty(num_masks, rows, dropout.mask_bytes(x.shape[-1]), dtype=torch.uint8))
     return ys + kept
 
 

@@ -12,8 +12,8 @@ import math
 import torch
 from torch.nn.functional import linear
 
-from ..common import dropout
-from ..common.tensors import constant, flatten, matmul_float32, mm_over_rows, unflatten
+from ..core import dropout
+from ..core.tensors import constant, flatten, matmul_float32, mm_over_rows, unflatten
 
 _TINY_PRODUCT = 1 << 16  # multiply-adds
 
@@ -33,7 +33,7 @@ def forward(
     """y_j = x·W_jᵀ + bias_j + S_j·B_jᵀ with S_j = scaling_j · D_j(x)·A_jᵀ, for every projection j.
 
     Returns the ys [..., N_j]; then, if any is to be kept, S [M, Σ R_j] of the projections marked in save_s;
-    then, if it is to be kept, the packed mask [streams, M, ceil(K / 8)].
+    then, if it is to be kept, the packed mask [num_masks, M, ceil(K / 8)].
     """
     rows, rescale, dtype = flatten(x), 1.0 if seed is None else dropout.rescale(dropout_p), x.dtype
     low_dtype = _low_rank_dtype(rows, projections[2].shape[0], high_precision)

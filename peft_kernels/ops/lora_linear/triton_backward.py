@@ -7,20 +7,20 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common import dropout
-from ..common.device import divisible, dot, dot_high, load_mask
-from ..common.machine import architecture, sm_count
-from ..common.reduce import SplitSum, split_reduce
-from ..common.tensors import matmul_float32
-from ..common.triton_host import divisor, dot_precision
-from ..common.triton_host import high_precision as high
+from ..blocks.device import divisible, dot, dot_high, load_mask
+from ..blocks.reduce import SplitKPartials, reduce_partials
+from ..core import dropout
+from ..core.machine import architecture, sm_count
+from ..core.tensors import matmul_float32
+from ..core.triton_host import divisor, dot_precision
+from ..core.triton_host import high_precision as high
 from . import configs
 from .triton_forward import flat, stack
 from .triton_gemm import extended_gemm
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_chunk"])
-def dy_pass_kernel(
+def lora_bwd_dh_db_kernel(
     dy_ptr, b_ptr, s_ptr, dh_ptr, db_ptr, M, N, R, rows_per_chunk, stride_dym, stride_dyn, stride_bn, stride_br,
     stride_sm,
     HIGH: tl.constexpr, R_DIVISOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -67,17 +67,17 @@ def dy_pass_kernel(
         tl.store(target, db, mask=column_inside[:, None] & rank_inside[None, :])
 
 
-@triton.jit(do_not_specialize=["M", "rows_per_chunk", "mask_stride_stream"])
-def x_pass_kernel(
+@triton.jit(do_not_specialize=["M", "rows_per_chunk", "mask_stride_index"])
+def lora_bwd_da_kernel(
     x_ptr, dh_ptr, da_ptr, mask_ptr, M, K, C, width, rows_per_chunk, stride_xm, stride_xk, stride_dhm,
-    mask_stride_stream, mask_stride_row,
+    mask_stride_index, mask_stride_row,
     HIGH: tl.constexpr, C_DIVISOR: tl.constexpr, MASK_DIVISOR: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dA[chunk, C, K] = dHᵀ·D(x) over a chunk of rows: BLOCK_K columns of x and BLOCK_C columns of the stacked dH
     [M, C] a program, float32 partials. Groups of `width` columns of dH share a mask, as in `shrink_kernel`."""
     width, stride_dhm = divisible(width, C_DIVISOR), divisible(stride_dhm, C_DIVISOR)
-    mask_stride_stream = divisible(mask_stride_stream, MASK_DIVISOR)
+    mask_stride_index = divisible(mask_stride_index, MASK_DIVISOR)
     mask_stride_row = divisible(mask_stride_row, MASK_DIVISOR)
     blocks_per_group = tl.cdiv(width, BLOCK_C)
     blocks = (C // width) * blocks_per_group
@@ -98,7 +98,7 @@ def x_pass_kernel(
         )
         if mask_ptr is not None:
             kept = load_mask(
-                mask_ptr + group.to(tl.int64) * mask_stride_stream, rows, k_block * BLOCK_K, M, mask_stride_row, BLOCK_K
+                mask_ptr + group.to(tl.int64) * mask_stride_index, rows, k_block * BLOCK_K, M, mask_stride_row, BLOCK_K
             )
             x = tl.where(kept, x, 0.0)
         dh = tl.load(
@@ -120,22 +120,23 @@ def sums_over_dy(
     adapter_dtype: torch.dtype,
     high_precision: bool,
     tile: configs.PassTile | None = None,
-) -> tuple[torch.Tensor | None, list[SplitSum]]:
+) -> tuple[torch.Tensor | None, list[SplitKPartials]]:
     """dB = dyᵀ·S [N, R] if `s` is given, and dH = scale · dy·B into `dh` [M, R] if that is: by one pass over dy [M, N].
-    Both are there once `split_reduce` has added up the second part of the answer. `tile`: another than `configs` takes.
+    Both are there once `reduce_partials` has added up the second part of the answer. `tile`: another than `configs`
+    takes.
     """
     M, N = dy.shape
     R = lora_B.shape[1] if lora_B is not None else s.shape[1]
-    if configs.LARGEST_RANK_OF_DY_PASS[dy.element_size()] < R:
+    if configs.LARGEST_RANK_OF_DH_DB[dy.element_size()] < R:
         return _products_with_dy(dy, lora_B, s, dh, scale, row_scaling, adapter_dtype, high_precision), []
-    tile = tile or configs.dy_pass_tile(
+    tile = tile or configs.dh_db_tile(
         M, N, R, dy.element_size(), high_precision, architecture(dy.device), configs.tuned(dy.device)
     )
     n_blocks = triton.cdiv(N, tile.block_n)
     chunks, rows_per_chunk = configs.split(M, tile.block_m, n_blocks, sm_count(dy.device))
     dh_partials = dy.new_empty(n_blocks, M, R, dtype=torch.float32) if dh is not None else None
     db_partials = dy.new_empty(chunks, N, R, dtype=torch.float32) if s is not None else None
-    dy_pass_kernel[(n_blocks, chunks)](
+    lora_bwd_dh_db_kernel[(n_blocks, chunks)](
         dy, lora_B, s, dh_partials, db_partials, M, N, R, rows_per_chunk, dy.stride(0), dy.stride(1),
         lora_B.stride(0) if lora_B is not None else 0, lora_B.stride(1) if lora_B is not None else 0,
         s.stride(0) if s is not None else 0,
@@ -145,12 +146,12 @@ def sums_over_dy(
         PRECISION=dot_precision(dy.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     db = None if s is None else dy.new_empty(N, R, dtype=adapter_dtype)
-    sums = [] if dh is None else [SplitSum(dh_partials, dh, N, tile.block_n, scale, row_scaling)]
-    return db, sums if db is None else [*sums, SplitSum(db_partials, db, M, rows_per_chunk)]
+    sums = [] if dh is None else [SplitKPartials(dh_partials, dh, N, tile.block_n, scale, row_scaling)]
+    return db, sums if db is None else [*sums, SplitKPartials(db_partials, db, M, rows_per_chunk)]
 
 
 def _products_with_dy(dy, lora_B, s, dh, scale, row_scaling, adapter_dtype, high_precision):
-    """The same by the vendor's GEMM: the partials of the pass over dy grow with R, and above a rank of about 32
+    """The same by cuBLAS: the partials of the pass over dy grow with R, and above a rank of about 32
     they cost more than reading dy twice."""
     low = dy.float() if high_precision else dy
     if dh is not None:
@@ -175,25 +176,25 @@ def grad_lora_A(
     than `configs` takes."""
     (M, K), C = x.shape, dh.shape[1]
     R = C // len(ranks)
-    streams = 1 if masks is None else masks.shape[0]
-    tile = tile or configs.x_pass_tile(M, K, C // streams, x.element_size(), high_precision, configs.tuned(x.device))
-    blocks = triton.cdiv(K, tile.block_k) * streams * triton.cdiv(C // streams, tile.block_c)
+    num_masks = 1 if masks is None else masks.shape[0]
+    tile = tile or configs.da_tile(M, K, C // num_masks, x.element_size(), high_precision, configs.tuned(x.device))
+    blocks = triton.cdiv(K, tile.block_k) * num_masks * triton.cdiv(C // num_masks, tile.block_c)
     chunks, rows_per_chunk = configs.split(M, tile.block_m, blocks, sm_count(x.device))
     partials = x.new_empty(chunks, C, K, dtype=torch.float32)
-    x_pass_kernel[(blocks, chunks)](
-        x, dh, partials, masks, M, K, C, C // streams, rows_per_chunk, x.stride(0), x.stride(1), dh.stride(0),
+    lora_bwd_da_kernel[(blocks, chunks)](
+        x, dh, partials, masks, M, K, C, C // num_masks, rows_per_chunk, x.stride(0), x.stride(1), dh.stride(0),
         0 if masks is None else masks.stride(0), 0 if masks is None else masks.stride(1),
-        HIGH=high(high_precision), C_DIVISOR=divisor(C // streams, dh.stride(0)),
+        HIGH=high(high_precision), C_DIVISOR=divisor(C // num_masks, dh.stride(0)),
         MASK_DIVISOR=1 if masks is None else divisor(masks.stride(1)),
         BLOCK_M=tile.block_m, BLOCK_C=tile.block_c, BLOCK_K=tile.block_k,
         PRECISION=dot_precision(x.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     sums = [
-        SplitSum(partials[:, j * R : j * R + rank], x.new_empty(rank, K, dtype=adapter_dtype), M, rows_per_chunk)
+        SplitKPartials(partials[:, j * R : j * R + rank], x.new_empty(rank, K, dtype=adapter_dtype), M, rows_per_chunk)
         for j, (rank, needed) in enumerate(zip(ranks, wanted))
         if needed
     ]
-    split_reduce(sums, M)
+    reduce_partials(sums, M)
     return [one.out for one in sums]
 
 
@@ -237,7 +238,7 @@ def backward(
         grad_B, some = sums_over_dy(dy, lora_B, s_j, dh_j, scale, flat(row_scaling), adapter_dtype, high_precision)
         grad_Bs.append(grad_B)
         sums += some
-    split_reduce(sums, M)
+    reduce_partials(sums, M)
     rows = x if x is None or x.dim() == 2 else x.reshape(-1, x.shape[-1])
     grad_As = iter(grad_lora_A(rows, dh, masks, ranks, needs_A, adapter_dtype, high_precision) if any(needs_A) else ())
     grads = []
@@ -258,7 +259,7 @@ def backward(
 
 def grad_x_of(dys, projections, dh, masks, ranks, high_precision, backend) -> torch.Tensor:
     """dx = Σ_j dy_j·W_j + D_j(dH_j·A_j) [M, K]: one GEMM whose reduction runs over all projections, or the
-    low-rank products followed by the vendor's GEMMs with beta = 1."""
+    low-rank products followed by cuBLAS with beta = 1."""
     weights, lora_As = projections[0::4], projections[1::4]
     M, R, K = dys[0].shape[0], max(ranks), weights[0].shape[1]
     grad_x = dys[0].new_empty(M, K)

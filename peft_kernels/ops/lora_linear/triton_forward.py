@@ -9,23 +9,23 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common import dropout
-from ..common.device import divisible, dot, dot_high, draw_mask_bytes, spread_mask_bytes
-from ..common.machine import architecture, sm_count
-from ..common.reduce import SplitSum, row_strides, scaling_of, split_reduce
-from ..common.tensors import unflatten
-from ..common.triton_host import divisor, dot_precision
-from ..common.triton_host import high_precision as high
+from ..blocks.device import divisible, dot, dot_high, draw_mask_bytes, spread_mask_bytes
+from ..blocks.reduce import SplitKPartials, reduce_partials, row_strides, scaling_of
+from ..core import dropout
+from ..core.machine import architecture, sm_count
+from ..core.tensors import unflatten
+from ..core.triton_host import divisor, dot_precision
+from ..core.triton_host import high_precision as high
 from . import configs
 from .reference import add_base
 from .triton_gemm import extended_gemm
 
 
-@triton.jit(do_not_specialize=["M", "stride_split", "mask_stride_stream"])
+@triton.jit(do_not_specialize=["M", "stride_split", "mask_stride_index"])
 def shrink_kernel(
     x_ptr, a_ptr, s_ptr, mask_ptr, seed_ptr, scales, row_scale_ptrs, row_scale_strides,
     M, K, C, R, width, k_per_split, stride_xm, stride_xk, stride_ac, stride_ak, stride_split,
-    mask_stride_stream, mask_stride_row, threshold,
+    mask_stride_index, mask_stride_row, threshold,
     NUM: tl.constexpr, DROPOUT: tl.constexpr, SPLIT: tl.constexpr, HIGH: tl.constexpr,
     C_DIVISOR: tl.constexpr, MASK_DIVISOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -37,7 +37,7 @@ def shrink_kernel(
     of them reads x from memory. With SPLIT, each split of K writes float32 partials, unscaled.
     """
     C, width, stride_split = divisible(C, C_DIVISOR), divisible(width, C_DIVISOR), divisible(stride_split, C_DIVISOR)
-    mask_stride_stream = divisible(mask_stride_stream, MASK_DIVISOR)
+    mask_stride_index = divisible(mask_stride_index, MASK_DIVISOR)
     mask_stride_row = divisible(mask_stride_row, MASK_DIVISOR)
     blocks_per_group = tl.cdiv(width, BLOCK_C)
     blocks = (C // width) * blocks_per_group
@@ -66,7 +66,7 @@ def shrink_kernel(
             if mask_ptr is not None:
                 target = (
                     mask_ptr
-                    + group.to(tl.int64) * mask_stride_stream
+                    + group.to(tl.int64) * mask_stride_index
                     + rows[:, None] * mask_stride_row
                     + groups[None, :]
                 )
@@ -93,7 +93,7 @@ def shrink(
     high_precision: bool,
     tile: configs.ShrinkTile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """S [M, C] of all projections and, if it is to be kept, the packed mask [streams, M, ceil(K / 8)].
+    """S [M, C] of all projections and, if it is to be kept, the packed mask [num_masks, M, ceil(K / 8)].
 
     Args:
         x: [M, K]. lora_A: [C, K], the projections' A stacked, of one rank R = C / n.
@@ -101,34 +101,34 @@ def shrink(
         tile: another than `configs` takes.
     """
     (M, K), C, num = x.shape, lora_A.shape[0], len(scales)
-    streams = 1 if shared_dropout or seed is None else num
+    num_masks = 1 if shared_dropout or seed is None else num
     s = x.new_empty(M, C, dtype=torch.float32 if high_precision else x.dtype)
     masks = None
     if save_mask and seed is not None:
-        masks = x.new_empty(streams, M, dropout.mask_bytes(K), dtype=torch.uint8)
+        masks = x.new_empty(num_masks, M, dropout.mask_bytes(K), dtype=torch.uint8)
     if K == 0:
         return s.zero_(), masks
     tile = tile or configs.shrink_tile(
-        M, K, C // streams, x.element_size(), seed is not None, high_precision, configs.tuned(x.device)
+        M, K, C // num_masks, x.element_size(), seed is not None, high_precision, configs.tuned(x.device)
     )
-    blocks = streams * triton.cdiv(C // streams, tile.block_c)
+    blocks = num_masks * triton.cdiv(C // num_masks, tile.block_c)
     row_blocks = triton.cdiv(M, tile.block_m)
     splits, k_per_split = configs.split(K, tile.block_k, row_blocks * blocks, sm_count(x.device))
     target = x.new_empty(splits, M, C, dtype=torch.float32) if splits > 1 else s
     scales, row_scalings = tuple(scales), tuple(row_scalings)
     shrink_kernel[(row_blocks * blocks, splits)](
         x, lora_A, target, masks, seed, scales, row_scalings, row_strides(row_scalings),
-        M, K, C, C // num, C // streams, k_per_split, x.stride(0), x.stride(1), lora_A.stride(0), lora_A.stride(1),
+        M, K, C, C // num, C // num_masks, k_per_split, x.stride(0), x.stride(1), lora_A.stride(0), lora_A.stride(1),
         M * C, masks.stride(0) if masks is not None else 0, dropout.mask_bytes(K),
         dropout.threshold(dropout_p) if seed is not None else 0,
         NUM=num, DROPOUT=seed is not None, SPLIT=splits > 1, HIGH=high(high_precision),
-        C_DIVISOR=divisor(C // streams), MASK_DIVISOR=divisor(dropout.mask_bytes(K)),
+        C_DIVISOR=divisor(C // num_masks), MASK_DIVISOR=divisor(dropout.mask_bytes(K)),
         BLOCK_M=tile.block_m, BLOCK_C=tile.block_c, BLOCK_K=tile.block_k, PRECISION=dot_precision(x.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if splits > 1:
         parts = zip(target.split(C // num, dim=2), s.split(C // num, dim=1), scales, row_scalings)
-        split_reduce([SplitSum(part, out, K, k_per_split, *scaling) for part, out, *scaling in parts], M)
+        reduce_partials([SplitKPartials(part, out, K, k_per_split, *scaling) for part, out, *scaling in parts], M)
     return s, masks
 
 

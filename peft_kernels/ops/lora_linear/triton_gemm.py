@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..common.device import divisible, dot, dot_high, load_mask, tile_of
-from ..common.machine import architecture, sm_count
-from ..common.triton_host import divisor, dot_precision, high_precision
+from ..blocks.device import divisible, dot, dot_high, load_mask, tile_of
+from ..core.machine import architecture, sm_count
+from ..core.triton_host import divisor, dot_precision, high_precision
 from . import configs
 
 
@@ -59,13 +59,13 @@ def _load_low_rank(
 @triton.jit
 def _dropped_low_rank(
     acc, e_ptrs, f_ptrs, mask_ptr, rows, first_column, M, N, R, strides_em, strides_fr, strides_fn,
-    mask_stride_stream, mask_stride_row, NUM: tl.constexpr, HIGH: tl.constexpr, R_DIVISOR: tl.constexpr,
+    mask_stride_index, mask_stride_row, NUM: tl.constexpr, HIGH: tl.constexpr, R_DIVISOR: tl.constexpr,
     FN_DIVISOR: tl.constexpr, MASK_DIVISOR: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + Σ_j D_j(E_j·F_j) for one tile, acc = 0 at first. The masks come before the large products: a second
     accumulator for what they must not touch would spill, so only further masked projections pay for one."""
-    mask_stride_stream = divisible(mask_stride_stream, MASK_DIVISOR)
+    mask_stride_index = divisible(mask_stride_index, MASK_DIVISOR)
     mask_stride_row = divisible(mask_stride_row, MASK_DIVISOR)
     tl.assume(R > 0)  # a sum that may have no step makes ptxas serialise wgmma (C7514, C7515; sm_90)
     for j in tl.static_range(NUM):
@@ -75,7 +75,7 @@ def _dropped_low_rank(
             HIGH, R_DIVISOR, FN_DIVISOR, BLOCK_N, BLOCK_R, PRECISION,
         )  # fmt: skip
         if mask_ptr is not None:
-            mask = mask_ptr + tl.full((), j, tl.int64) * mask_stride_stream
+            mask = mask_ptr + tl.full((), j, tl.int64) * mask_stride_index
             kept = load_mask(mask, rows, first_column, M, mask_stride_row, BLOCK_N)
             # The addition comes between the accumulator and its rounding, which ptxas would begin while wgmma runs and
             # then serialise it (C7514; Triton 3.6, sm_90, without the large product).
@@ -84,11 +84,11 @@ def _dropped_low_rank(
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "mask_stride_stream"])
+@triton.jit(do_not_specialize=["M", "mask_stride_index"])
 def extended_gemm_kernel(
     p_ptrs, q_ptrs, e_ptrs, f_ptrs, bias_ptr, mask_ptr, out_ptr, M, N, Ks, R,
     strides_pm, strides_pk, strides_qk, strides_qn, strides_em, strides_fr, strides_fn, stride_om, stride_on,
-    mask_stride_stream, mask_stride_row,
+    mask_stride_index, mask_stride_row,
     NUM: tl.constexpr, BASE: tl.constexpr, ONTO: tl.constexpr, HIGH: tl.constexpr, R_DIVISOR: tl.constexpr,
     FN_DIVISOR: tl.constexpr, MASK_DIVISOR: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr, PRECISION: tl.constexpr,
@@ -102,7 +102,7 @@ def extended_gemm_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = _dropped_low_rank(
         acc, e_ptrs, f_ptrs, mask_ptr, rows, n * BLOCK_N, M, N, R, strides_em, strides_fr, strides_fn,
-        mask_stride_stream, mask_stride_row, NUM, HIGH, R_DIVISOR, FN_DIVISOR, MASK_DIVISOR, BLOCK_N, BLOCK_R,
+        mask_stride_index, mask_stride_row, NUM, HIGH, R_DIVISOR, FN_DIVISOR, MASK_DIVISOR, BLOCK_N, BLOCK_R,
         PRECISION,
     )  # fmt: skip
     if BASE:
@@ -127,10 +127,10 @@ def extended_gemm_kernel(
     tl.store(out, acc.to(dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize=["M", "mask_stride_stream"])
+@triton.jit(do_not_specialize=["M", "mask_stride_index"])
 def extended_gemm_tma_kernel(
     p_desc0, p_desc1, p_desc2, q_desc0, q_desc1, q_desc2, out_desc, e_ptrs, f_ptrs, bias_ptr, mask_ptr, M, N, Ks, R,
-    strides_em, strides_fr, strides_fn, mask_stride_stream, mask_stride_row,
+    strides_em, strides_fr, strides_fn, mask_stride_index, mask_stride_row,
     NUM: tl.constexpr, Q_TRANSPOSED: tl.constexpr, HIGH: tl.constexpr, PREFETCH: tl.constexpr,
     R_DIVISOR: tl.constexpr, FN_DIVISOR: tl.constexpr, MASK_DIVISOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -157,7 +157,7 @@ def extended_gemm_tma_kernel(
         else:
             acc = _dropped_low_rank(
                 acc, e_ptrs, f_ptrs, mask_ptr, rows, column, M, N, R, strides_em, strides_fr, strides_fn,
-                mask_stride_stream, mask_stride_row, NUM, HIGH, R_DIVISOR, FN_DIVISOR, MASK_DIVISOR, BLOCK_N, BLOCK_R,
+                mask_stride_index, mask_stride_row, NUM, HIGH, R_DIVISOR, FN_DIVISOR, MASK_DIVISOR, BLOCK_N, BLOCK_R,
                 PRECISION,
             )  # fmt: skip
         for j in tl.static_range(NUM):

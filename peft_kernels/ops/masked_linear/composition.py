@@ -8,7 +8,7 @@ import math
 import torch
 from torch.nn.functional import linear
 
-from ..common.transforms import straight_through
+from ..core.transforms import straight_through
 from .reference import mask
 
 

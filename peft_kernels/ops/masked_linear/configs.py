@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..common import tuning
-from ..common.tuning import FEATURES, TOKENS, UNTUNED, Table
+from ..core import tuning
+from ..core.tuning import FEATURES, TOKENS, UNTUNED, Table
 
 
 class Tile(NamedTuple):

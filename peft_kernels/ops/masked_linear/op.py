@@ -14,10 +14,10 @@ from torch._C import _is_any_autocast_enabled
 from torch.compiler import is_dynamo_compiling
 
 from ... import backends
-from ..common.library import LIBRARY, on_device_of, register
-from ..common.messages import describe
-from ..common.tensors import autocast
-from ..common.transforms import backward_of, compose, is_transformed, over_values
+from ..core.library import LIBRARY, on_device_of, register
+from ..core.messages import describe
+from ..core.tensors import autocast
+from ..core.transforms import backward_of, compose, is_transformed, over_values
 from . import composition, reference
 
 

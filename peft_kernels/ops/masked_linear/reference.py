@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..common.tensors import constant, flatten, slices, unflatten
+from ..core.tensors import constant, flatten, slices, unflatten
 
 _BAND_BYTES = 4 << 20
 

@@ -8,10 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common.device import dot, tile_of
-from ..common.machine import architecture
-from ..common.tensors import flatten
-from ..common.triton_host import dot_precision
+from ..blocks.device import dot, tile_of
+from ..core.machine import architecture
+from ..core.tensors import flatten
+from ..core.triton_host import dot_precision
 from . import configs
 from .triton_forward import aligned, masked_gemm, rounded_threshold
 

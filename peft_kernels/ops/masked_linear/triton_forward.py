@@ -6,10 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common.device import dot, tile_of
-from ..common.machine import architecture
-from ..common.tensors import flatten, unflatten
-from ..common.triton_host import dot_precision
+from ..blocks.device import dot, tile_of
+from ..core.machine import architecture
+from ..core.tensors import flatten, unflatten
+from ..core.triton_host import dot_precision
 from . import configs
 
 

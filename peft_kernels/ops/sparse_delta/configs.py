@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..common import tuning
-from ..common.tuning import FEATURES, UNTUNED, Buckets, Table
+from ..core import tuning
+from ..core.tuning import FEATURES, UNTUNED, Buckets, Table
 
 #: Up to this density each entry's gradient is sampled on its own; above, a dense tile of dW is computed and gathered
 #: from. From the bytes of the two (README); not measured on a GPU yet.

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..common.tensors import slices
+from ..core.tensors import slices
 from . import reference
 from .layout import SparseLayout
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..common.native import Sum, aligned, native, reduced
+from ..core.native import Sum, aligned, native, reduced
 from . import reference
 from .layout import SparseLayout
 

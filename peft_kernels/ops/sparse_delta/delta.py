@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..common.messages import describe
+from ..core.messages import describe
 from .layout import SparseLayout
 
 

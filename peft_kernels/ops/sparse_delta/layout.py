@@ -9,8 +9,8 @@ from os import PathLike
 
 import torch
 
-from ..common.messages import describe
-from ..common.tensors import slices
+from ..core.messages import describe
+from ..core.tensors import slices
 
 #: The names of what each kind of layout holds.
 INDEX_TENSORS = {

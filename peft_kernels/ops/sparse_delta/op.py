@@ -13,10 +13,10 @@ from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
 from torch.compiler import is_dynamo_compiling
 
 from ... import backends
-from ..common.library import LIBRARY, on_device_of, register
-from ..common.messages import describe
-from ..common.tensors import autocast, flatten, unflatten
-from ..common.transforms import backward_of, compose, is_transformed, over_values
+from ..core.library import LIBRARY, on_device_of, register
+from ..core.messages import describe
+from ..core.tensors import autocast, flatten, unflatten
+from ..core.transforms import backward_of, compose, is_transformed, over_values
 from . import composition, cpu, cuda, reference
 from .layout import SparseLayout
 

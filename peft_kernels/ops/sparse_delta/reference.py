@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from ..common.tensors import mm_over_rows, slices
+from ..core.tensors import mm_over_rows, slices
 from .layout import SparseLayout
 
 #: Bytes of a patched or gathered piece: small enough for a cache where there is one.

@@ -10,10 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common.device import divisible, dot, tile_of
-from ..common.machine import architecture, sm_count
-from ..common.reduce import SplitSum, split_reduce
-from ..common.triton_host import divisor, dot_precision
+from ..blocks.device import divisible, dot, tile_of
+from ..blocks.reduce import SplitKPartials, reduce_partials
+from ..core.machine import architecture, sm_count
+from ..core.triton_host import divisor, dot_precision
 from . import configs, reference
 from .layout import SparseLayout
 from .triton_forward import grad_x
@@ -206,7 +206,7 @@ def thin_grad(
         PRECISION=dot_precision(dy.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if split:
-        split_reduce([SplitSum(partials.view(splits, -1, K), out.view(-1, K), M, per_split)], M)
+        reduce_partials([SplitKPartials(partials.view(splits, -1, K), out.view(-1, K), M, per_split)], M)
     return out
 
 

@@ -1,7 +1,7 @@
 """Forward and dx by Triton: where a delta has no structure, a band of W at a time is copied, patched by one kernel and
-multiplied by the vendor's GEMM. The copy costs two bytes of traffic for every byte of W, which is small beside the
+multiplied by cuBLAS. The copy costs two bytes of traffic for every byte of W, which is small beside the
 product; a GEMM of our own that patches its tiles would have to search the layout again for every block of tokens. Rows
-and columns are thin products of the vendor's already."""
+and columns are thin cuBLAS products already."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..common.tensors import slices
+from ..core.tensors import slices
 from . import configs, reference
 from .layout import SparseLayout
 from .triton_write import write

@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..core.triton_host import divisor
 from .device import divisible
-from .triton_host import divisor
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def _reduce_tile(
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def split_reduce_kernel(
+def reduce_partials_kernel(
     partial_ptrs, out_ptrs, scales, row_scale_ptrs, row_scale_strides, rows, columns, lengths, lengths_per_split,
     strides_split, strides_row, strides_out, tokens, NUM: tl.constexpr, DIVISOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -68,7 +68,7 @@ def split_reduce_kernel(
             )  # fmt: skip
 
 
-class SplitSum(NamedTuple):
+class SplitKPartials(NamedTuple):
     """out[m, n] = scale · row_scaling[m] · Σ_s partials[s, m, n], to be computed.
 
     Attributes:
@@ -86,7 +86,7 @@ class SplitSum(NamedTuple):
     row_scaling: torch.Tensor | None = None
 
 
-def split_reduce(sums: list[SplitSum], tokens: int) -> None:
+def reduce_partials(sums: list[SplitKPartials], tokens: int) -> None:
     """All of them by one launch.
 
     Triton compiles anew where a member of a tuple becomes 1, or (in)divisible by 16, whatever is said of the tuple. So
@@ -101,7 +101,7 @@ def split_reduce(sums: list[SplitSum], tokens: int) -> None:
     strides_row, strides_out = tuple(row for _, row, _ in strides), tuple(out.stride(0) for out in outs)
     block_m, block_n = blocks(max(columns))
     tiles = max(triton.cdiv(M, block_m) * triton.cdiv(C, block_n) for M, C in zip(rows, columns))
-    split_reduce_kernel[(tiles, len(sums))](
+    reduce_partials_kernel[(tiles, len(sums))](
         partials, outs, scales, row_scalings, row_strides(row_scalings),
         tuple(None if count == tokens else count for count in rows), columns,
         tuple(None if length == tokens else length for length in lengths), per_split,

@@ -1,7 +1,8 @@
 """Tables of what was measured on one GPU: how their keys are made, where they lie, how they are read and written.
 
-A table belongs to one room and one GPU. It says, for each of the room's choices (`CHOICES` in its `configs.py`), which
-tile was the fastest in a bucket of shapes, or from which size on one way is faster than another. Two places are
+A table belongs to one op package and one GPU. It says, for each of the op package's choices (`CHOICES` in its
+`configs.py`), which tile was the fastest in a bucket of shapes, or from which size on one way is faster than another.
+Two places are
 looked at: the user's cache (`cache_folder`), then the tables that come with the package (`tuned/` beside this file).
 An entry of the first hides that of the second, and where neither has one the rules of `configs.py` decide.
 `python -m peft_kernels tune` measures.
@@ -98,7 +99,7 @@ def gpu_of(device: torch.device) -> Gpu | None:
 
 
 def load(op: str, gpu: Gpu | None, choices: Mapping[str, Choice], *folders: Path) -> Table:
-    """What is known of a room's choices on this GPU. Warns of the tables that it ignores.
+    """What is known of an op package's choices on this GPU. Warns of the tables that it ignores.
 
     Args:
         gpu: None has no tables.
@@ -115,7 +116,7 @@ def load(op: str, gpu: Gpu | None, choices: Mapping[str, Choice], *folders: Path
 
 
 def explain(op: str, gpu: Gpu, choices: Mapping[str, Choice]) -> str:
-    """Which table of a room is used on this GPU, or why none."""
+    """Which table of an op package is used on this GPU, or why none."""
     reasons = []
     for folder in _folders():
         path = path_in(folder, op, gpu)
@@ -139,12 +140,12 @@ def _folders() -> tuple[Path, Path]:
 
 
 def path_in(folder: Path, op: str, gpu: Gpu) -> Path:
-    """Where the table of a room and a GPU lies below such a folder."""
+    """Where the table of an op package and a GPU lies below such a folder."""
     return folder / re.sub(r"[^A-Za-z0-9]+", "_", gpu.name) / f"{op}.json"
 
 
 def header(op: str, gpu: Gpu) -> dict[str, Any]:
-    """What a table of this room has to say of itself to be used on this GPU."""
+    """What a table of this op package has to say of itself to be used on this GPU."""
     return {"format": FORMAT, "op": op, "gpu": gpu.name, "architecture": gpu.architecture, "triton": gpu.triton}
 
 
@@ -193,7 +194,7 @@ def _entry(entry: Any, choices: Mapping[str, Choice], architecture: int) -> tupl
     """The key in a table and what it holds.
 
     Raises:
-        ValueError: the entry is none of this room, or names a tile that is not among its candidates.
+        ValueError: the entry is none of this op package, or names a tile that is not among its candidates.
     """
     if not isinstance(entry, dict) or entry.keys() != {"choice", "key", "best"}:
         raise ValueError(f"expected an entry of choice, key and best, got {_short(entry)}")

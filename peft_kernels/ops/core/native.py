@@ -67,7 +67,7 @@ def reduced(sums: list[Sum | None]) -> list[torch.Tensor | None]:
         some = [sums[number] for number in numbers]
         row_scalings = [by_row(one.row_scaling, one.partials.shape[1]) for one in some]
         partials, scales = [one.partials for one in some], [one.scale for one in some]
-        found.update(zip(numbers, native().split_reduce(partials, row_scalings, scales, dtype)))
+        found.update(zip(numbers, native().reduce_partials(partials, row_scalings, scales, dtype)))
     return [found.get(number) for number in range(len(sums))]
 
 

@@ -1,11 +1,11 @@
-"""Device functions that Triton kernels of several rooms call: dropout masks, products, tile order."""
+"""Device functions that Triton kernels of several ops call: dropout masks, products, tile order."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .dropout import ROUNDS
+from ..core.dropout import ROUNDS
 
 _ROUNDS = tl.constexpr(ROUNDS)
 
@@ -19,13 +19,13 @@ def divisible(n, DIVISOR: tl.constexpr):
 
 
 @triton.jit
-def draw_mask_bytes(seed, rows, groups, stream, threshold):
+def draw_mask_bytes(seed, rows, groups, mask_index, threshold):
     """The packed mask of `rows` [BM] (int64) × `groups` of eight columns [BG] (int32) as the dropout contract has
     it (`dropout.py`): int32 [BM, BG], bit i set where column 8·group + i is kept."""
     row_low = (rows & 0xFFFFFFFF).to(tl.uint32)[:, None]
     row_high = (rows >> 32).to(tl.uint32)[:, None]
     group = groups.to(tl.uint32)[None, :]
-    words = tl.philox(seed, row_low, group, row_high, tl.zeros_like(group) + stream.to(tl.uint32), n_rounds=_ROUNDS)
+    words = tl.philox(seed, row_low, group, row_high, tl.zeros_like(group) + mask_index.to(tl.uint32), n_rounds=_ROUNDS)
     kept = tl.zeros((rows.shape[0], groups.shape[0]), tl.int32)
     for i in tl.static_range(4):
         word = words[i].to(tl.int32, bitcast=True)
@@ -43,7 +43,7 @@ def spread_mask_bytes(kept, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_mask(mask_ptr, rows, first_column, M, bytes_per_row, BLOCK: tl.constexpr):
-    """bool [BM, BLOCK] of one stream's packed mask at int64 `rows` [BM], from a column that is a multiple of 8 on.
+    """bool [BM, BLOCK] of one packed mask at int64 `rows` [BM], from a column that is a multiple of 8 on.
     Bytes are loaded, and spread in registers: a pointer for every bit would spill."""
     groups = first_column // 8 + tl.arange(0, BLOCK // 8)
     inside = (rows < M)[:, None] & (groups < bytes_per_row)[None, :]

@@ -4,15 +4,16 @@ Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1,
 fewest rounds that pass BigCrush with a margin) gives 128 bits a call, that is eight draws of 16 bits: one
 call decides eight neighbours in a row, and one byte of the mask holds them.
 
-    element (m, k) of stream j
+    element (m, k) of mask j
     key      (seed mod 2³², seed div 2³²)
     counter  (m mod 2³², k div 8, m div 2³², j)
     draw     the 16 bits number k mod 8, lowest first, of the four words; read as a signed integer
     kept     draw ≥ threshold(p), so P(dropped) = round(65536·p) / 65536
     bit      k mod 8 of byte k div 8 of row m; set where the element is kept
 
-The streams are the projections that share one x. The seed is a tensor drawn by torch outside of any op, so
-checkpointing and CUDA graphs replay it. Kept elements are multiplied by 1/(1−p), by whoever uses the mask.
+The masks are those of the projections that share one x, numbered by mask index. The seed is a tensor drawn by torch
+outside of any op, so checkpointing and CUDA graphs replay it. Kept elements are multiplied by 1/(1−p), by whoever uses
+the mask.
 """
 
 from __future__ import annotations
@@ -54,39 +55,39 @@ def mask_bytes(columns: int) -> int:
     return (columns + 7) // 8
 
 
-def draw_mask(seed: torch.Tensor, rows: int, columns: int, p: float, streams: int) -> torch.Tensor:
-    """The packed mask, uint8 [streams, rows, ceil(columns / 8)], on the seed's device: on a CPU by the native library
+def draw_mask(seed: torch.Tensor, rows: int, columns: int, p: float, num_masks: int) -> torch.Tensor:
+    """The packed mask, uint8 [num_masks, rows, ceil(columns / 8)], on the seed's device: on a CPU by the native library
     where there is one, which is an order of magnitude faster than plain PyTorch and draws the same bits.
 
     Bits beyond the last column are drawn like the others; nobody reads them.
     """
     if seed.is_cpu and _native.load():
-        return torch.ops.peft_kernels_native.draw_mask(seed, rows, columns, threshold(p), streams)
-    return draw_mask_by_torch(seed, rows, columns, p, streams)
+        return torch.ops.peft_kernels_native.draw_mask(seed, rows, columns, threshold(p), num_masks)
+    return draw_mask_by_torch(seed, rows, columns, p, num_masks)
 
 
-def draw_mask_by_torch(seed: torch.Tensor, rows: int, columns: int, p: float, streams: int) -> torch.Tensor:
+def draw_mask_by_torch(seed: torch.Tensor, rows: int, columns: int, p: float, num_masks: int) -> torch.Tensor:
     """The same in plain PyTorch: the definition."""
     groups = mask_bytes(columns)
-    mask = torch.empty(streams, rows, groups, dtype=torch.uint8, device=seed.device)
+    mask = torch.empty(num_masks, rows, groups, dtype=torch.uint8, device=seed.device)
     if p >= 1.0:  # the threshold lies beyond 16 bits
         return mask.zero_()
     step = max(1, _BYTES_PER_CHUNK // max(groups, 1))
     group = torch.arange(groups, device=seed.device)
-    for stream in range(streams):
+    for mask_index in range(num_masks):
         for start in range(0, rows, step):
             row = torch.arange(start, min(start + step, rows), device=seed.device)[:, None]
-            words = _philox(seed, (row & _LOW, group, row >> 32, torch.full_like(seed, stream)))
+            words = _philox(seed, (row & _LOW, group, row >> 32, torch.full_like(seed, mask_index)))
             kept = torch.empty(len(row), groups, 4, dtype=torch.int32, device=seed.device)
             for i, word in enumerate(words):
                 kept[..., i] = word
             kept = kept.view(torch.int16) >= threshold(p)  # [rows, groups, 8]
-            mask[stream, start : start + step] = _pack(kept)
+            mask[mask_index, start : start + step] = _pack(kept)
     return mask
 
 
 def unpack_mask(mask: torch.Tensor, columns: int, dtype: torch.dtype = torch.bool) -> torch.Tensor:
-    """1 where an element is kept, else 0, [rows, columns], from one stream's mask, uint8 [rows, ceil(columns / 8)].
+    """1 where an element is kept, else 0, [rows, columns], from one mask, uint8 [rows, ceil(columns / 8)].
 
     A table gives the eight numbers of a byte: four times faster on a CPU than shifts and a cast, to 16 bits above all.
     It is made where the mask lies: a copy from the host could not be captured in a CUDA graph.
@@ -116,24 +117,24 @@ def _philox(seed: torch.Tensor, counter: tuple[torch.Tensor, ...]) -> list[torch
     return [c0, c1, c2, c3]
 
 
-LIBRARY.define("dropout_mask(Tensor seed, SymInt rows, SymInt columns, float p, int streams) -> Tensor")
+LIBRARY.define("dropout_mask(Tensor seed, SymInt rows, SymInt columns, float p, int num_masks) -> Tensor")
 _mask_op = register("dropout_mask", draw_mask)
 
 
 @torch.library.register_fake("peft_kernels::dropout_mask", lib=LIBRARY)
-def _(seed, rows, columns, p, streams):
-    return seed.new_empty(streams, rows, mask_bytes(columns), dtype=torch.uint8)
+def _(seed, rows, columns, p, num_masks):
+    return seed.new_empty(num_masks, rows, mask_bytes(columns), dtype=torch.uint8)
 
 
-def dropped(x: torch.Tensor, p: float, streams: int) -> list[torch.Tensor]:
-    """D_j(x) of x [..., K] for each stream j, by operations that torch may differentiate, batch and trace.
+def dropped(x: torch.Tensor, p: float, num_masks: int) -> list[torch.Tensor]:
+    """D_j(x) of x [..., K] for each mask j, by operations that torch may differentiate, batch and trace.
 
     The mask is that of the kernels, from a seed drawn as theirs; under vmap the seed is drawn, or refused, as its flag
     `randomness` says. A traced graph draws by torch's own dropout at each run: it is to hold nothing but torch's ops.
     """
     if is_tracing():
-        return [torch.dropout(x, p, True) for _ in range(streams)]
+        return [torch.dropout(x, p, True) for _ in range(num_masks)]
     columns = x.shape[-1]
-    masks = _mask_op(draw_seed(x.device), math.prod(x.shape[:-1]), columns, p, streams)
+    masks = _mask_op(draw_seed(x.device), math.prod(x.shape[:-1]), columns, p, num_masks)
     kept = (unpack_mask(mask, columns, x.dtype) for mask in masks.unbind())
     return [x * one.reshape(x.shape) * rescale(p) for one in kept]

@@ -1,4 +1,4 @@
-"""What the ops of every room do with their tensors before and after a product."""
+"""What the ops of every op package do with their tensors before and after a product."""
 
 from __future__ import annotations
 

@@ -4,12 +4,12 @@
 // kernel own a slice each and write float32 partials, this adds them in ascending p. No atomics, so the result
 // has the same bits every time.
 
-#include "common/split_reduce.h"
+#include "common/reduce_partials.h"
 
 #include "common/checks.h"
 #include "common/kernel_table.h"
 #include "common/launch.h"
-#include "common/split_reduce_kernel.h"
+#include "common/reduce_partials_kernel.h"
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -27,12 +27,12 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 const KernelEntry kEntries[] = {
-    {"split_reduce<float, 4>", reinterpret_cast<const void*>(&kernel<float, kVector>)},
-    {"split_reduce<float, 1>", reinterpret_cast<const void*>(&kernel<float, 1>)},
-    {"split_reduce<half, 4>", reinterpret_cast<const void*>(&kernel<__half, kVector>)},
-    {"split_reduce<half, 1>", reinterpret_cast<const void*>(&kernel<__half, 1>)},
-    {"split_reduce<bfloat16, 4>", reinterpret_cast<const void*>(&kernel<__nv_bfloat16, kVector>)},
-    {"split_reduce<bfloat16, 1>", reinterpret_cast<const void*>(&kernel<__nv_bfloat16, 1>)},
+    {"reduce_partials<float, 4>", reinterpret_cast<const void*>(&kernel<float, kVector>)},
+    {"reduce_partials<float, 1>", reinterpret_cast<const void*>(&kernel<float, 1>)},
+    {"reduce_partials<half, 4>", reinterpret_cast<const void*>(&kernel<__half, kVector>)},
+    {"reduce_partials<half, 1>", reinterpret_cast<const void*>(&kernel<__half, 1>)},
+    {"reduce_partials<bfloat16, 4>", reinterpret_cast<const void*>(&kernel<__nv_bfloat16, kVector>)},
+    {"reduce_partials<bfloat16, 1>", reinterpret_cast<const void*>(&kernel<__nv_bfloat16, 1>)},
 };
 
 template <typename Out>
@@ -48,7 +48,7 @@ void launch(Arguments& args, bool vectorised, cudaStream_t stream) {
   } else {
     kernel<Out, 1><<<blocks, kThreads, 0, stream>>>(args);
   }
-  check_cuda(cudaGetLastError(), "launching split_reduce");
+  check_cuda(cudaGetLastError(), "launching reduce_partials");
 }
 
 void launch(Arguments& args, bool vectorised, ScalarType out_dtype, cudaStream_t stream) {
@@ -94,7 +94,7 @@ bool is_aligned(const Sum& sum) {
          (sum.pitch == sum.rank || sum.pitch % kVector == 0);
 }
 
-std::vector<Tensor> split_reduce_all(std::vector<Tensor> partials, std::vector<std::optional<Tensor>> row_scales,
+std::vector<Tensor> reduce_partials_all(std::vector<Tensor> partials, std::vector<std::optional<Tensor>> row_scales,
                                      std::vector<double> scales, ScalarType out_dtype) {
   STD_TORCH_CHECK(!partials.empty() && row_scales.size() == partials.size() && scales.size() == partials.size(),
                   "expected partials, and as many row_scales and scales, got ", partials.size(), ", ",
@@ -127,10 +127,10 @@ std::vector<Tensor> split_reduce_all(std::vector<Tensor> partials, std::vector<s
 
 }  // namespace
 
-Tensor split_reduce(const Tensor& partials, double scale, ScalarType out_dtype) {
-  return split_reduce_all({partials}, {std::nullopt}, {scale}, out_dtype)[0];
+Tensor reduce_partials(const Tensor& partials, double scale, ScalarType out_dtype) {
+  return reduce_partials_all({partials}, {std::nullopt}, {scale}, out_dtype)[0];
 }
 
-STABLE_TORCH_LIBRARY_IMPL(peft_kernels_native, CUDA, m) { m.impl("split_reduce", TORCH_BOX(&split_reduce_all)); }
+STABLE_TORCH_LIBRARY_IMPL(peft_kernels_native, CUDA, m) { m.impl("reduce_partials", TORCH_BOX(&reduce_partials_all)); }
 
 }  // namespace peft_kernels

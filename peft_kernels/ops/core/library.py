@@ -1,4 +1,4 @@
-"""The torch.library that every room registers its ops in, and what their implementations share."""
+"""The torch.library that every op package registers its ops in, and what their implementations share."""
 
 from __future__ import annotations
 

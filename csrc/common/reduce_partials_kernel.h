@@ -1,4 +1,4 @@
-// Device code of split_reduce: for every architecture, bound by the bandwidth of reading the partials once.
+// Device code of reduce_partials: for every architecture, bound by the bandwidth of reading the partials once.
 #pragma once
 
 #include "common/host_device.h"

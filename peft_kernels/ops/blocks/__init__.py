@@ -1,0 +1,1 @@
+"""Triton blocks that several op packages call: device functions and the sums of split-K partials."""

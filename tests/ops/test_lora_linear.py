@@ -236,17 +236,20 @@ class TestTorch:
             case = make_case((4, 5), 24, (16, 8, 8)[:count], 3, dropout_p=dropout_p)
             if high:
                 case = make_case((4, 5), 24, (16,), 3, torch.bfloat16, torch.float32, dropout_p=dropout_p)
-            flat = [t for p in case.projections for t in (p.weight, p.bias, p.lora_A, p.lora_B, None)]
+            fields = dict(zip(pk.Projection._fields, map(list, zip(*case.projections))))
+            weights, biases, lora_As, lora_Bs = (fields[name] for name in ("weight", "bias", "lora_A", "lora_B"))
+            rest = [None] * count, [0.5] * count
             seed = torch.tensor([5]) if dropout_p else None
             forward = (
-                case.x, flat, [0.5] * count, seed, dropout_p, False, [True] * count, True, high, "reference",
+                case.x, weights, biases, lora_As, lora_Bs, *rest, seed, dropout_p, False, [True] * count, True, high,
+                "reference",
             )  # fmt: skip
             torch.library.opcheck(torch.ops.peft_kernels.lora_linear_forward.default, forward)
             kept = torch.ops.peft_kernels.lora_linear_forward.default(*forward)[count:]
             backward = (
                 case.grad_ys, case.x, kept[0], kept[1] if dropout_p else None,
-                [t for p in case.projections for t in (p.weight, p.lora_A, p.lora_B, None)], [0.5] * count,
-                [3] * count, dropout_p, True, [True] * 4 * count, case.projections[0].lora_A.dtype, high, "reference",
+                weights, lora_As, lora_Bs, *rest, [3] * count, dropout_p, [True] * (1 + 4 * count), lora_As[0].dtype,
+                high, "reference",
             )  # fmt: skip
             torch.library.opcheck(torch.ops.peft_kernels.lora_linear_backward.default, backward)
 

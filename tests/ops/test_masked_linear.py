@@ -108,7 +108,7 @@ class TestTorch:
     @pytest.mark.parametrize("tensor_threshold", [True, False])
     def test_opcheck(self, tensor_threshold):
         case = make_case((4, 5), 24, 16, torch.bfloat16, torch.float32, tensor_threshold=tensor_threshold)
-        tau = (0.0, case.threshold) if tensor_threshold else (case.threshold, None)
+        tau = (case.threshold, 0.0) if tensor_threshold else (None, case.threshold)
         ops = torch.ops.peft_kernels
         forward = (case.x, case.weight, case.scores, case.bias, *tau, "reference")
         torch.library.opcheck(ops.masked_linear_forward.default, forward)

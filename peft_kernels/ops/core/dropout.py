@@ -24,7 +24,7 @@ import torch
 from torch.jit import is_tracing
 
 from ... import _native
-from .library import LIBRARY, register
+from .op import register
 
 ROUNDS = 7
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
@@ -117,13 +117,16 @@ def _philox(seed: torch.Tensor, counter: tuple[torch.Tensor, ...]) -> list[torch
     return [c0, c1, c2, c3]
 
 
-LIBRARY.define("dropout_mask(Tensor seed, SymInt rows, SymInt columns, float p, int num_masks) -> Tensor")
-_mask_op = register("dropout_mask", draw_mask)
-
-
-@torch.library.register_fake("peft_kernels::dropout_mask", lib=LIBRARY)
-def _(seed, rows, columns, p, num_masks):
+def _fake_mask(seed, rows, columns, p, num_masks):
     return seed.new_empty(num_masks, rows, mask_bytes(columns), dtype=torch.uint8)
+
+
+_mask_op = register(
+    __package__,
+    "dropout_mask(Tensor seed, SymInt rows, SymInt columns, float p, int num_masks) -> Tensor",
+    _fake_mask,
+    implementation=draw_mask,
+)
 
 
 def dropped(x: torch.Tensor, p: float, num_masks: int) -> list[torch.Tensor]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch._C import _is_any_autocast_enabled
 from torch.nn.functional import pad
 
 
@@ -49,10 +50,20 @@ def matmul_float32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return left.float().mm(right.float())
 
 
+def autocasts(x: torch.Tensor) -> bool:
+    """Whether autocast is on for x's device."""
+    return _is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type)
+
+
 def autocast(tensor: torch.Tensor | None, device_type: str) -> torch.Tensor | None:
     """The tensor as `F.linear` casts it under autocast: in autocast's dtype, float64 and None as they are."""
     eligible = tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
     return tensor.to(torch.get_autocast_dtype(device_type)) if eligible else tensor
+
+
+def by_field(values: Sequence, num: int) -> list[Sequence]:
+    """Values of `num` projections each, field after field, as one sequence a field."""
+    return [values[first : first + num] for first in range(0, len(values), num)]
 
 
 def slices(length: int, step: int) -> Iterator[slice]:

@@ -12,13 +12,17 @@ import functools
 from collections.abc import Callable, Iterator
 
 import torch
-from torch._C import _are_functorch_transforms_active, _get_tracing_state, _set_tracing_state
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    _set_tracing_state,
+)
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
 from ... import backends
-from .library import without_autocast
 
 
 def is_transformed() -> bool:
@@ -28,16 +32,25 @@ def is_transformed() -> bool:
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0 or _get_tracing_state() is not None
 
 
-def compose(op: str, check: Callable[[], None], composition: Callable, *args):
-    """`composition(*args)` with autocast off, as its operands are cast already, after `check`.
+def compose(op: str, check: Callable[..., None], composition: Callable, *args):
+    """`composition(*args)` with autocast off, as its operands are cast already, after `check(*args)`.
 
     Raises:
         RuntimeError: a backend is forced that has no kernels for this.
     """
     backends.refuse_forced(op, "torch.func, forward mode and torch.jit.trace")
     with untraced():
-        check()
+        check(*args)
     return without_autocast(composition, *args)
+
+
+def without_autocast(function: Callable, *args):
+    """`function(*args)`. Autocast is applied outside of the ops: inside, it would change the dtypes that the fakes
+    promise."""
+    if _is_any_autocast_enabled():
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args)
+    return function(*args)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import torch
 from ..core.messages import describe
 
 
-def check(op: str, x: torch.Tensor, projections: tuple, dropout_p: float, adapter_precision: str) -> None:
+def check(op: str, x: torch.Tensor, projections: tuple, dropout_p: float, adapter_precision: str, *_: object) -> None:
     """Raise ValueError unless the arguments of `op` fit together (see `lora_linear`)."""
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"{op}: expected dropout_p between 0 and 1, got {dropout_p}")

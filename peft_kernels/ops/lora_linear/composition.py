@@ -9,14 +9,15 @@ import torch
 from torch.nn.functional import linear
 
 from ..core import dropout
+from ..core.tensors import by_field
 
 
 def forward(
-    x: torch.Tensor, projections: tuple, dropout_p: float, shared_dropout: bool, high_precision: bool
+    x: torch.Tensor, projections: tuple, dropout_p: float, adapter_precision: str, shared_dropout: bool = False
 ) -> tuple[torch.Tensor, ...]:
     """y_j = x·W_jᵀ + bias_j + scaling_j · (D_j(x)·A_jᵀ)·B_jᵀ, [..., N_j], for every projection j."""
     count, adapter_dtype = len(projections), projections[0][1].dtype
-    low_dtype = adapter_dtype if high_precision else x.dtype  # as wide as x, or float32
+    low_dtype = adapter_dtype if adapter_precision == "high" else x.dtype  # as wide as x, or float32
     operands = [x]
     if dropout_p > 0.0:
         operands = dropout.dropped(x, dropout_p, 1 if shared_dropout else count)
@@ -32,20 +33,21 @@ def forward(
     return tuple(ys)
 
 
-def forward_flops(x, projections, *_, **__) -> int:
+def forward_flops(x, weights, biases, lora_As, *_, **__) -> int:
     """2·M·(K·N + K·R + R·N) a projection, as of `linear` and two products of the adapter."""
     M, K = math.prod(x[:-1]), x[-1]
-    sizes = ((weight[0], lora_A[0]) for weight, lora_A in zip(projections[0::5], projections[2::5]))
+    sizes = ((weight[0], lora_A[0]) for weight, lora_A in zip(weights, lora_As))
     return sum(2 * M * (K * N + K * R + R * N) for N, R in sizes)
 
 
-def backward_flops(grad_ys, x, s, masks, projections, scalings, ranks, dropout_p, needs_x, needs, *_, **__) -> int:
+def backward_flops(
+    dys, x, s, masks, weights, lora_As, lora_Bs, row_scalings, scalings, ranks, dropout_p, needs, *_, **__
+) -> int:
     """Of the products that needed gradients ask for: dy·W, dy·B, dH·A, dyᵀ·x, dHᵀ·D(x) and dyᵀ·S."""
-    total = 0
-    for j, (grad_y, R) in enumerate(zip(grad_ys, ranks)):
-        needs_weight, _, needs_A, needs_B = needs[4 * j : 4 * j + 4]
-        M, N = math.prod(grad_y[:-1]), grad_y[-1]
-        K = projections[4 * j][1] if needs_x else 0 if x is None else x[-1]
+    total, needs_x = 0, needs[0]
+    for dy, weight, R, needs_weight, _, needs_A, needs_B in zip(dys, weights, ranks, *by_field(needs[1:], len(dys))):
+        M, N = math.prod(dy[:-1]), dy[-1]
+        K = weight[1] if needs_x else 0 if x is None else x[-1]
         total += 2 * M * N * K * (needs_x + needs_weight)
         total += 2 * M * N * R * ((needs_x or needs_A) + needs_B)
         total += 2 * M * R * K * (needs_x + needs_A)

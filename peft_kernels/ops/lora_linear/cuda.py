@@ -18,7 +18,7 @@ import torch
 from ..core import dropout
 from ..core.machine import architecture
 from ..core.native import Sum, aligned, by_row, has_boxes, native, padded, reduced, takes, with_columns, with_rows
-from ..core.tensors import flatten, matmul_float32, unflatten
+from ..core.tensors import by_field, flatten, matmul_float32, unflatten
 from . import configs, reference
 
 LARGEST_RANK_OF_PASS = 64  # of `lora_outer`, a stream; above, cuBLAS, or with a mask several streams
@@ -29,7 +29,11 @@ LARGEST_RANK_OF_FORWARD = 64  # of `lora_forward`
 
 def forward(
     x: torch.Tensor,
-    projections: list[torch.Tensor | None],
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    lora_As: list[torch.Tensor],
+    lora_Bs: list[torch.Tensor],
+    row_scalings: list[torch.Tensor | None],
     scalings: list[float],
     seed: torch.Tensor | None,
     dropout_p: float,
@@ -45,26 +49,26 @@ def forward(
         RuntimeError: for "cuda:fused" where one kernel cannot compute S and y; the line says why.
     """
     rows, num = flatten(x), len(scalings)
-    if _takes_one_kernel(rows, projections, seed, backend):
-        y, s = _in_one(aligned(rows), *projections, scalings[0] * dropout.rescale(dropout_p))
+    if _takes_one_kernel(rows, weights, lora_As, seed, backend):
+        operands = (field[0] for field in (weights, biases, lora_As, lora_Bs, row_scalings))
+        y, s = _in_one(aligned(rows), *operands, scalings[0] * dropout.rescale(dropout_p))
         return [unflatten(y, x), *([s.contiguous()] if save_s[0] else [])]
     wide, masks = aligned(rows), None
     scales = [scaling * dropout.rescale(dropout_p) for scaling in scalings]
-    if seed is None and max(lora_A.shape[0] for lora_A in projections[2::5]) > LARGEST_RANK_OF_PASS:
+    if seed is None and max(lora_A.shape[0] for lora_A in lora_As) > LARGEST_RANK_OF_PASS:
         ss = [
             aligned(reference.scaled_mm(wide, lora_A.to(x.dtype), scale, row_scaling, transposed=True))
-            for lora_A, row_scaling, scale in zip(projections[2::5], projections[4::5], scales)
+            for lora_A, row_scaling, scale in zip(lora_As, row_scalings, scales)
         ]
     else:
         streams = 1 if shared_dropout or seed is None else num
         if save_mask and seed is not None:
             masks = rows.new_empty(streams, len(rows), dropout.mask_bytes(rows.shape[1]), dtype=torch.uint8)
-        ss = _shrunk(wide, projections[2::5], projections[4::5], scales, seed, dropout_p, streams, masks)
+        ss = _shrunk(wide, lora_As, row_scalings, scales, seed, dropout_p, streams, masks)
     ys, kept_s = [], []
     for j, s in enumerate(ss):
-        weight, bias, lora_A, lora_B, _ = projections[5 * j : 5 * j + 5]
-        s = s[:, : lora_A.shape[0]]
-        ys.append(unflatten(_expand(wide, weight, s, lora_B.to(x.dtype), bias), x))
+        s = s[:, : lora_As[j].shape[0]]
+        ys.append(unflatten(_expand(wide, weights[j], s, lora_Bs[j].to(x.dtype), biases[j]), x))
         if save_s[j]:
             kept_s.append(s)
     if kept_s:
@@ -75,26 +79,27 @@ def forward(
 
 
 def backward(
-    grad_ys: list[torch.Tensor],
+    dys: list[torch.Tensor],
     x: torch.Tensor | None,
     s: torch.Tensor | None,
     masks: torch.Tensor | None,
-    projections: list[torch.Tensor | None],
+    weights: list[torch.Tensor | None],
+    lora_As: list[torch.Tensor | None],
+    lora_Bs: list[torch.Tensor | None],
+    row_scalings: list[torch.Tensor | None],
     scalings: list[float],
     ranks: list[int],
     dropout_p: float,
-    needs_x: bool,
     needs: list[bool],
     adapter_dtype: torch.dtype,
     high_precision: bool,
     backend: str,
 ) -> list[torch.Tensor]:
     """As `reference.backward`, of 16-bit operands."""
-    dtype = grad_ys[0].dtype
+    dtype, given = dys[0].dtype, dys[0]
     rows = None if x is None else aligned(flatten(x))
-    weights, lora_As, lora_Bs, row_scalings = (projections[i::4] for i in range(4))
-    needs_weight, needs_bias, needs_A, needs_B = (needs[i::4] for i in range(4))
-    dys = [aligned(flatten(grad_y)) for grad_y in grad_ys]
+    needs_x, (needs_weight, needs_bias, needs_A, needs_B) = needs[0], by_field(needs[1:], len(dys))
+    dys = [aligned(flatten(dy)) for dy in dys]
     kept_s = iter(() if s is None else s.split([rank for rank, needed in zip(ranks, needs_B) if needed], dim=1))
     dhs, grads_B = _low_rank_grads(
         dys,
@@ -122,42 +127,42 @@ def backward(
     elif over_x:
         sums, _ = native().lora_outer(rows, over_x.narrow, None, over_x.keep, over_x.streams, True)
     parts += [native().lora_gemm(*product[:-1], None, product.by_feature) for product in products]
-    grads = [unflatten(functools.reduce(torch.Tensor.add_, parts), grad_ys[0])] if needs_x else []
+    grads = [unflatten(functools.reduce(torch.Tensor.add_, parts), given)] if needs_x else []
     if over_x:
         grads_A |= zip(others, reduced([Sum(sums[:, place], adapter_dtype) for place in over_x.places]))
-    for j, dy in enumerate(dys):
-        if needs_weight[j]:
-            grads.append(dy.t().mm(rows))
-        if needs_bias[j]:
-            grads.append(dy.sum(0))
-        if needs_A[j]:
-            grads.append(grads_A[j])
-        if needs_B[j]:
-            grads.append(grads_B[j])
-    return grads
+    grads += [dy.t().mm(rows) for dy, needed in zip(dys, needs_weight) if needed]
+    grads += [dy.sum(0) for dy, needed in zip(dys, needs_bias) if needed]
+    grads += [grads_A[j] for j, needed in enumerate(needs_A) if needed]
+    return grads + [grad for grad, needed in zip(grads_B, needs_B) if needed]
 
 
 def _takes_one_kernel(
-    x: torch.Tensor, projections: list[torch.Tensor | None], seed: torch.Tensor | None, backend: str
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    lora_As: list[torch.Tensor],
+    seed: torch.Tensor | None,
+    backend: str,
 ) -> bool:
     """Whether one kernel computes S and y."""
-    (M, K), N, device = x.shape, projections[0].shape[0], x.device
+    (M, K), N, device = x.shape, weights[0].shape[0], x.device
     if backend == "cuda:passes" or M * N * K == 0:
         return False
     path = configs.cuda_path(M, N, K, x.dtype, architecture(device), backend, configs.tuned(device))
     if path != "fused":
         return False
-    reason = _why_not_one_kernel(projections, seed, device)
+    reason = _why_not_one_kernel(weights, lora_As, seed, device)
     if reason and backend == "cuda:fused":
         raise RuntimeError(f"lora_linear: the backend 'cuda:fused' cannot run this layer: {reason}")
     return not reason
 
 
-def _why_not_one_kernel(projections: list[torch.Tensor | None], seed: torch.Tensor | None, device: torch.device) -> str:
+def _why_not_one_kernel(
+    weights: list[torch.Tensor], lora_As: list[torch.Tensor], seed: torch.Tensor | None, device: torch.device
+) -> str:
     """Empty where one kernel can compute S and y."""
-    weight, lora_A = projections[0], projections[2]
-    if len(projections) > 5:
-        return f"expected one projection, got {len(projections) // 5}"
+    weight, lora_A = weights[0], lora_As[0]
+    if len(weights) > 1:
+        return f"expected one projection, got {len(weights)}"
     if seed is not None:
         return "expected no dropout"
     if not fits_one_kernel(weight.shape[0], lora_A.shape[0]):

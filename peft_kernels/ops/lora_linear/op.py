@@ -1,25 +1,21 @@
-"""The public ops `lora_linear` and `lora_linear_shared_input`, their autograd, and their registration.
-
-From top to bottom: the public functions; the checks; the autograd Function that both use; the two ops that it
-calls, registered with torch.library so that torch.compile and opcheck see them.
-"""
+"""The public ops `lora_linear` and `lora_linear_shared_input`: the functions, and the declaration of what both call."""
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from typing import NamedTuple
 
 import torch
-from torch._C import _is_any_autocast_enabled
-from torch.compiler import is_dynamo_compiling
 
 from ... import backends
 from ..core import dropout
-from ..core.library import LIBRARY, on_device_of, register
 from ..core.machine import architecture
-from ..core.tensors import autocast
-from ..core.transforms import backward_of, compose, is_transformed, over_values
-from . import composition, configs, cuda, reference
+from ..core.op import OpFunction, by_backend, needs_of, register
+from ..core.tensors import autocast, autocasts, by_field
+from ..core.transforms import compose, is_transformed, over_values
+from . import composition, configs
 from .checks import check
 
 
@@ -126,39 +122,33 @@ def _run(
     if x.is_nested:
         options = dropout_p, training, shared_dropout, adapter_precision
         return over_values(op, lambda rows: _run(op, rows, projections, *options), x)
-    if _is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         x, projections = _autocast(x, projections)
-    p = dropout_p if training else 0.0
     if is_transformed():
-        return compose(
-            op, lambda: check(op, x, projections, dropout_p, adapter_precision),
-            composition.forward, x, projections, p, shared_dropout, adapter_precision == "high",
-        )  # fmt: skip
+        p = dropout_p if training else 0.0
+        return compose(op, functools.partial(check, op), composition.forward, x, projections, p, adapter_precision,
+                       shared_dropout)  # fmt: skip
     check(op, x, projections, dropout_p, adapter_precision)
     high = adapter_precision == "high" and projections[0][1].dtype != x.dtype
     backend = backends.choose(op, x, "high" if high else "default")
+    p = dropout_p if training else 0.0
     seed = dropout.draw_seed(x.device) if p > 0.0 else None
 
-    flat: list[torch.Tensor | None] = []
-    scalings: list[float] = []
-    ranks: list[int] = []
-    needs: list[bool] = []
+    weights, biases, lora_As, lora_Bs, row_scalings, scalings, ranks = [], [], [], [], [], [], []
     for weight, lora_A, lora_B, scaling, bias in projections:
         row_scaling = None
         if not isinstance(scaling, (float, int)):
             row_scaling, scaling = scaling.expand(x.shape[:-1]) if scaling.dim() else scaling, 1.0
-        flat += (weight, bias, lora_A, lora_B, row_scaling)
+        weights.append(weight)
+        biases.append(bias)
+        lora_As.append(lora_A)
+        lora_Bs.append(lora_B)
+        row_scalings.append(row_scaling)
         scalings.append(float(scaling))
         ranks.append(lora_A.shape[0])
-        trains_bias = bias is not None and bias.requires_grad
-        needs += (weight.requires_grad, trains_bias, lora_A.requires_grad, lora_B.requires_grad)
-    needs_x = x.requires_grad
-    if torch.is_grad_enabled() and (needs_x or True in needs):
-        options = scalings, ranks, p, shared_dropout, high, projections[0][1].dtype, backend, needs_x, needs
-        apply = LoRALinearFunction.apply if is_dynamo_compiling() else _apply_eagerly
-        return apply(options, seed, x, *flat)
-    keep_nothing = [False] * len(projections)
-    return tuple(_forward_op(x, flat, scalings, seed, p, shared_dropout, keep_nothing, False, high, backend))
+    trained = x, *weights, *biases, *lora_As, *lora_Bs
+    options = Options(scalings, ranks, p, shared_dropout, high, lora_As[0].dtype, backend, needs_of(*trained))
+    return LoRALinearFunction.call(options, *trained, *row_scalings, seed)
 
 
 def _autocast(x: torch.Tensor, projections: tuple[Projection, ...]) -> tuple[torch.Tensor, tuple[Projection, ...]]:
@@ -176,139 +166,109 @@ def _autocast(x: torch.Tensor, projections: tuple[Projection, ...]) -> tuple[tor
     )
 
 
-#: What one application of the op is given beside tensors: scalings, ranks, dropout_p, shared_dropout, high_precision,
-#: the adapters' dtype, backend, needs_x and needs, which holds four answers a projection (weight, bias, lora_A, lora_B)
-#: and is read outside of the Function, whose `needs_input_grad` ignores grad mode. Plain, as above.
-Options = tuple[list[float], list[int], float, bool, bool, torch.dtype, str, bool, list[bool]]
+class Options(NamedTuple):
+    scalings: list[float]  #: one a projection; 1.0 beside a scaling that is a tensor
+    ranks: list[int]
+    dropout_p: float
+    shared_dropout: bool
+    high_precision: bool
+    adapter_dtype: torch.dtype
+    backend: str
+    needs: list[bool]  #: of x, the weights, the biases, the lora_As, the lora_Bs
 
 
-class LoRALinearFunction(torch.autograd.Function):
-    """`apply(options, seed, x, *tensors)`, five tensors a projection (weight, bias, lora_A, lora_B and a scaling
-    that is a tensor, or None), returns one y a projection."""
+class LoRALinearFunction(OpFunction):
+    """`apply(options, x, *weights, *biases, *lora_As, *lora_Bs, *row_scalings, seed)` returns one y a projection. A
+    scaling that is a tensor is among the row_scalings, where None stands for one that is a float."""
+
+    op = "lora_linear"
 
     @staticmethod
-    def forward(ctx, options, seed, x, *flat):
-        outputs = _call_forward(options, seed, x, flat)
-        count = len(options[0])
-        _save_for_backward(ctx, options, x, flat, outputs[count:])
-        return tuple(outputs[:count])
+    def run(options, x, *tensors):
+        """The ys; and S if a lora_B trains, the masks if there is dropout and a gradient needs them."""
+        scalings, _, dropout_p, shared_dropout, high_precision, _, backend, needs = options
+        num, seed = len(scalings), tensors[-1]
+        _, _, needs_A, needs_B = by_field(needs[1:], num)
+        save_mask = seed is not None and (needs[0] or True in needs_A)
+        found = _forward(
+            x, *by_field(tensors[:-1], num), scalings, seed, dropout_p, shared_dropout, needs_B, save_mask,
+            high_precision, backend,
+        )  # fmt: skip
+        return tuple(found[:num]), found[num:]
 
     @staticmethod
-    def backward(ctx, *grad_ys):
-        return _call_backward(ctx, *grad_ys)
+    def save(options, tensors, kept):
+        x, *fields = tensors
+        num, needs_x = len(options.scalings), options.needs[0]
+        weights, _, lora_As, lora_Bs, row_scalings = by_field(fields[:-1], num)
+        needs_weight, _, needs_A, needs_B = by_field(options.needs[1:], num)
+        needs_h = needs_x or True in needs_A
+        nothing = [None] * num
+        return [
+            x if True in needs_A or True in needs_weight else None,
+            kept[0] if True in needs_B else None,
+            kept[-1] if needs_h and options.dropout_p > 0.0 else None,
+            *(weights if needs_x else nothing),
+            *(lora_As if needs_x else nothing),
+            *(lora_Bs if needs_h else nothing),
+            *(row_scalings if needs_h else nothing),
+        ]
 
-
-# What `LoRALinearFunction.apply` calls in the end. The Python around it asks of every argument whether it escaped from
-# a torch.func transform, which costs the host as much as a product; no transform is active where this is called.
-_apply_eagerly = super(torch.autograd.Function, LoRALinearFunction).apply
-
-
-def _call_forward(options: Options, seed: torch.Tensor | None, x: torch.Tensor, flat) -> list[torch.Tensor]:
-    """The ys; then S if a lora_B trains; then the masks if there is dropout and a gradient needs them."""
-    scalings, _, dropout_p, shared_dropout, high_precision, _, backend, needs_x, needs = options
-    save_mask = seed is not None and (needs_x or True in needs[2::4])
-    return _forward_op(
-        x, flat, scalings, seed, dropout_p, shared_dropout, needs[3::4], save_mask, high_precision, backend
-    )
-
-
-def _save_for_backward(ctx, options: Options, x: torch.Tensor, flat, kept) -> None:
-    _, _, dropout_p, _, _, _, _, needs_x, needs = options
-    needs_A = True in needs[2::4]
-    needs_h = needs_x or needs_A
-    saved = [
-        x if needs_A or True in needs[0::4] else None,
-        kept[0] if True in needs[3::4] else None,
-        kept[-1] if needs_h and dropout_p > 0.0 else None,
-    ]
-    for j in range(0, len(flat), 5):
-        saved += (flat[j], flat[j + 2]) if needs_x else (None, None)  # weight, lora_A
-        saved += flat[j + 3 : j + 5] if needs_h else (None, None)  # lora_B, row_scaling
-    ctx.save_for_backward(*saved)
-    ctx.set_materialize_grads(False)
-    ctx.options = options
-
-
-@backward_of("lora_linear")
-def _call_backward(ctx, *grad_ys: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    scalings, ranks, dropout_p, _, high_precision, adapter_dtype, backend, needs_x, needs = ctx.options
-    count = len(grad_ys)
-    result: list[torch.Tensor | None] = [None] * (3 + 5 * count)
-    used = [j for j, grad_y in enumerate(grad_ys) if grad_y is not None]
-    if not used:
-        return tuple(result)
-    x, s, masks, *flat = ctx.saved_tensors
-    if len(used) < count:  # an output that took no part in the loss: its projection gets no gradient, not zeros
+    @staticmethod
+    def gradients(options, saved, *dys):
+        scalings, ranks, dropout_p, _, high_precision, adapter_dtype, backend, needs = options
+        x, s, masks, *fields = saved
+        num, used = len(dys), [j for j, dy in enumerate(dys) if dy is not None]
+        fields = by_field(fields, num)
+        if len(used) == num:
+            return _backward(
+                dys, x, s, masks, *fields, scalings, ranks, dropout_p, needs, adapter_dtype, high_precision, backend
+            )
+        # An output took no part in the loss: its projection gets no gradient, not zeros.
+        needs_x, each = needs[0], by_field(needs[1:], num)
         if s is not None:
-            columns = iter(s.split([rank for rank, needed in zip(ranks, needs[3::4]) if needed], dim=1))
-            pieces = [next(columns) if needed else None for needed in needs[3::4]]
-            pieces = [pieces[j] for j in used if pieces[j] is not None]
-            s = torch.cat(pieces, dim=1) if pieces else None
+            s = _columns_of(s, ranks, each[-1], used)
         if masks is not None and len(masks) > 1:
-            masks = torch.stack([masks[j] for j in used])  # an index from the host could not be captured in a graph
-        grad_ys, scalings, ranks = ([values[j] for j in used] for values in (grad_ys, scalings, ranks))
-        flat = [tensor for j in used for tensor in flat[4 * j : 4 * j + 4]]
-        needs = [needed for j in used for needed in needs[4 * j : 4 * j + 4]]
-    grads = iter(
-        _backward_op(
-            grad_ys, x, s, masks, flat, scalings, ranks, dropout_p, needs_x, needs, adapter_dtype, high_precision,
-            backend,
+            masks = torch.stack([masks[j] for j in used])  # an index from the CPU could not be captured in a graph
+        of_used = [[one[j] for j in used] for one in (dys, *fields, scalings, ranks, *each)]
+        dys, *fields, scalings, ranks = of_used[:-4]
+        needs = [needs_x, *itertools.chain(*of_used[-4:])]
+        found = iter(
+            _backward(
+                dys, x, s, masks, *fields, scalings, ranks, dropout_p, needs, adapter_dtype, high_precision, backend
+            )
         )
-    )  # fmt: skip
-    if needs_x:
-        result[2] = next(grads)
-    for number, j in enumerate(used):
-        for position in range(4):  # weight, bias, lora_A, lora_B; a scaling takes no gradient
-            if needs[4 * number + position]:
-                result[3 + 5 * j + position] = next(grads)
-    return tuple(result)
+        grad_x = [next(found)] if needs_x else []
+        return [
+            *grad_x,
+            *(next(found) if j in used else None for one in each for j, needed in enumerate(one) if needed),
+        ]
 
 
-# `projections` of forward: five tensors each (weight, bias, lora_A, lora_B, row_scaling); of backward: four
-# (weight, lora_A, lora_B, row_scaling), None where no needed gradient reads it. `needs`: four answers each.
-LIBRARY.define(
-    "lora_linear_forward(Tensor x, Tensor?[] projections, float[] scalings, Tensor? seed, float dropout_p, "
-    "bool shared_dropout, bool[] save_s, bool save_mask, bool high_precision, str backend) -> Tensor[]"
-)
-LIBRARY.define(
-    "lora_linear_backward(Tensor[] grad_ys, Tensor? x, Tensor? s, Tensor? masks, Tensor?[] projections, "
-    "float[] scalings, SymInt[] ranks, float dropout_p, bool needs_x, bool[] needs, ScalarType adapter_dtype, "
-    "bool high_precision, str backend) -> Tensor[]"
-)
+def _columns_of(s: torch.Tensor, ranks: list[int], kept: list[bool], used: list[int]) -> torch.Tensor | None:
+    """S of those used projections of which there are columns."""
+    columns = iter(s.split([rank for rank, needed in zip(ranks, kept) if needed], dim=1))
+    pieces = [next(columns) if needed else None for needed in kept]
+    pieces = [pieces[j] for j in used if pieces[j] is not None]
+    return torch.cat(pieces, dim=1) if pieces else None
 
 
-def _forward(x, projections, scalings, seed, *rest):
-    *options, high_precision, backend = rest
+def _run_forward(x, weights, *rest):
+    *options, backend = rest
     if backend == "auto":
-        features = sum(weight.shape[0] for weight in projections[0::5])
-        backend = _fastest(x, features, x.shape[-1], seed is not None, high_precision)
-    arguments = x, projections, scalings, seed, *options, high_precision, backend
-    if backend == "reference":
-        return reference.forward(*arguments)
-    with on_device_of(x):
-        if backend.startswith("cuda"):
-            return cuda.forward(*arguments)
-        from . import triton_forward  # needs Triton, which the package does not
-
-        return triton_forward.forward(*arguments)
+        features, dropping, high_precision = sum([weight.shape[0] for weight in weights]), rest[5] is not None, rest[-2]
+        backend = _fastest(x, features, x.shape[-1], dropping, high_precision)
+    return _forward_by_backend(x, weights, *options, backend)
 
 
-def _backward(grad_ys, x, s, masks, projections, *rest):
-    *options, high_precision, backend = rest
+def _run_backward(dys, x, s, masks, weights, lora_As, *rest):
+    *options, backend = rest
     if backend == "auto":  # what is saved has the same form, whichever ran forward
-        features = sum(dy.shape[-1] for dy in grad_ys)
-        wide = next((one for one in (x, *projections[0::4], *projections[1::4]) if one is not None), None)
+        features = sum([dy.shape[-1] for dy in dys])
+        wide = next((one for one in (x, *weights, *lora_As) if one is not None), None)
         in_features = features if wide is None else wide.shape[-1]  # for dB alone nothing has them
-        backend = _fastest(grad_ys[0], features, in_features, masks is not None, high_precision)
-    arguments = grad_ys, x, s, masks, projections, *options, high_precision, backend
-    if backend == "reference":
-        return reference.backward(*arguments)
-    with on_device_of(grad_ys[0]):
-        if backend.startswith("cuda"):
-            return cuda.backward(*arguments)
-        from . import triton_backward
-
-        return triton_backward.backward(*arguments)
+        backend = _fastest(dys[0], features, in_features, masks is not None, rest[-2])
+    return _backward_by_backend(dys, x, s, masks, weights, lora_As, *options, backend)
 
 
 def _fastest(rows: torch.Tensor, features: int, in_features: int, dropping: bool, high_precision: bool) -> str:
@@ -320,17 +280,13 @@ def _fastest(rows: torch.Tensor, features: int, in_features: int, dropping: bool
     return "triton" if chosen == "cuda" and not takes_cuda else chosen
 
 
-_forward_op = register("lora_linear_forward", _forward, composition.forward_flops)
-_backward_op = register("lora_linear_backward", _backward, composition.backward_flops)
-
-
-@torch.library.register_fake("peft_kernels::lora_linear_forward", lib=LIBRARY)
-def _(x, projections, scalings, seed, dropout_p, shared_dropout, save_s, save_mask, high_precision, backend):
+def _fake_forward(x, weights, biases, lora_As, lora_Bs, row_scalings, scalings, seed, dropout_p, shared_dropout,
+                  save_s, save_mask, high_precision, backend):  # fmt: skip
     rows = math.prod(x.shape[:-1])
-    ys = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in projections[0::5]]
+    ys = [x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]
     kept = []
     if any(save_s):
-        rank = sum(lora_A.shape[0] for lora_A, kept_s in zip(projections[2::5], save_s) if kept_s)
+        rank = sum(lora_A.shape[0] for lora_A, needed in zip(lora_As, save_s) if needed)
         kept.append(x.new_empty(rows, rank, dtype=torch.float32 if high_precision else None))
     if save_mask and seed is not None:
         num_masks = 1 if shared_dropout else len(scalings)
@@ -338,20 +294,36 @@ def _(x, projections, scalings, seed, dropout_p, shared_dropout, save_s, save_ma
     return ys + kept
 
 
-@torch.library.register_fake("peft_kernels::lora_linear_backward", lib=LIBRARY)
-def _(grad_ys, x, s, masks, projections, scalings, ranks, dropout_p, needs_x, needs, adapter_dtype,
-      high_precision, backend):  # fmt: skip
-    dy = grad_ys[0]
-    grads = [dy.new_empty(*dy.shape[:-1], projections[0].shape[1])] if needs_x else []
-    for j, grad_y in enumerate(grad_ys):
-        needs_weight, needs_bias, needs_A, needs_B = needs[4 * j : 4 * j + 4]
-        features = grad_y.shape[-1]
-        if needs_weight:
-            grads.append(dy.new_empty(features, x.shape[-1]))
-        if needs_bias:
-            grads.append(dy.new_empty(features))
-        if needs_A:
-            grads.append(dy.new_empty(ranks[j], x.shape[-1], dtype=adapter_dtype))
-        if needs_B:
-            grads.append(dy.new_empty(features, ranks[j], dtype=adapter_dtype))
+def _fake_backward(dys, x, s, masks, weights, lora_As, lora_Bs, row_scalings, scalings, ranks, dropout_p, needs,
+                   adapter_dtype, high_precision, backend):  # fmt: skip
+    needs_weight, needs_bias, needs_A, needs_B = by_field(needs[1:], len(dys))
+    dy, features = dys[0], [dy.shape[-1] for dy in dys]
+    K = next((one.shape[-1] for one in (x, *weights) if one is not None), 0)
+    grads = [dy.new_empty(*dy.shape[:-1], K)] if needs[0] else []
+    grads += [dy.new_empty(N, K) for N, needed in zip(features, needs_weight) if needed]
+    grads += [dy.new_empty(N) for N, needed in zip(features, needs_bias) if needed]
+    grads += [dy.new_empty(R, K, dtype=adapter_dtype) for R, needed in zip(ranks, needs_A) if needed]
+    grads += [dy.new_empty(N, R, dtype=adapter_dtype) for N, R, needed in zip(features, ranks, needs_B) if needed]
     return grads
+
+
+_forward_by_backend, _backward_by_backend = by_backend(__package__, "forward"), by_backend(__package__, "backward")
+_forward = register(
+    __package__,
+    "lora_linear_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, "
+    "Tensor?[] row_scalings, float[] scalings, Tensor? seed, float dropout_p, bool shared_dropout, bool[] save_s, "
+    "bool save_mask, bool high_precision, str backend) -> Tensor[]",
+    fake=_fake_forward,
+    flops=composition.forward_flops,
+    implementation=_run_forward,
+)
+# Returns the gradients that are needed, in the order of `needs`. A tensor is None where none of them reads it.
+_backward = register(
+    __package__,
+    "lora_linear_backward(Tensor[] dys, Tensor? x, Tensor? s, Tensor? masks, Tensor?[] weights, Tensor?[] lora_As, "
+    "Tensor?[] lora_Bs, Tensor?[] row_scalings, float[] scalings, SymInt[] ranks, float dropout_p, bool[] needs, "
+    "ScalarType adapter_dtype, bool high_precision, str backend) -> Tensor[]",
+    fake=_fake_backward,
+    flops=composition.backward_flops,
+    implementation=_run_backward,
+)

@@ -13,14 +13,18 @@ import torch
 from torch.nn.functional import linear
 
 from ..core import dropout
-from ..core.tensors import constant, flatten, matmul_float32, mm_over_rows, unflatten
+from ..core.tensors import by_field, constant, flatten, matmul_float32, mm_over_rows, unflatten
 
 _TINY_PRODUCT = 1 << 16  # multiply-adds
 
 
 def forward(
     x: torch.Tensor,
-    projections: list[torch.Tensor | None],
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    lora_As: list[torch.Tensor],
+    lora_Bs: list[torch.Tensor],
+    row_scalings: list[torch.Tensor | None],
     scalings: list[float],
     seed: torch.Tensor | None,
     dropout_p: float,
@@ -36,7 +40,7 @@ def forward(
     then, if it is to be kept, the packed mask [num_masks, M, ceil(K / 8)].
     """
     rows, rescale, dtype = flatten(x), 1.0 if seed is None else dropout.rescale(dropout_p), x.dtype
-    low_dtype = _low_rank_dtype(rows, projections[2].shape[0], high_precision)
+    low_dtype = _low_rank_dtype(rows, lora_As[0].shape[0], high_precision)
     masks = dropped = None
     if seed is None:
         dropped = rows if low_dtype == dtype else rows.to(low_dtype)
@@ -44,12 +48,11 @@ def forward(
         masks = dropout.draw_mask(seed, *rows.shape, dropout_p, 1 if shared_dropout else len(scalings))
     ys, kept_s = [], []
     for j, scaling in enumerate(scalings):
-        weight, bias, lora_A, lora_B, row_scaling = projections[5 * j : 5 * j + 5]
         if masks is not None and (j == 0 or not shared_dropout):
             kept = dropout.unpack_mask(masks[j], rows.shape[1], dtype)
             dropped = _as(rows * kept, low_dtype)
-        s = scaled_mm(dropped, _as(lora_A, low_dtype), scaling * rescale, row_scaling, transposed=True)
-        y = add_base(s, lora_B, rows, weight, bias)
+        s = scaled_mm(dropped, _as(lora_As[j], low_dtype), scaling * rescale, row_scalings[j], transposed=True)
+        y = add_base(s, lora_Bs[j], rows, weights[j], biases[j])
         ys.append(unflatten(y, x))
         if save_s[j]:
             kept_s.append(s if high_precision or low_dtype == dtype else s.to(dtype))
@@ -61,56 +64,55 @@ def forward(
 
 
 def backward(
-    grad_ys: list[torch.Tensor],
+    dys: list[torch.Tensor],
     x: torch.Tensor | None,
     s: torch.Tensor | None,
     masks: torch.Tensor | None,
-    projections: list[torch.Tensor | None],
+    weights: list[torch.Tensor | None],
+    lora_As: list[torch.Tensor | None],
+    lora_Bs: list[torch.Tensor | None],
+    row_scalings: list[torch.Tensor | None],
     scalings: list[float],
     ranks: list[int],
     dropout_p: float,
-    needs_x: bool,
     needs: list[bool],
     adapter_dtype: torch.dtype,
     high_precision: bool,
     backend: str = "reference",
 ) -> list[torch.Tensor]:
-    """The gradients that are needed, in this order: x; then for each projection its weight, bias, A and B.
+    """The gradients that are needed, in the order of `needs`: of x, the weights, the biases, the As, the Bs.
 
     dH_j = scaling_j · dy_j·B_j, dx = Σ_j dy_j·W_j + D_j(dH_j·A_j), dA_j = dH_jᵀ·D_j(x), dB_j = dy_jᵀ·S_j.
     """
     rows = None if x is None else flatten(x)
+    needs_x, (needs_weight, needs_bias, needs_A, needs_B) = needs[0], by_field(needs[1:], len(dys))
     rescale = dropout.rescale(dropout_p)
-    grad_x, grads, column, kept = None, [], 0, None
-    for j, grad_y in enumerate(grad_ys):
-        weight, lora_A, lora_B, row_scaling = projections[4 * j : 4 * j + 4]
-        needs_weight, needs_bias, needs_A, needs_B = needs[4 * j : 4 * j + 4]
-        dy = flatten(grad_y)
+    grad_x, column, kept = None, 0, None
+    grads_weight, grads_bias, grads_A, grads_B = [], [], [], []
+    for j, dy in enumerate(dys):
+        dy = flatten(dy)
         low = _as(dy, _low_rank_dtype(dy, ranks[j], high_precision))
         if masks is not None and j < len(masks):  # else the mask of the projection before is for all
-            kept = dropout.unpack_mask(masks[j], (lora_A if needs_x else rows).shape[1], dy.dtype)
-        if needs_x or needs_A:
-            dh = scaled_mm(low, _as(lora_B, low.dtype), scalings[j] * rescale, row_scaling)
+            kept = dropout.unpack_mask(masks[j], (lora_As[j] if needs_x else rows).shape[1], dy.dtype)
+        if needs_x or needs_A[j]:
+            dh = scaled_mm(low, _as(lora_Bs[j], low.dtype), scalings[j] * rescale, row_scalings[j])
         if needs_x:
-            low_rank = dh.mm(_as(lora_A, low.dtype))
+            low_rank = dh.mm(_as(lora_As[j], low.dtype))
             low_rank = _as(low_rank if kept is None else low_rank.mul_(kept), dy.dtype)
-            grad_x = (low_rank if grad_x is None else grad_x.add_(low_rank)).addmm_(dy, weight)
-        if needs_weight:
-            grads.append(dy.t().mm(rows))
-        if needs_bias:
-            grads.append(dy.sum(0))
-        if needs_A:
+            grad_x = (low_rank if grad_x is None else grad_x.add_(low_rank)).addmm_(dy, weights[j])
+        if needs_weight[j]:
+            grads_weight.append(dy.t().mm(rows))
+        if needs_bias[j]:
+            grads_bias.append(dy.sum(0))
+        if needs_A[j]:
             dropped = _as(rows if kept is None else rows * kept, low.dtype)
-            grads.append(_adapter_grad(dh, dropped, adapter_dtype))
-        if needs_B:
+            grads_A.append(_adapter_grad(dh, dropped, adapter_dtype))
+        if needs_B[j]:
             kept_s = s if s.shape[1] == ranks[j] else s[:, column : column + ranks[j]]
-            grads.append(_adapter_grad(low, _as(kept_s, low.dtype), adapter_dtype))
+            grads_B.append(_adapter_grad(low, _as(kept_s, low.dtype), adapter_dtype))
             column += ranks[j]
-    if not needs_x:
-        return grads
-    if grad_ys[0].dim() != 2:
-        grad_x = grad_x.view(*grad_ys[0].shape[:-1], grad_x.shape[1])
-    return [grad_x, *grads]
+    grads = grads_weight + grads_bias + grads_A + grads_B
+    return [unflatten(grad_x, dys[0]), *grads] if needs_x else grads
 
 
 def add_base(

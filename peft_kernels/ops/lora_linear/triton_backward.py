@@ -11,7 +11,7 @@ from ..blocks.device import divisible, dot, dot_high, load_mask
 from ..blocks.reduce import SplitKPartials, reduce_partials
 from ..core import dropout
 from ..core.machine import architecture, sm_count
-from ..core.tensors import matmul_float32
+from ..core.tensors import by_field, matmul_float32
 from ..core.triton_host import divisor, dot_precision
 from ..core.triton_host import high_precision as high
 from . import configs
@@ -199,25 +199,27 @@ def grad_lora_A(
 
 
 def backward(
-    grad_ys: list[torch.Tensor],
+    dys: list[torch.Tensor],
     x: torch.Tensor | None,
     s: torch.Tensor | None,
     masks: torch.Tensor | None,
-    projections: list[torch.Tensor | None],
+    weights: list[torch.Tensor | None],
+    lora_As: list[torch.Tensor | None],
+    lora_Bs: list[torch.Tensor | None],
+    row_scalings: list[torch.Tensor | None],
     scalings: list[float],
     ranks: list[int],
     dropout_p: float,
-    needs_x: bool,
     needs: list[bool],
     adapter_dtype: torch.dtype,
     high_precision: bool,
     backend: str,
 ) -> list[torch.Tensor]:
     """As `reference.backward`."""
-    batch = grad_ys[0].shape[:-1]
-    dys = [_dense(grad) for grad in grad_ys]
+    batch = dys[0].shape[:-1]
+    dys = [_dense(dy) for dy in dys]
     M, num, R = dys[0].shape[0], len(dys), max(ranks)
-    needs_weight, needs_bias, needs_A, needs_B = (needs[i::4] for i in range(4))
+    needs_x, (needs_weight, needs_bias, needs_A, needs_B) = needs[0], by_field(needs[1:], num)
     low_rank = [needs_x or needed for needed in needs_A]
     dh = None
     if any(low_rank):
@@ -225,7 +227,7 @@ def backward(
         dh = allocate(M, num * R, dtype=torch.float32 if high_precision else dys[0].dtype)
     grad_Bs, sums, column = [], [], 0
     for j, dy in enumerate(dys):
-        _, _, lora_B, row_scaling = projections[4 * j : 4 * j + 4]
+        lora_B, row_scaling = lora_Bs[j], row_scalings[j]
         s_j = None
         if needs_B[j]:
             s_j = s[:, column : column + ranks[j]]
@@ -240,27 +242,19 @@ def backward(
         sums += some
     reduce_partials(sums, M)
     rows = x if x is None or x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    grad_As = iter(grad_lora_A(rows, dh, masks, ranks, needs_A, adapter_dtype, high_precision) if any(needs_A) else ())
+    grads_A = grad_lora_A(rows, dh, masks, ranks, needs_A, adapter_dtype, high_precision) if any(needs_A) else []
     grads = []
     if needs_x:
-        grad_x = grad_x_of(dys, projections, dh, masks, ranks, high_precision, backend)
+        grad_x = grad_x_of(dys, weights, lora_As, dh, masks, ranks, high_precision, backend)
         grads.append(grad_x.view(*batch, grad_x.shape[1]))
-    for j, dy in enumerate(dys):
-        if needs_weight[j]:
-            grads.append(dy.t().mm(rows))
-        if needs_bias[j]:
-            grads.append(dy.sum(0))
-        if needs_A[j]:
-            grads.append(next(grad_As))
-        if needs_B[j]:
-            grads.append(grad_Bs[j])
-    return grads
+    grads += [dy.t().mm(rows) for dy, needed in zip(dys, needs_weight) if needed]
+    grads += [dy.sum(0) for dy, needed in zip(dys, needs_bias) if needed]
+    return grads + grads_A + [grad for grad, needed in zip(grad_Bs, needs_B) if needed]
 
 
-def grad_x_of(dys, projections, dh, masks, ranks, high_precision, backend) -> torch.Tensor:
+def grad_x_of(dys, weights, lora_As, dh, masks, ranks, high_precision, backend) -> torch.Tensor:
     """dx = Σ_j dy_j·W_j + D_j(dH_j·A_j) [M, K]: one GEMM whose reduction runs over all projections, or the
     low-rank products followed by cuBLAS with beta = 1."""
-    weights, lora_As = projections[0::4], projections[1::4]
     M, R, K = dys[0].shape[0], max(ranks), weights[0].shape[1]
     grad_x = dys[0].new_empty(M, K)
     es = [dh[:, j * R : (j + 1) * R] for j in range(len(dys))]

@@ -134,7 +134,11 @@ def shrink(
 
 def forward(
     x: torch.Tensor,
-    projections: list[torch.Tensor | None],
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    lora_As: list[torch.Tensor],
+    lora_Bs: list[torch.Tensor],
+    row_scalings: list[torch.Tensor | None],
     scalings: list[float],
     seed: torch.Tensor | None,
     dropout_p: float,
@@ -147,7 +151,7 @@ def forward(
     """As `reference.forward`; `backend` may force the way to expand ("triton:fused", "triton:blas")."""
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     (M, K), num = rows.shape, len(scalings)
-    ranks = [lora_A.shape[0] for lora_A in projections[2::5]]
+    ranks = [lora_A.shape[0] for lora_A in lora_As]
     R = max(ranks)
     arch, table = architecture(x.device), configs.tuned(x.device)
     if M == 0:
@@ -155,13 +159,13 @@ def forward(
         masks = rows.new_empty(1 if shared_dropout else num, 0, dropout.mask_bytes(K), dtype=torch.uint8)
     else:
         s, masks = shrink(
-            rows, stack(projections[2::5], R), [scale * dropout.rescale(dropout_p) for scale in scalings],
-            [flat(scaling) for scaling in projections[4::5]], seed, dropout_p, shared_dropout, save_mask,
+            rows, stack(lora_As, R), [scale * dropout.rescale(dropout_p) for scale in scalings],
+            [flat(scaling) for scaling in row_scalings], seed, dropout_p, shared_dropout, save_mask,
             high_precision,
         )  # fmt: skip
     ys, kept_s = [], []
     for j, rank in enumerate(ranks):
-        weight, bias, _, lora_B, _ = projections[5 * j : 5 * j + 5]
+        weight, bias, lora_B = weights[j], biases[j], lora_Bs[j]
         N = weight.shape[0]
         s_j = (
             s[:, j * R : j * R + rank]

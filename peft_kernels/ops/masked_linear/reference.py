@@ -22,14 +22,14 @@ def forward(
     weight: torch.Tensor,
     scores: torch.Tensor,
     bias: torch.Tensor | None,
+    tau: torch.Tensor | None,
     threshold: float,
-    threshold_tensor: torch.Tensor | None,
     backend: str = "reference",
 ) -> torch.Tensor:
     """y = x·(W ⊙ 1[S ≥ τ])ᵀ + bias [..., N], with τ the tensor if one is given, else the float."""
     rows = flatten(x)
     y = rows.new_empty(rows.shape[0], weight.shape[0])
-    tau = rounded(threshold, threshold_tensor, scores.dtype)
+    tau = rounded(threshold, tau, scores.dtype)
     for band in bands(weight.shape[0], weight.shape[1], weight.element_size()):
         masked = mask(weight[band], scores[band], tau).t()
         if bias is None:
@@ -44,8 +44,8 @@ def backward(
     x: torch.Tensor | None,
     weight: torch.Tensor | None,
     scores: torch.Tensor | None,
+    tau: torch.Tensor | None,
     threshold: float,
-    threshold_tensor: torch.Tensor | None,
     needs: list[bool],
     scores_dtype: torch.dtype,
     backend: str = "reference",
@@ -56,7 +56,7 @@ def backward(
     """
     needs_x, needs_weight, needs_scores, needs_bias = needs
     dy, grads = flatten(grad_y), []
-    tau = rounded(threshold, threshold_tensor, scores_dtype)
+    tau = rounded(threshold, tau, scores_dtype)
     if needs_x:
         N, K = weight.shape
         grad_x = dy.new_empty(dy.shape[0], K)
@@ -85,9 +85,9 @@ def mask(values: torch.Tensor, scores: torch.Tensor, tau: torch.Tensor) -> torch
     return torch.where(scores >= tau, values, 0)
 
 
-def rounded(threshold: float, threshold_tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """τ in the scores' dtype."""
-    return constant(threshold, dtype) if threshold_tensor is None else threshold_tensor.to(dtype)
+def rounded(threshold: float, tau: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """τ in the scores' dtype: the tensor if one is given, else the float."""
+    return constant(threshold, dtype) if tau is None else tau.to(dtype)
 
 
 def bands(length: int, other: int, element_size: int) -> Iterator[slice]:

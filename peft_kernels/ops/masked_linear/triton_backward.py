@@ -97,8 +97,8 @@ def backward(
     x: torch.Tensor | None,
     weight: torch.Tensor | None,
     scores: torch.Tensor | None,
+    tau: torch.Tensor | None,
     threshold: float,
-    threshold_tensor: torch.Tensor | None,
     needs: list[bool],
     scores_dtype: torch.dtype,
     backend: str,
@@ -109,7 +109,7 @@ def backward(
     if 0 in dy.stride():  # of `y.sum().backward()`: kernels would load each element by itself
         dy = dy.contiguous()
     if needs_x:
-        grad_x = masked_gemm(dy, weight, scores, None, threshold, threshold_tensor)
+        grad_x = masked_gemm(dy, weight, scores, None, threshold, tau)
         grads.append(grad_x.view(*grad_y.shape[:-1], weight.shape[1]))
     if needs_weight or needs_scores:
         rows = flatten(x)
@@ -118,7 +118,7 @@ def backward(
         grad_scores = dy.new_empty(shape, dtype=scores_dtype) if needs_scores else None
         masked_grad(
             dy, rows, weight if needs_scores else None, scores if needs_weight else None, grad_weight, grad_scores,
-            threshold, threshold_tensor,
+            threshold, tau,
         )  # fmt: skip
         grads += [grad for grad in (grad_weight, grad_scores) if grad is not None]
     if needs_bias:

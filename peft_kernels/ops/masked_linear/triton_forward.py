@@ -97,11 +97,11 @@ def forward(
     weight: torch.Tensor,
     scores: torch.Tensor,
     bias: torch.Tensor | None,
+    tau: torch.Tensor | None,
     threshold: float,
-    threshold_tensor: torch.Tensor | None,
     backend: str,
 ) -> torch.Tensor:
     """As `reference.forward`."""
     bias = None if bias is None else bias.contiguous()
-    y = masked_gemm(flatten(x), weight.t(), scores.t(), bias, threshold, threshold_tensor)
+    y = masked_gemm(flatten(x), weight.t(), scores.t(), bias, threshold, tau)
     return unflatten(y, x)

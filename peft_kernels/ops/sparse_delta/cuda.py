@@ -38,7 +38,8 @@ def patched_bands(
     yield slice(0, layout.shape[dim]), layout.put_(weight.clone(), changed)
 
 
-#: As `reference.forward`, `reference.grad_x` and `reference.backward`.
+#: As those of `reference`.
 forward = functools.partial(reference.forward, patched_bands=patched_bands)
 grad_x = functools.partial(reference.grad_x, patched_bands=patched_bands)
 backward = functools.partial(reference.backward, grad_x=grad_x, grad_values=grad_values)
+write = reference.write

@@ -1,23 +1,18 @@
-"""The public ops `sparse_delta_linear` and `with_sparse_gradient_`, their autograd, and their registration.
-
-From top to bottom: the public functions; the checks; the autograd Functions; the two ops that these call, registered
-with torch.library so that torch.compile and opcheck see them.
-"""
+"""The public ops `sparse_delta_linear` and `with_sparse_gradient_`: the functions, their checks, their declaration."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
-from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
-from torch.compiler import is_dynamo_compiling
+from torch._C import _are_functorch_transforms_active
 
 from ... import backends
-from ..core.library import LIBRARY, on_device_of, register
 from ..core.messages import describe
-from ..core.tensors import autocast, flatten, unflatten
-from ..core.transforms import backward_of, compose, is_transformed, over_values
-from . import composition, cpu, cuda, reference
+from ..core.op import OpFunction, kernel, needs_of, on_device_of, register
+from ..core.tensors import autocast, autocasts, flatten, unflatten
+from ..core.transforms import compose, is_transformed, over_values
+from . import composition, reference
 from .layout import SparseLayout
 
 
@@ -55,20 +50,13 @@ def sparse_delta_linear(
         return over_values(
             "sparse_delta_linear", lambda rows: sparse_delta_linear(rows, weight, values, layout, bias), x
         )
-    if _is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         x, weight, bias = (autocast(tensor, x.device.type) for tensor in (x, weight, bias))
     if is_transformed():
-        given = x, weight, values, bias, layout
-        return compose("sparse_delta_linear", lambda: _check_linear(*given), composition.forward, *given)
+        return compose("sparse_delta_linear", _check_linear, composition.forward, x, weight, values, bias, layout)
     _check_linear(x, weight, values, bias, layout)
-    backend = backends.choose("sparse_delta_linear", x, layout.kind)
-    tensors = (x, weight, values, bias)
-    needs = [tensor is not None and tensor.requires_grad for tensor in tensors]
-    if torch.is_grad_enabled() and True in needs:
-        options = Options(layout, backend, needs)
-        apply = SparseDeltaLinearFunction.apply if is_dynamo_compiling() else _apply_eagerly
-        return apply(options, *tensors)
-    return _forward_op(x, weight, values, bias, *_flat(layout), backend)
+    backend, needs = backends.choose("sparse_delta_linear", x, layout.kind), needs_of(x, weight, values, bias)
+    return SparseDeltaLinearFunction.call(Options(layout, values.dtype, backend, needs), x, weight, values, bias)
 
 
 def with_sparse_gradient_(y: torch.Tensor, x: torch.Tensor, values: torch.Tensor, layout: SparseLayout) -> torch.Tensor:
@@ -94,14 +82,13 @@ def with_sparse_gradient_(y: torch.Tensor, x: torch.Tensor, values: torch.Tensor
     """
     if is_transformed():
         given = y, x, values, layout
-        result = compose("with_sparse_gradient_", lambda: _check_gradient(*given), composition.with_gradient, *given)
+        result = compose("with_sparse_gradient_", _check_gradient, composition.with_gradient, *given)
         return result if _are_functorch_transforms_active() else y.copy_(result)
     _check_gradient(y, x, values, layout)
     if not (torch.is_grad_enabled() and values.requires_grad):
         return y
-    options = Options(layout, backends.choose("sparse_delta_linear", x, layout.kind), [False, False, True, False])
-    apply = SparseGradientFunction.apply if is_dynamo_compiling() else _attach_eagerly
-    return apply(options, y, x, values)
+    backend, needs = backends.choose("sparse_delta_linear", x, layout.kind), [True, False, True]
+    return SparseGradientFunction.call(Options(layout, values.dtype, backend, needs), y, x, values)
 
 
 def write_delta(weight: torch.Tensor, base: torch.Tensor, values: torch.Tensor, layout: SparseLayout) -> None:
@@ -111,7 +98,7 @@ def write_delta(weight: torch.Tensor, base: torch.Tensor, values: torch.Tensor, 
         base: [nnz], what the weight held there before Δ. values: [nnz], Δ.
     """
     backend = backends.choose("sparse_delta_linear", weight, layout.kind)
-    _write_op(weight, base, values, *_flat(layout), backend)
+    _write(weight, base, values, *_flat(layout), backend)
 
 
 def _check_linear(
@@ -151,145 +138,122 @@ def _check(op: str, x: torch.Tensor, values: torch.Tensor, layout: SparseLayout)
 
 
 class Options(NamedTuple):
-    """What one application is given beside tensors. `needs`: of x, weight, values, bias; read outside of the Function,
-    whose `needs_input_grad` ignores grad mode."""
-
     layout: SparseLayout
+    values_dtype: torch.dtype
     backend: str
-    needs: list[bool]
+    needs: list[bool]  #: one answer a tensor
 
 
-class SparseDeltaLinearFunction(torch.autograd.Function):
+class SparseDeltaLinearFunction(OpFunction):
     """`apply(options, x, weight, values, bias)` returns y."""
 
-    @staticmethod
-    def forward(ctx, options, x, weight, values, bias):
-        _save_for_backward(ctx, options, x, weight, values)
-        return _forward_op(x, weight, values, bias, *_flat(options.layout), options.backend)
+    op = "sparse_delta_linear"
 
     @staticmethod
-    def backward(ctx, dy):
-        return _backward(ctx, dy)
+    def run(options, x, weight, values, bias):
+        return _forward(x, weight, values, bias, *_flat(options.layout), options.backend), []
+
+    @staticmethod
+    def save(options, tensors, kept):
+        x, weight, values, _ = tensors
+        needs_x, needs_weight, needs_values, _ = options.needs
+        rows = None
+        if needs_weight:
+            rows = x
+        elif needs_values:
+            rows = _rows_of_values(x, options.layout)
+        return rows, weight if needs_x else None, values if needs_x else None
+
+    @staticmethod
+    def gradients(options, saved, dy):
+        grads = _gradients(options, dy, *saved, options.needs)
+        if not options.needs[0]:
+            return grads
+        return grads[0].view(*dy.shape[:-1], options.layout.shape[1]), *grads[1:]
 
 
-class SparseGradientFunction(torch.autograd.Function):
+class SparseGradientFunction(OpFunction):
     """`apply(options, y, x, values)` returns y. A view of y instead could not be written to by what follows."""
 
-    @staticmethod
-    def forward(ctx, options, y, x, values):
-        ctx.mark_dirty(y)
-        _save_for_backward(ctx, options, x, None, values)
-        return y
+    op = "with_sparse_gradient_"
+    in_place = True
 
     @staticmethod
-    def backward(ctx, dy):
-        *_, grad_values, _ = _backward(ctx, dy)
-        return None, dy, None, grad_values
+    def run(options, y, x, values):
+        return y, []
+
+    @staticmethod
+    def save(options, tensors, kept):
+        return (_rows_of_values(tensors[1], options.layout),)
+
+    @staticmethod
+    def gradients(options, saved, dy):
+        return dy, *_gradients(options, dy, *saved, None, None, [False, False, True, False])
 
 
-# What `apply` calls in the end. The Python around it asks of every argument whether it escaped from a torch.func
-# transform, a cost for the host; no transform is active where these are called.
-_apply_eagerly = super(torch.autograd.Function, SparseDeltaLinearFunction).apply
-_attach_eagerly = super(torch.autograd.Function, SparseGradientFunction).apply
+def _rows_of_values(x: torch.Tensor, layout: SparseLayout) -> torch.Tensor:
+    """What the gradient of the values reads of x."""
+    return reference.gather_columns(flatten(x), layout) if layout.kind == "columns" else x
 
 
-def _save_for_backward(ctx, options: Options, x, weight, values) -> None:
-    needs_x, needs_weight, needs_values, _ = options.needs
-    kept = x if needs_weight or needs_values else None
-    if kept is not None and not needs_weight and options.layout.kind == "columns":
-        kept = reference.gather_columns(flatten(x), options.layout)
-    ctx.save_for_backward(kept, weight if needs_x else None, values if needs_x else None)
-    ctx.options = options
-    ctx.values_dtype = values.dtype
-    ctx.shape = x.shape
-
-
-@backward_of("sparse_delta_linear")
-def _backward(ctx, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    layout, backend, needs = ctx.options
-    x, weight, values = ctx.saved_tensors
-    x, rows = x if x is None else flatten(x), flatten(dy)
-    grads = iter(_backward_op(rows, x, weight, values, *_flat(layout), layout.shape, needs, ctx.values_dtype, backend))
-    result = [next(grads) if needed else None for needed in needs]
-    if needs[0]:
-        result[0] = result[0].view(ctx.shape)
-    return (None, *result)
-
-
-# A layout goes through the dispatcher as its tensors, its kind and its tile. `needs`: of x, weight, values and bias.
-LIBRARY.define(
-    "sparse_delta_linear_forward(Tensor x, Tensor weight, Tensor values, Tensor? bias, Tensor[] layout, str kind, "
-    "int[] tile, str backend) -> Tensor"
-)
-LIBRARY.define(
-    "sparse_delta_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? values, Tensor[] layout, str kind, "
-    "int[] tile, SymInt[] shape, bool[] needs, ScalarType values_dtype, str backend) -> Tensor[]"
-)
-LIBRARY.define(
-    "sparse_delta_write(Tensor(a!) weight, Tensor base, Tensor values, Tensor[] layout, str kind, int[] tile, "
-    "str backend) -> ()"
-)
+def _gradients(options: Options, dy, x, weight, values, needs: list[bool]) -> list[torch.Tensor]:
+    layout = options.layout
+    rows = x if x is None else flatten(x)
+    return _backward(
+        flatten(dy), rows, weight, values, *_flat(layout), layout.shape, needs, options.values_dtype, options.backend
+    )
 
 
 def _flat(layout: SparseLayout) -> tuple[list[torch.Tensor], str, tuple[int, ...]]:
+    """A layout as the dispatcher takes it: its tensors, its kind and its tile."""
     return list(layout.tensors.values()), layout.kind, layout.tile
 
 
-#: The backends that need no Triton.
-_MODULES = {"reference": reference, "cpu": cpu, "cuda": cuda}
-
-
-def _forward(x, weight, values, bias, layout, kind, tile, backend):
+def _run_forward(x, weight, values, bias, layout, kind, tile, backend):
     layout = SparseLayout.of_tensors(kind, tuple(weight.shape), layout, tuple(tile))
-    if backend == "triton":
-        from . import triton_forward as module  # needs Triton, which the package does not
-    else:
-        module = _MODULES[backend]
     with on_device_of(x):
-        return unflatten(module.forward(flatten(x), weight, values, bias, layout), x)
+        return unflatten(kernel(__package__, backend, "forward")(flatten(x), weight, values, bias, layout), x)
 
 
-def _backward_of(dy, x, weight, values, layout, kind, tile, shape, needs, values_dtype, backend):
+def _run_backward(dy, x, weight, values, layout, kind, tile, shape, needs, values_dtype, backend):
     layout = SparseLayout.of_tensors(kind, tuple(shape), layout, tuple(tile))
-    if backend == "triton":
-        from . import triton_backward as module
-    else:
-        module = _MODULES[backend]
     with on_device_of(dy):
-        return module.backward(dy, x, weight, values, layout, needs, values_dtype)
+        return kernel(__package__, backend, "backward")(dy, x, weight, values, layout, needs, values_dtype)
 
 
-def _write(weight, base, values, layout, kind, tile, backend):
+def _run_write(weight, base, values, layout, kind, tile, backend):
     layout = SparseLayout.of_tensors(kind, tuple(weight.shape), layout, tuple(tile))
-    if backend == "triton":
-        from . import triton_write
-
-        with on_device_of(weight):
-            triton_write.write(weight, base, values, layout)
-    elif backend == "cpu":
-        cpu.write(weight, base, values, layout)
-    else:
-        layout.put_(weight, base + values)
+    with on_device_of(weight):
+        kernel(__package__, backend, "write")(weight, base, values, layout)
 
 
-_forward_op = register("sparse_delta_linear_forward", _forward, composition.forward_flops)
-_backward_op = register("sparse_delta_linear_backward", _backward_of, composition.backward_flops)
-_write_op = register("sparse_delta_write", _write)
-
-
-@torch.library.register_fake("peft_kernels::sparse_delta_linear_forward", lib=LIBRARY)
-def _(x, weight, values, bias, layout, kind, tile, backend):
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-@torch.library.register_fake("peft_kernels::sparse_delta_linear_backward", lib=LIBRARY)
-def _(dy, x, weight, values, layout, kind, tile, shape, needs, values_dtype, backend):
+def _fake_backward(dy, x, weight, values, layout, kind, tile, shape, needs, values_dtype, backend):
     N, K = shape
     nnz = SparseLayout.of_tensors(kind, (N, K), layout, tuple(tile)).nnz
     empty = (dy.new_empty(dy.shape[0], K), dy.new_empty(N, K), dy.new_empty(nnz, dtype=values_dtype), dy.new_empty(N))
     return [tensor for tensor, needed in zip(empty, needs) if needed]
 
 
-@torch.library.register_fake("peft_kernels::sparse_delta_write", lib=LIBRARY)
-def _(weight, base, values, layout, kind, tile, backend):
-    return None
+_forward = register(
+    __package__,
+    "sparse_delta_linear_forward(Tensor x, Tensor weight, Tensor values, Tensor? bias, Tensor[] layout, str kind, "
+    "int[] tile, str backend) -> Tensor",
+    fake=lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0]),
+    flops=composition.forward_flops,
+    implementation=_run_forward,
+)
+_backward = register(
+    __package__,
+    "sparse_delta_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? values, Tensor[] layout, str kind, "
+    "int[] tile, SymInt[] shape, bool[] needs, ScalarType values_dtype, str backend) -> Tensor[]",
+    fake=_fake_backward,
+    flops=composition.backward_flops,
+    implementation=_run_backward,
+)
+_write = register(
+    __package__,
+    "sparse_delta_write(Tensor(a!) weight, Tensor base, Tensor values, Tensor[] layout, str kind, int[] tile, "
+    "str backend) -> ()",
+    fake=lambda *_: None,
+    implementation=_run_write,
+)

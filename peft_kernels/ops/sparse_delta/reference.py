@@ -241,3 +241,8 @@ def _quiet_about_csr() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
+
+
+def write(weight: torch.Tensor, base: torch.Tensor, values: torch.Tensor, layout: SparseLayout) -> None:
+    """base + values, added in the wider dtype and rounded once, to the layout's positions of `weight`."""
+    layout.put_(weight, base + values)

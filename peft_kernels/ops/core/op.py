@@ -51,6 +51,8 @@ def register(
     schema: str,
     fake: Callable,
     flops: Callable[..., int] | None = None,
+    *,
+    by_sizes: Callable[..., str] | None = None,
     implementation: Callable | None = None,
 ) -> Callable:
     """Register an op with torch.library, for every dispatch key, and return the function that calls it.
@@ -65,10 +67,11 @@ def register(
         fake: of the op's arguments, returns empty tensors of the result's shapes and dtypes.
         flops: of the op's arguments, shapes in place of tensors, and `out_shape`: what `FlopCounterMode` counts. The
             products of the op's definition, whatever a backend computes to get them.
+        by_sizes: of the op's arguments, the backend to take where theirs is "auto".
         implementation: of the op's arguments; by default the package's kernel of that function and backend.
     """
     name = schema.partition("(")[0]
-    implementation = implementation or by_backend(package, name.rpartition("_")[2])
+    implementation = implementation or _by_backend(package, name.rpartition("_")[2], by_sizes)
 
     def run(*args):
         return without_autocast(implementation, *args)
@@ -96,12 +99,16 @@ def register(
     return call
 
 
-def by_backend(package: str, function: str) -> Callable:
+def _by_backend(package: str, function: str, by_sizes: Callable[..., str] | None) -> Callable:
     """The implementation of a registered op whose last argument is the backend: the kernel of that backend."""
 
     def implementation(*args):
-        found = kernel(package, args[-1], function)
-        if args[-1] == "reference":
+        backend = args[-1]
+        if backend == "auto":
+            backend = by_sizes(*args)
+            args = (*args[:-1], backend)
+        found = getattr(_module(package, backend, function), function)
+        if backend == "reference":
             return found(*args)
         with on_device_of(args[0] if isinstance(args[0], torch.Tensor) else args[0][0]):
             return found(*args)
@@ -119,27 +126,28 @@ class OpFunction(torch.autograd.Function):
 
     A subclass has the name of its op, and static functions:
 
-    - `run(options, *tensors)` returns the result, a tensor or a tuple, and a list of what else backward may read.
+    - `run(options, *tensors)` returns the result, a tensor or a tuple, and the tensors to be saved, with None in the
+      place of those that no needed gradient reads. None instead of such a list stands for what `saved` says.
     - `gradients(options, saved, *grads)` returns an iterable of the gradients that are needed, in order. Of several
       results some `grads` may be None, not all.
-    - `save(options, tensors, kept)` returns the tensors to be saved, None in the place of those that no needed gradient
-      reads; by default as `saved` says.
 
     `options` is what one call is given beside tensors, with an attribute `needs`: whether a gradient is needed, for as
     many of the tensors as may have one. It is read outside, since `needs_input_grad` ignores grad mode (`needs_of`).
 
     Attributes:
         op: the name of the op, for errors.
+        call: `apply`, or `run` where no gradient is needed.
         tensors: the names of the tensors, those that may have a gradient first.
         saved: of each tensor to be saved, the names of those whose gradients read it.
         in_place: the result is the first of the tensors, its numbers unchanged.
     """
 
     op: str
+    call: Callable[..., Any]
     tensors: Sequence[str] = ()
     saved: Sequence[tuple[str, str]] = ()
     in_place = False
-    run: Callable[..., tuple[Any, list[torch.Tensor]]]
+    run: Callable[..., tuple[Any, Sequence[torch.Tensor | None] | None]]
     gradients: Callable[..., Iterable[torch.Tensor | None]]
 
     def __init_subclass__(cls) -> None:
@@ -147,42 +155,48 @@ class OpFunction(torch.autograd.Function):
         place = {name: position for position, name in enumerate(cls.tensors)}
         readers = [(place[name], [place[reader] for reader in of.split()]) for name, of in cls.saved]
 
-        def save(options, tensors, kept):
-            needs = options.needs
-            return [tensors[one] if any([needs[reader] for reader in of]) else None for one, of in readers]
-
-        if readers:
-            cls.save = staticmethod(save)
-        run, save, gradients, in_place = cls.run, cls.save, cls.gradients, cls.in_place  # Dynamo asks no class
+        run, gradients, in_place = cls.run, cls.gradients, cls.in_place  # Dynamo does not ask the class for them
 
         def forward(ctx, options, *tensors):
-            result, kept = run(options, *tensors)
-            ctx.save_for_backward(*save(options, tensors, kept))
+            result, saved = run(options, *tensors)
+            needs = options.needs
+            if saved is None:
+                saved = [tensors[one] if any([needs[reader] for reader in of]) else None for one, of in readers]
+            ctx.save_for_backward(*saved)
             ctx.set_materialize_grads(False)
             if in_place:
                 ctx.mark_dirty(result)
-            ctx.options, ctx.without_gradient = options, len(tensors) - len(options.needs)
+            ctx.options, ctx.without_gradient = options, len(tensors) - len(needs)
             return result
 
         @backward_of(cls.op)
         def backward(ctx, *grads):
             needs = ctx.options.needs
-            if all(grad is None for grad in grads):
-                return (None,) * (1 + len(needs) + ctx.without_gradient)
+            result: list[torch.Tensor | None] = [None]
+            for grad in grads:
+                if grad is not None:
+                    break
+            else:
+                return tuple(result * (1 + len(needs) + ctx.without_gradient))
             found = iter(gradients(ctx.options, ctx.saved_tensors, *grads))
-            return None, *[next(found) if needed else None for needed in needs], *[None] * ctx.without_gradient
+            for needed in needs:
+                result.append(next(found) if needed else None)
+            return tuple(result + [None] * ctx.without_gradient)
 
         cls.forward, cls.backward = staticmethod(forward), staticmethod(backward)
         # What `apply` calls in the end. The Python around it asks of every argument whether it escaped from a
         # torch.func transform, a CPU overhead; no transform is active where this is called.
-        cls._apply_eagerly = super(torch.autograd.Function, cls).apply
+        apply, apply_eagerly = cls.apply, super(torch.autograd.Function, cls).apply
 
-    @classmethod
-    def call(cls, options: Any, *tensors: torch.Tensor | None) -> Any:
-        """The result for these tensors, in a graph if any gradient is needed."""
-        if True not in options.needs:
-            return cls.run(options, *tensors)[0]
-        return (cls.apply if is_dynamo_compiling() else cls._apply_eagerly)(options, *tensors)
+        def call(options, *tensors):
+            """The result for these tensors, in a graph if any gradient is needed."""
+            if True not in options.needs:
+                return run(options, *tensors)[0]
+            if is_dynamo_compiling():
+                return apply(options, *tensors)
+            return apply_eagerly(options, *tensors)
+
+        cls.call = staticmethod(call)
 
 
 def needs_of(*tensors: torch.Tensor | None) -> list[bool]:

@@ -61,9 +61,11 @@ def autocast(tensor: torch.Tensor | None, device_type: str) -> torch.Tensor | No
     return tensor.to(torch.get_autocast_dtype(device_type)) if eligible else tensor
 
 
-def by_field(values: Sequence, num: int) -> list[Sequence]:
-    """Values of `num` projections each, field after field, as one sequence a field."""
-    return [values[first : first + num] for first in range(0, len(values), num)]
+def by_field(values: Sequence, num: int, fields: int) -> list[Sequence]:
+    """The first values, `num` a field, as one sequence a field."""
+    if num == 1:
+        return [(value,) for value in values[:fields]]
+    return [values[first : first + num] for first in range(0, fields * num, num)]
 
 
 def slices(length: int, step: int) -> Iterator[slice]:

@@ -84,8 +84,10 @@ def backward_of(op: str) -> Callable[[Callable], Callable]:
             if forward_ad._current_level >= 0:
                 _refuse_tangents(op, grads)
             run = backward
-            if any(grad is not None and is_legacy_batchedtensor(grad) for grad in grads):
-                run = functools.partial(_one_by_one, backward)
+            for grad in grads:
+                if grad is not None and is_legacy_batchedtensor(grad):
+                    run = functools.partial(_one_by_one, backward)
+                    break
             if not torch.is_grad_enabled():
                 return run(ctx, *grads)
             with torch.no_grad():  # create_graph=True

@@ -45,7 +45,7 @@ def backward_flops(
 ) -> int:
     """Of the products that needed gradients ask for: dy·W, dy·B, dH·A, dyᵀ·x, dHᵀ·D(x) and dyᵀ·S."""
     total, needs_x = 0, needs[0]
-    for dy, weight, R, needs_weight, _, needs_A, needs_B in zip(dys, weights, ranks, *by_field(needs[1:], len(dys))):
+    for dy, weight, R, needs_weight, _, needs_A, needs_B in zip(dys, weights, ranks, *by_field(needs[1:], len(dys), 4)):
         M, N = math.prod(dy[:-1]), dy[-1]
         K = weight[1] if needs_x else 0 if x is None else x[-1]
         total += 2 * M * N * K * (needs_x + needs_weight)

@@ -98,7 +98,7 @@ def backward(
     """As `reference.backward`, of 16-bit operands."""
     dtype, given = dys[0].dtype, dys[0]
     rows = None if x is None else aligned(flatten(x))
-    needs_x, (needs_weight, needs_bias, needs_A, needs_B) = needs[0], by_field(needs[1:], len(dys))
+    needs_x, (needs_weight, needs_bias, needs_A, needs_B) = needs[0], by_field(needs[1:], len(dys), 4)
     dys = [aligned(flatten(dy)) for dy in dys]
     kept_s = iter(() if s is None else s.split([rank for rank, needed in zip(ranks, needs_B) if needed], dim=1))
     dhs, grads_B = _low_rank_grads(

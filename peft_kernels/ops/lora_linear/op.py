@@ -12,7 +12,7 @@ import torch
 from ... import backends
 from ..core import dropout
 from ..core.machine import architecture
-from ..core.op import OpFunction, by_backend, needs_of, register
+from ..core.op import OpFunction, register
 from ..core.tensors import autocast, autocasts, by_field
 from ..core.transforms import compose, is_transformed, over_values
 from . import composition, configs
@@ -134,21 +134,25 @@ def _run(
     p = dropout_p if training else 0.0
     seed = dropout.draw_seed(x.device) if p > 0.0 else None
 
-    weights, biases, lora_As, lora_Bs, row_scalings, scalings, ranks = [], [], [], [], [], [], []
-    for weight, lora_A, lora_B, scaling, bias in projections:
+    weights, lora_As, lora_Bs, scalings, biases = zip(*projections)
+    row_scalings, numbers, ranks, trains = [], [], [], torch.is_grad_enabled()
+    for lora_A, scaling in zip(lora_As, scalings):
         row_scaling = None
         if not isinstance(scaling, (float, int)):
             row_scaling, scaling = scaling.expand(x.shape[:-1]) if scaling.dim() else scaling, 1.0
-        weights.append(weight)
-        biases.append(bias)
-        lora_As.append(lora_A)
-        lora_Bs.append(lora_B)
         row_scalings.append(row_scaling)
-        scalings.append(float(scaling))
+        numbers.append(float(scaling))
         ranks.append(lora_A.shape[0])
-    trained = x, *weights, *biases, *lora_As, *lora_Bs
-    options = Options(scalings, ranks, p, shared_dropout, high, lora_As[0].dtype, backend, needs_of(*trained))
-    return LoRALinearFunction.call(options, *trained, *row_scalings, seed)
+    if trains:
+        trained = x, *weights, *biases, *lora_As, *lora_Bs
+        needs = [tensor is not None and tensor.requires_grad for tensor in trained]
+        if True in needs:
+            options = Options(numbers, ranks, p, shared_dropout, high, lora_A.dtype, backend, needs)
+            return LoRALinearFunction.call(options, *trained, *row_scalings, seed)
+    nothing = [False] * len(weights)
+    ys = _forward(x, weights, biases, lora_As, lora_Bs, row_scalings, numbers, seed, p, shared_dropout, nothing, False,
+                  high, backend)  # fmt: skip
+    return tuple(ys)
 
 
 def _autocast(x: torch.Tensor, projections: tuple[Projection, ...]) -> tuple[torch.Tensor, tuple[Projection, ...]]:
@@ -185,64 +189,59 @@ class LoRALinearFunction(OpFunction):
 
     @staticmethod
     def run(options, x, *tensors):
-        """The ys; and S if a lora_B trains, the masks if there is dropout and a gradient needs them."""
+        """Saves S where a lora_B trains, the masks where there is dropout and dx or dA needs them."""
         scalings, _, dropout_p, shared_dropout, high_precision, _, backend, needs = options
-        num, seed = len(scalings), tensors[-1]
-        _, _, needs_A, needs_B = by_field(needs[1:], num)
-        save_mask = seed is not None and (needs[0] or True in needs_A)
-        found = _forward(
-            x, *by_field(tensors[:-1], num), scalings, seed, dropout_p, shared_dropout, needs_B, save_mask,
-            high_precision, backend,
-        )  # fmt: skip
-        return tuple(found[:num]), found[num:]
-
-    @staticmethod
-    def save(options, tensors, kept):
-        x, *fields = tensors
-        num, needs_x = len(options.scalings), options.needs[0]
-        weights, _, lora_As, lora_Bs, row_scalings = by_field(fields[:-1], num)
-        needs_weight, _, needs_A, needs_B = by_field(options.needs[1:], num)
+        num, seed, needs_x = len(scalings), tensors[-1], needs[0]
+        fields = weights, _, lora_As, lora_Bs, row_scalings = by_field(tensors, num, 5)
+        needs_weight, needs_A, needs_B = needs[1 : 1 + num], needs[1 + 2 * num : 1 + 3 * num], needs[1 + 3 * num :]
         needs_h = needs_x or True in needs_A
+        save_mask = needs_h and seed is not None
+        found = _forward(
+            x, *fields, scalings, seed, dropout_p, shared_dropout, needs_B, save_mask, high_precision, backend
+        )
         nothing = [None] * num
-        return [
+        saved = [
             x if True in needs_A or True in needs_weight else None,
-            kept[0] if True in needs_B else None,
-            kept[-1] if needs_h and options.dropout_p > 0.0 else None,
+            found[num] if True in needs_B else None,
+            found[-1] if save_mask else None,
             *(weights if needs_x else nothing),
             *(lora_As if needs_x else nothing),
             *(lora_Bs if needs_h else nothing),
             *(row_scalings if needs_h else nothing),
         ]
+        return tuple(found[:num]), saved
 
     @staticmethod
     def gradients(options, saved, *dys):
         scalings, ranks, dropout_p, _, high_precision, adapter_dtype, backend, needs = options
+        for dy in dys:
+            if dy is None:
+                return _gradients_of_some(options, saved, dys)
         x, s, masks, *fields = saved
-        num, used = len(dys), [j for j, dy in enumerate(dys) if dy is not None]
-        fields = by_field(fields, num)
-        if len(used) == num:
-            return _backward(
-                dys, x, s, masks, *fields, scalings, ranks, dropout_p, needs, adapter_dtype, high_precision, backend
-            )
-        # An output took no part in the loss: its projection gets no gradient, not zeros.
-        needs_x, each = needs[0], by_field(needs[1:], num)
-        if s is not None:
-            s = _columns_of(s, ranks, each[-1], used)
-        if masks is not None and len(masks) > 1:
-            masks = torch.stack([masks[j] for j in used])  # an index from the CPU could not be captured in a graph
-        of_used = [[one[j] for j in used] for one in (dys, *fields, scalings, ranks, *each)]
-        dys, *fields, scalings, ranks = of_used[:-4]
-        needs = [needs_x, *itertools.chain(*of_used[-4:])]
-        found = iter(
-            _backward(
-                dys, x, s, masks, *fields, scalings, ranks, dropout_p, needs, adapter_dtype, high_precision, backend
-            )
-        )
-        grad_x = [next(found)] if needs_x else []
-        return [
-            *grad_x,
-            *(next(found) if j in used else None for one in each for j, needed in enumerate(one) if needed),
-        ]
+        return _backward(
+            dys, x, s, masks, *by_field(fields, len(dys), 4), scalings, ranks, dropout_p, needs, adapter_dtype,
+            high_precision, backend,
+        )  # fmt: skip
+
+
+def _gradients_of_some(options: Options, saved, dys: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor | None]:
+    """An output took no part in the loss: its projection gets no gradient, not zeros."""
+    scalings, ranks, dropout_p, _, high_precision, adapter_dtype, backend, needs = options
+    x, s, masks, *fields = saved
+    num, used = len(dys), [j for j, dy in enumerate(dys) if dy is not None]
+    needs_x, each = needs[0], by_field(needs[1:], num, 4)
+    if s is not None:
+        s = _columns_of(s, ranks, each[-1], used)
+    if masks is not None and len(masks) > 1:
+        masks = torch.stack([masks[j] for j in used])  # an index from the CPU could not be captured in a graph
+    of_used = [[one[j] for j in used] for one in (dys, *by_field(fields, num, 4), scalings, ranks, *each)]
+    dys, *fields, scalings, ranks = of_used[:-4]
+    needs = [needs_x, *itertools.chain(*of_used[-4:])]
+    found = iter(
+        _backward(dys, x, s, masks, *fields, scalings, ranks, dropout_p, needs, adapter_dtype, high_precision, backend)
+    )
+    grad_x = [next(found)] if needs_x else []
+    return [*grad_x, *(next(found) if j in used else None for one in each for j, needed in enumerate(one) if needed)]
 
 
 def _columns_of(s: torch.Tensor, ranks: list[int], kept: list[bool], used: list[int]) -> torch.Tensor | None:
@@ -253,26 +252,21 @@ def _columns_of(s: torch.Tensor, ranks: list[int], kept: list[bool], used: list[
     return torch.cat(pieces, dim=1) if pieces else None
 
 
-def _run_forward(x, weights, *rest):
-    *options, backend = rest
-    if backend == "auto":
-        features, dropping, high_precision = sum([weight.shape[0] for weight in weights]), rest[5] is not None, rest[-2]
-        backend = _fastest(x, features, x.shape[-1], dropping, high_precision)
-    return _forward_by_backend(x, weights, *options, backend)
+def _forward_by_sizes(x, weights, biases, lora_As, lora_Bs, row_scalings, scalings, seed, *options) -> str:
+    features, high_precision = sum([weight.shape[0] for weight in weights]), options[-2]
+    return _fastest(x, features, x.shape[-1], seed is not None, high_precision)
 
 
-def _run_backward(dys, x, s, masks, weights, lora_As, *rest):
-    *options, backend = rest
-    if backend == "auto":  # what is saved has the same form, whichever ran forward
-        features = sum([dy.shape[-1] for dy in dys])
-        wide = next((one for one in (x, *weights, *lora_As) if one is not None), None)
-        in_features = features if wide is None else wide.shape[-1]  # for dB alone nothing has them
-        backend = _fastest(dys[0], features, in_features, masks is not None, rest[-2])
-    return _backward_by_backend(dys, x, s, masks, weights, lora_As, *options, backend)
+def _backward_by_sizes(dys, x, s, masks, weights, lora_As, *rest) -> str:
+    """What is saved has the same form, whichever backend ran forward."""
+    features = sum([dy.shape[-1] for dy in dys])
+    with_columns = next((one for one in (x, *weights, *lora_As) if one is not None), None)
+    in_features = features if with_columns is None else with_columns.shape[-1]  # for dB alone nothing has them
+    return _fastest(dys[0], features, in_features, masks is not None, rest[-2])
 
 
 def _fastest(rows: torch.Tensor, features: int, in_features: int, dropping: bool, high_precision: bool) -> str:
-    """Of "reference", "triton" and "cuda", by sizes (`configs.gpu_backend`)."""
+    """One of "reference", "triton" and "cuda", by sizes (`configs.gpu_backend`)."""
     M, device = math.prod(rows.shape[:-1]), rows.device
     arch, table = architecture(device), configs.tuned(device)
     chosen = configs.gpu_backend(M, features, in_features, rows.dtype, arch, table, dropping)
@@ -296,7 +290,7 @@ def _fake_forward(x, weights, biases, lora_As, lora_Bs, row_scalings, scalings, 
 
 def _fake_backward(dys, x, s, masks, weights, lora_As, lora_Bs, row_scalings, scalings, ranks, dropout_p, needs,
                    adapter_dtype, high_precision, backend):  # fmt: skip
-    needs_weight, needs_bias, needs_A, needs_B = by_field(needs[1:], len(dys))
+    needs_weight, needs_bias, needs_A, needs_B = by_field(needs[1:], len(dys), 4)
     dy, features = dys[0], [dy.shape[-1] for dy in dys]
     K = next((one.shape[-1] for one in (x, *weights) if one is not None), 0)
     grads = [dy.new_empty(*dy.shape[:-1], K)] if needs[0] else []
@@ -307,7 +301,6 @@ def _fake_backward(dys, x, s, masks, weights, lora_As, lora_Bs, row_scalings, sc
     return grads
 
 
-_forward_by_backend, _backward_by_backend = by_backend(__package__, "forward"), by_backend(__package__, "backward")
 _forward = register(
     __package__,
     "lora_linear_forward(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_As, Tensor[] lora_Bs, "
@@ -315,7 +308,7 @@ _forward = register(
     "bool save_mask, bool high_precision, str backend) -> Tensor[]",
     fake=_fake_forward,
     flops=composition.forward_flops,
-    implementation=_run_forward,
+    by_sizes=_forward_by_sizes,
 )
 # Returns the gradients that are needed, in the order of `needs`. A tensor is None where none of them reads it.
 _backward = register(
@@ -325,5 +318,5 @@ _backward = register(
     "ScalarType adapter_dtype, bool high_precision, str backend) -> Tensor[]",
     fake=_fake_backward,
     flops=composition.backward_flops,
-    implementation=_run_backward,
+    by_sizes=_backward_by_sizes,
 )

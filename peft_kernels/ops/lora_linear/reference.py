@@ -85,7 +85,7 @@ def backward(
     dH_j = scaling_j · dy_j·B_j, dx = Σ_j dy_j·W_j + D_j(dH_j·A_j), dA_j = dH_jᵀ·D_j(x), dB_j = dy_jᵀ·S_j.
     """
     rows = None if x is None else flatten(x)
-    needs_x, (needs_weight, needs_bias, needs_A, needs_B) = needs[0], by_field(needs[1:], len(dys))
+    needs_x, (needs_weight, needs_bias, needs_A, needs_B) = needs[0], by_field(needs[1:], len(dys), 4)
     rescale = dropout.rescale(dropout_p)
     grad_x, column, kept = None, 0, None
     grads_weight, grads_bias, grads_A, grads_B = [], [], [], []
@@ -145,7 +145,7 @@ def scaled_mm(
     left: torch.Tensor, right: torch.Tensor, scale: float, row_scaling: torch.Tensor | None, transposed: bool = False
 ) -> torch.Tensor:
     """scale · row_scaling · left·right, or left·rightᵀ; the scale is applied before a product is rounded to 16 bits."""
-    if left.shape[0] == 1 == right.shape[0 if transposed else 1]:
+    if left.numel() == right.numel() and left.shape[0] == 1 == right.shape[0 if transposed else 1]:
         # A dot product: MKL errs twice as much with the longer one on the left.
         left, right = (right, left) if transposed else (right.t(), left.t())
     mm = linear if transposed else torch.mm

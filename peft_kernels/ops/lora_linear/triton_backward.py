@@ -219,7 +219,7 @@ def backward(
     batch = dys[0].shape[:-1]
     dys = [_dense(dy) for dy in dys]
     M, num, R = dys[0].shape[0], len(dys), max(ranks)
-    needs_x, (needs_weight, needs_bias, needs_A, needs_B) = needs[0], by_field(needs[1:], num)
+    needs_x, (needs_weight, needs_bias, needs_A, needs_B) = needs[0], by_field(needs[1:], num, 4)
     low_rank = [needs_x or needed for needed in needs_A]
     dh = None
     if any(low_rank):

@@ -90,7 +90,7 @@ class MaskedLinearFunction(OpFunction):
 
     @staticmethod
     def run(options, x, weight, scores, bias, tau):
-        return _forward(x, weight, scores, bias, tau, options.threshold, options.backend), []
+        return _forward(x, weight, scores, bias, tau, options.threshold, options.backend), None
 
     @staticmethod
     def gradients(options, saved, dy):

@@ -151,18 +151,14 @@ class SparseDeltaLinearFunction(OpFunction):
 
     @staticmethod
     def run(options, x, weight, values, bias):
-        return _forward(x, weight, values, bias, *_flat(options.layout), options.backend), []
-
-    @staticmethod
-    def save(options, tensors, kept):
-        x, weight, values, _ = tensors
+        y = _forward(x, weight, values, bias, *_flat(options.layout), options.backend)
         needs_x, needs_weight, needs_values, _ = options.needs
         rows = None
         if needs_weight:
             rows = x
         elif needs_values:
             rows = _rows_of_values(x, options.layout)
-        return rows, weight if needs_x else None, values if needs_x else None
+        return y, (rows, weight if needs_x else None, values if needs_x else None)
 
     @staticmethod
     def gradients(options, saved, dy):
@@ -180,11 +176,7 @@ class SparseGradientFunction(OpFunction):
 
     @staticmethod
     def run(options, y, x, values):
-        return y, []
-
-    @staticmethod
-    def save(options, tensors, kept):
-        return (_rows_of_values(tensors[1], options.layout),)
+        return y, (_rows_of_values(x, options.layout),)
 
     @staticmethod
     def gradients(options, saved, dy):

@@ -155,9 +155,8 @@ def _fused_from(inputs: Inputs, at, table, element_size) -> Problem:
 
     def launch(way):
         if way == "blas":
-            projection = [weight, lora_A, lora_B, None]
             y = add_base(s, lora_B, x, weight, None)
-            return y, grad_x_of([dy], projection, dh, None, [R], False, "triton:blas")
+            return y, grad_x_of([dy], [weight], [lora_A], dh, None, [R], False, "triton:blas")
         y = extended_gemm([x], [weight.t()], [s], [lora_B.t()], x.new_empty(M, N), tile=tile(N))
         return y, extended_gemm([dy], [weight], [dh], [lora_A], x.new_empty(M, K), tile=tile(K))
 
@@ -176,8 +175,8 @@ def _cuda_fused_from(inputs: Inputs, at, table, element_size) -> Problem:
     def launch(backend):
         if not _native.load(cuda=True):
             raise RuntimeError(_native.why_not(cuda=True))
-        projection = [weight, None, lora_A, lora_B, None]
-        return tuple(cuda.forward(x, projection, [1.0], None, 0.0, False, [True], False, False, backend))
+        operands = [weight], [None], [lora_A], [lora_B], [None]
+        return tuple(cuda.forward(x, *operands, [1.0], None, 0.0, False, [True], False, False, backend))
 
     def expression(x, weight, lora_A, lora_B):
         s = x @ lora_A.t()
@@ -206,12 +205,10 @@ def _backend_from(inputs: Inputs, at, table, element_size) -> Problem:
             backend = f"triton:{lora_configs.expand_path(M, N, K, R, x.dtype, arch, backend, table)}"
         else:
             forward = backward = lora_reference
-        projection = [weight, None, lora_A, lora_B, None]
-        y, s = forward.forward(x, projection, [1.0], None, 0.0, False, [True], False, False, backend)
-        needs = [False, False, True, True]
-        return y, *backward.backward(
-            [dy], x, s, None, [weight, lora_A, lora_B, None], [1.0], [R], 0.0, True, needs, x.dtype, False, backend
-        )
+        operands = [weight], [None], [lora_A], [lora_B], [None]
+        y, s = forward.forward(x, *operands, [1.0], None, 0.0, False, [True], False, False, backend)
+        needs, operands = [True, False, False, True, True], ([weight], [lora_A], [lora_B], [None])
+        return y, *backward.backward([dy], x, s, None, *operands, [1.0], [R], 0.0, needs, x.dtype, False, backend)
 
     def expression(x, dy, weight, lora_A, lora_B):
         s, dh = x @ lora_A.t(), dy @ lora_B

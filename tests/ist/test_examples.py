@@ -13,12 +13,13 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def run(monkeypatch, capsys) -> Callable[..., str]:
+def run(monkeypatch, capsys, smollm2) -> Callable[..., str]:
     """Runs an example with these options, and returns what it printed."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # to the bit on the CPU only
+    fixed = ("--batch-size", "2", "--model", smollm2)
 
     def run(example: str, output: Path, *options: str) -> str:
-        monkeypatch.setattr(sys, "argv", [example, "--batch-size", "2", "--output", str(output), *options])
+        monkeypatch.setattr(sys, "argv", [example, *fixed, "--output", str(output), *options])
         importlib.import_module(f"examples.{example}").main()
         return capsys.readouterr().out
 

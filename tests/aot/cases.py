@@ -21,6 +21,8 @@ PACKAGES = (lora_linear, masked_linear, sparse_delta)
 SPILLED_AT_ODD_SIZES = {
     "thin_kernel": 1400,
     "shrink_kernel": 1300,
+    "lora_bwd_dh_db_kernel": 1000,  # on sm_100
+    "lora_bwd_da_kernel": 16,
     "extended_gemm_tma_kernel": 256,
     "extended_gemm_kernel": 256,
 }

@@ -99,7 +99,7 @@ def shrink_candidates(
     if element_size == 4 or high:
         return [rule]
     sizes = [(16, 64, 4), (32, 64, 8), (64, 64, 8), (64, 128, 8)]
-    if not dropping:  # masks of so many rows would spill on sm_100
+    if not dropping and arch == 90:  # so many rows would spill on sm_80 and sm_100
         sizes.append((128, 64, 8))
     tiles = [ShrinkTile(m, rule.block_c, k, warps, rule.num_stages) for m, k, warps in sizes]
     return tuning.with_rule_first(rule, tiles)
@@ -126,7 +126,9 @@ def dh_db_candidates(M: int, N: int, R: int, element_size: int, high: bool, arch
     rule = dh_db_tile(M, N, R, element_size, high, arch)
     if element_size == 4 or high:
         return [rule]
-    sizes = [(32, 128, 8), (64, 128, 4), (64, 64, 4), (128, 128, 8)]
+    sizes = [(32, 128, 8), (64, 128, 4), (64, 64, 4)]
+    if not 0 < arch < 90:  # dB alone would spill
+        sizes.append((128, 128, 8))
     tiles = [PassTile(m, n, rule.block_r, warps, rule.num_stages) for m, n, warps in sizes]
     return tuning.with_rule_first(rule, tiles)
 
@@ -149,7 +151,10 @@ def da_candidates(M: int, K: int, width: int, element_size: int, high: bool, arc
     rule = da_tile(M, K, width, element_size, high)
     if element_size == 4 or high:
         return [rule]
-    tiles = [PassTile(m, k, rule.block_c, warps, 3 if arch else 2) for m, k, warps in [(64, 64, 4), (128, 128, 8)]]
+    sizes = [(64, 64, 4)]
+    if not 0 < arch < 90 or rule.block_c < 32:  # would spill on sm_80
+        sizes.append((128, 128, 8))
+    tiles = [PassTile(m, k, rule.block_c, warps, rule.num_stages) for m, k, warps in sizes]
     return tuning.with_rule_first(rule, tiles)
 
 
@@ -173,7 +178,7 @@ def gemm_tile(
     if element_size == 4:  # multiplied without tensor cores: operands fill the registers
         return GemmTile(32, 32, 32, 16, 8, 4, 2)
     crowded = masks > 1 or high
-    block_r = rank_block(R, 16 if crowded else 32)
+    block_r = rank_block(R, 16 if crowded or arch >= 100 else 32)  # of 32 some spill on sm_100
     if tma:
         if masks > 1 and high:
             return GemmTile(64, 64, 64, block_r, 8, 4, 4)
@@ -188,8 +193,13 @@ def gemm_tile(
     if M <= 64 or crowded:
         return GemmTile(64, 64, 32, block_r, 8, 4, num_stages)
     if M <= 512 or N <= 512:
-        return GemmTile(64, 128, 32, block_r, 8, 4, num_stages)
+        return GemmTile(64, 128, 32, block_r, 8, _warps_of_64_by_128(arch), num_stages)
     return GemmTile(128, 128, 32, block_r, 8, 8 if arch else 4, num_stages)
+
+
+def _warps_of_64_by_128(arch: int) -> int:
+    """Four would spill on sm_80 (36 bytes with Triton 3.9)."""
+    return 8 if 0 < arch < 90 else 4
 
 
 def gemm_candidates(
@@ -204,7 +214,7 @@ def gemm_candidates(
             sizes += [(64, 64, 8, 4, False), (64, 256, 8, 3, False), (256, 128, 8, 3, True)]
         tiles = [GemmTile(m, n, 64, rule.block_r, 8, *rest) for m, n, *rest in sizes]
     else:
-        sizes = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8)]
+        sizes = [(64, 64, 4), (64, 128, _warps_of_64_by_128(arch)), (128, 64, 4), (128, 128, 8)]
         tiles = [GemmTile(m, n, 32, rule.block_r, 8, warps, rule.num_stages) for m, n, warps in sizes]
     return tuning.with_rule_first(rule, tiles)
 

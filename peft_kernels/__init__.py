@@ -8,6 +8,7 @@ from . import integrations, ist, nn, optim, sparse
 from .backends import use_backend
 from .ops.lora_linear import Projection, lora_linear, lora_linear_shared_input
 from .ops.masked_linear import masked_linear
+from .ops.scaled_linear import scaled_linear
 from .ops.sparse_delta import SparseDelta, SparseLayout, sparse_delta_linear, with_sparse_gradient_
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "masked_linear",
     "nn",
     "optim",
+    "scaled_linear",
     "sparse",
     "sparse_delta_linear",
     "use_backend",

@@ -62,6 +62,7 @@ OPS = {
     "lora_linear": _LORA,
     "lora_linear_shared_input": _LORA,
     "masked_linear": Op("", {"reference": Capability(), "triton": Capability(_FLOATS)}),
+    "scaled_linear": Op("", {"reference": Capability(), "triton": Capability(_FLOATS)}),
     "sparse_delta_linear": Op(
         "layout",
         {

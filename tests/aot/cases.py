@@ -9,13 +9,13 @@ from unittest import mock
 import peft_kernels as pk
 from peft_kernels.ops.core.tuning import Choice
 from peft_kernels.testing.aot import Launch
-from tests.aot import lora_linear, masked_linear, sparse_delta
+from tests.aot import lora_linear, masked_linear, scaled_linear, sparse_delta
 from tests.aot.phantom import Gpu
 from tests.aot.record import recording
 from tests.aot.scenario import Scenario
 
 #: Each has `scenarios()`.
-PACKAGES = (lora_linear, masked_linear, sparse_delta)
+PACKAGES = (lora_linear, masked_linear, scaled_linear, sparse_delta)
 #: Bytes that a thread may store to and load from local memory at odd sizes (`Scenario.regular`), where elements of a
 #: matrix or bytes of a mask are loaded one by one; nothing elsewhere.
 SPILLED_AT_ODD_SIZES = {
@@ -25,6 +25,7 @@ SPILLED_AT_ODD_SIZES = {
     "lora_bwd_da_kernel": 16,
     "extended_gemm_tma_kernel": 256,
     "extended_gemm_kernel": 256,
+    "scale_columns_kernel": 64,
 }
 
 

@@ -16,7 +16,7 @@ EVERYTHING = os.environ.get("PEFT_KERNELS_AOT") == "all"
 #: Which instruction shows that the tensor cores are used.
 MATRIX = {80: ("mma.sync",), 90: ("wgmma", "mma.sync"), 100: ("tcgen05", "mma.sync"), "gfx942": ("mfma",)}
 #: Kernels that multiply no matrices.
-WITHOUT_MATRICES = {"reduce_partials_kernel", "sampled_kernel", "write_kernel", "adamw_kernel"}
+WITHOUT_MATRICES = {"scale_columns_kernel", "reduce_partials_kernel", "sampled_kernel", "write_kernel", "adamw_kernel"}
 
 
 def to_compile(architecture):

@@ -104,6 +104,19 @@ def masked_case(tensor_threshold=False):
     return Case(ours, plain, (numbers(M, K), numbers(N, K), numbers(N, K), numbers(N)))
 
 
+def scaled_case(scale_input=False):
+    def ours(x, weight, scale, bias):
+        return pk.scaled_linear(x, weight, scale, bias, scale_input=scale_input)
+
+    def plain(x, weight, scale, bias):
+        if scale_input:
+            return F.linear(x * scale, weight, bias)
+        z = F.linear(x, weight, bias)
+        return (z * scale).to(z.dtype)
+
+    return Case(ours, plain, (numbers(M, K), numbers(N, K), numbers(K if scale_input else N), numbers(N)))
+
+
 def module_case(module, plain):
     names = list(dict(module.named_parameters()))
 
@@ -155,6 +168,8 @@ CASES = {
     **{f"with_sparse_gradient_, {kind}": lambda kind=kind: gradient_case(kind) for kind in ("entries", "columns")},
     "masked_linear": masked_case,
     "a threshold that is a tensor": lambda: masked_case(True),
+    "scaled_linear": scaled_case,
+    "a scaled input": lambda: scaled_case(True),
     "LoRALinear": lora_module_case,
     **{f"SparseDeltaLinear, {kind}": lambda kind=kind: sparse_module_case(kind) for kind in ("entries", "rows")},
 }

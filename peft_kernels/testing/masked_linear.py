@@ -3,8 +3,6 @@ them through forward and backward."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,13 +10,18 @@ import torch.nn.functional as F
 
 from ..ops.masked_linear import masked_linear
 from .bounds import Sums
+from .linear import Expression, LinearCase, seeded
+from .linear import run as run_case
+from .linear import sums as sums_of_case
 
 NAMES = ("x", "weight", "scores", "bias")
 
 
 @dataclass
-class MaskedCase:
+class MaskedCase(LinearCase):
     """Inputs of one call: x [..., K], weight and scores [N, K], bias [N], grad_y [..., N]."""
+
+    NAMES = NAMES
 
     x: torch.Tensor
     weight: torch.Tensor
@@ -27,14 +30,6 @@ class MaskedCase:
     grad_y: torch.Tensor
     threshold: float | torch.Tensor
     frozen: tuple[str, ...] = ()  # of NAMES
-
-    def leaves(self) -> dict[str, torch.Tensor | None]:
-        """Fresh copies of what may train, by name."""
-        tensors = {name: getattr(self, name) for name in NAMES}
-        return {
-            name: tensor if tensor is None else tensor.clone().requires_grad_(name not in self.frozen)
-            for name, tensor in tensors.items()
-        }
 
     def mask(self) -> torch.Tensor:
         """1[S ≥ τ] in bool, with τ rounded to the scores' dtype."""
@@ -59,26 +54,18 @@ def make_case(
 ) -> MaskedCase:
     """A seeded case with operands of order one, another one for each `draw`. Every fifth score lies on the threshold;
     of the others about half reach it. `settings` are those of :class:`MaskedCase`."""
-    generator = torch.Generator().manual_seed(in_features * 7919 + out_features * 31 + len(batch) + 104729 * draw)
-
-    def random(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> torch.Tensor:
-        values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
-        return values.to(device=device, dtype=dtype)
-
-    scores = random(out_features, in_features, dtype=scores_dtype or dtype)
+    normal = seeded(batch, in_features, out_features, draw, device)
+    scores = normal(out_features, in_features, dtype=scores_dtype or dtype)
     scores.view(-1)[::5] = threshold
     return MaskedCase(
-        x=random(*batch, in_features),
-        weight=random(out_features, in_features, scale=max(in_features, 1) ** -0.5),
+        x=normal(*batch, in_features, dtype=dtype),
+        weight=normal(out_features, in_features, dtype=dtype, scale=max(in_features, 1) ** -0.5),
         scores=scores,
-        bias=random(out_features) if bias else None,
-        grad_y=random(*batch, out_features),
+        bias=normal(out_features, dtype=dtype) if bias else None,
+        grad_y=normal(*batch, out_features, dtype=dtype),
         threshold=torch.tensor(threshold, device=device) if tensor_threshold else threshold,
         **settings,
     )
-
-
-Expression = Callable[[MaskedCase, dict[str, torch.Tensor]], torch.Tensor]
 
 
 def ours(case: MaskedCase, leaves: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -105,16 +92,8 @@ def eager_expression(case: MaskedCase, leaves: dict[str, torch.Tensor]) -> torch
 def run(
     case: MaskedCase, expression: Expression = ours, autocast: torch.dtype | None = None
 ) -> dict[str, torch.Tensor]:
-    """Forward and backward of one expression on fresh leaves: y and every gradient by name."""
-    leaves = case.leaves()
-    with torch.autocast(case.x.device.type, dtype=autocast) if autocast else contextlib.nullcontext():
-        y = expression(case, leaves)
-    results = {"y": y.detach()}
-    wanted = {name: leaf for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad}
-    if wanted:
-        grads = torch.autograd.grad(y, list(wanted.values()), case.grad_y.to(y.dtype))
-        results |= {f"grad of {name}": grad for name, grad in zip(wanted, grads)}
-    return results
+    """y and every gradient of one expression by name."""
+    return run_case(case, expression, autocast)
 
 
 def eager(case: MaskedCase, autocast: torch.dtype | None = None) -> dict[str, torch.Tensor]:
@@ -122,25 +101,19 @@ def eager(case: MaskedCase, autocast: torch.dtype | None = None) -> dict[str, to
     return run(case, eager_expression, autocast)
 
 
-def sums(case: MaskedCase) -> dict[str, Sums]:
-    """What lies behind an element of each float32 result of a GPU's kernels."""
-    if not case.x.is_cuda or case.x.dtype != torch.float32:
-        return {}
-    N, K = case.weight.shape
-    M = case.grad_y.numel() // max(N, 1)
-    terms = {"y": K, "grad of x": N, "grad of weight": M, "grad of scores": M, "grad of bias": M}
-    return {name: Sums(count) for name, count in terms.items()}
+def sums(case: MaskedCase, backend: str) -> dict[str, Sums]:
+    """How many terms are summed up for an element of each float32 result."""
+    return sums_of_case(case, backend)
 
 
 def float64_reference(case: MaskedCase) -> dict[str, torch.Tensor]:
     """The definition in float64 by autograd alone, y = x·(W ⊙ m)ᵀ + bias with m = 1[S ≥ τ] − S.detach() + S, on the
     same inputs and the same mask."""
     mask = case.mask().double()
-    wide = {name: None if getattr(case, name) is None else getattr(case, name).double() for name in NAMES}
 
     def expression(_: MaskedCase, leaves: dict[str, torch.Tensor]) -> torch.Tensor:
         m = mask - leaves["scores"].detach() + leaves["scores"]
         y = leaves["x"] @ (leaves["weight"] * m).T
         return y if leaves["bias"] is None else y + leaves["bias"]
 
-    return run(replace(case, **wide, grad_y=case.grad_y.double()), expression)
+    return run(replace(case, **case.in_float64()), expression)

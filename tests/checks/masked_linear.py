@@ -3,6 +3,7 @@ interpreter (`tests/interpret`) and the GPU."""
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 
@@ -10,9 +11,10 @@ import torch
 
 import peft_kernels as pk
 from peft_kernels.ops.masked_linear import reference
-from peft_kernels.testing import assert_within_eager, poisoned_allocations, saved_tensors
-from peft_kernels.testing.masked_linear import NAMES, eager, float64_reference, make_case, ours, run, sums
-from tests.checks.common import record_calls, strided, subsets
+from peft_kernels.testing import masked_linear as cases
+from peft_kernels.testing import saved_tensors
+from peft_kernels.testing.masked_linear import NAMES, make_case, ours, run
+from tests.checks.common import record_calls, strided, subsets, within_eager
 
 #: Leading dims, K, N: off every tile, on it, a single row, none, a dimension of size 0.
 SHAPES = {
@@ -30,28 +32,8 @@ SETTINGS = {
     "no-bias": {"bias": False},
     "tensor-threshold": {"tensor_threshold": True, "threshold": -0.3},
 }
-SAMPLES = 64  # a case with fewer elements is drawn several times and judged as a whole
 
-
-def check_within_eager(backend: str, autocast: torch.dtype | None = None, **case_arguments) -> None:
-    """Output and every gradient against float64, at most twice the error of the eager expression; no element of any
-    output left unwritten; the same bits from a second run of the first draw."""
-    case = make_case(**case_arguments)
-    collected: dict[str, list[tuple[torch.Tensor, ...]]] = {}
-    smallest = min(size for t in (case.x, case.weight, case.bias, case.grad_y) if t is not None and (size := t.numel()))
-    for draw in range(math.ceil(SAMPLES / smallest)):
-        case = make_case(**case_arguments, draw=draw)
-        exact, plain = float64_reference(case), eager(case, autocast)
-        with pk.use_backend(backend), poisoned_allocations():
-            first = run(case, autocast=autocast)
-            second = first if draw else run(case, autocast=autocast)
-        assert first.keys() == exact.keys()
-        for name, value in exact.items():
-            assert torch.equal(first[name], second[name]), f"{backend} {name} differs between two runs"
-            collected.setdefault(name, []).append((first[name], plain[name], value))
-    behind = sums(case)
-    for name, results in collected.items():
-        assert_within_eager(f"{backend} {name}", *map(torch.stack, zip(*results)), sums=behind.get(name))
+check_within_eager = functools.partial(within_eager, cases)
 
 
 def check_subsets(backend: str, **case_arguments) -> None:

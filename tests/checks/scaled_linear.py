@@ -3,15 +3,16 @@ interpreter (`tests/interpret`) and the GPU."""
 
 from __future__ import annotations
 
-import math
+import functools
 
 import torch
 
 import peft_kernels as pk
 from peft_kernels.ops.scaled_linear import reference
-from peft_kernels.testing import assert_within_eager, poisoned_allocations, saved_tensors
-from peft_kernels.testing.scaled_linear import NAMES, eager, float64_reference, make_case, ours, run, sums
-from tests.checks.common import record_calls, strided, subsets
+from peft_kernels.testing import saved_tensors
+from peft_kernels.testing import scaled_linear as cases
+from peft_kernels.testing.scaled_linear import NAMES, make_case, ours
+from tests.checks.common import record_calls, strided, subsets, within_eager
 
 #: Leading dims, K, N: off every tile, on it, several chunks of rows, a single row, none, a dimension of size 0.
 SHAPES = {
@@ -30,28 +31,8 @@ SETTINGS = {
     "output, no bias": {"bias": False},
     "input, no bias": {"scale_input": True, "bias": False},
 }
-SAMPLES = 64  # a case with fewer elements is drawn several times and judged as a whole
 
-
-def check_within_eager(backend: str, autocast: torch.dtype | None = None, **case_arguments) -> None:
-    """Output and every gradient against float64, at most twice the error of the eager expression; no element of any
-    output left unwritten; the same bits from a second run of the first draw."""
-    case = make_case(**case_arguments)
-    collected: dict[str, list[tuple[torch.Tensor, ...]]] = {}
-    sizes = [size for one in (case.x, case.weight, case.scale, case.grad_y) if (size := one.numel())]
-    for draw in range(math.ceil(SAMPLES / min(sizes))):
-        case = make_case(**case_arguments, draw=draw)
-        exact, plain = float64_reference(case), eager(case, autocast)
-        with pk.use_backend(backend), poisoned_allocations():
-            first = run(case, autocast=autocast)
-            second = first if draw else run(case, autocast=autocast)
-        assert first.keys() == exact.keys()
-        for name, value in exact.items():
-            assert torch.equal(first[name], second[name]), f"{backend} {name} differs between two runs"
-            collected.setdefault(name, []).append((first[name], plain[name], value))
-    behind = sums(case, backend)
-    for name, results in collected.items():
-        assert_within_eager(f"{backend} {name}", *map(torch.stack, zip(*results)), sums=behind.get(name))
+check_within_eager = functools.partial(within_eager, cases)
 
 
 def check_subsets(backend: str, **case_arguments) -> None:

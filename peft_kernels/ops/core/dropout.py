@@ -90,7 +90,7 @@ def unpack_mask(mask: torch.Tensor, columns: int, dtype: torch.dtype = torch.boo
     """1 where an element is kept, else 0, [rows, columns], from one mask, uint8 [rows, ceil(columns / 8)].
 
     A table gives the eight numbers of a byte: four times faster on a CPU than shifts and a cast, to 16 bits above all.
-    It is made where the mask lies: a copy from the host could not be captured in a CUDA graph.
+    It is made where the mask lies: a copy from the CPU could not be captured in a CUDA graph.
     """
     byte, bit = (torch.arange(size, dtype=torch.uint8, device=mask.device) for size in (256, 8))
     table = ((byte[:, None] >> bit) & 1).to(dtype)

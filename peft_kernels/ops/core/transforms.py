@@ -28,7 +28,7 @@ from ... import backends
 def is_transformed() -> bool:
     """Whether an op called now has to be a composition: a `torch.func` transform is active, or a level of forward mode,
     or `torch.jit.trace`."""
-    # Asked at every call. Dynamo traces each of them; `torch.jit.is_tracing` costs the host as much again as all three.
+    # Asked at every call. Dynamo traces each of them; `torch.jit.is_tracing` costs the CPU as much again as all three.
     return _are_functorch_transforms_active() or forward_ad._current_level >= 0 or _get_tracing_state() is not None
 
 

@@ -79,7 +79,7 @@ def lora_linear(
         ValueError: for shapes, dtypes, devices, a dropout or a precision that do not fit, in one line.
         RuntimeError: if the backend asked for cannot run here.
     """
-    projection = weight, lora_A, lora_B, scaling, bias  # plain: a `Projection` costs the host more than a check
+    projection = weight, lora_A, lora_B, scaling, bias  # plain: a `Projection` costs the CPU more than a check
     return _run("lora_linear", x, (projection,), dropout_p, training, False, adapter_precision)[0]
 
 

@@ -153,7 +153,7 @@ def scaled_mm(
         product = mm(left, right)
     elif left.dtype.itemsize > 2 or math.frexp(scale)[0] == 0.5:  # a power of two rounds nothing
         product = mm(left, right).mul_(constant(scale, left.dtype))
-    else:  # dearer for the host: oneDNN sets up another primitive
+    else:  # dearer for the CPU: oneDNN sets up another primitive
         product = torch.addmm(left.new_empty(()), left, right.t() if transposed else right, beta=0, alpha=scale)
     if row_scaling is None:
         return product
@@ -168,4 +168,4 @@ def _adapter_grad(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -
 
 
 def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # the host's cost of `to` counts at small M
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # the CPU overhead of `to` counts at small M

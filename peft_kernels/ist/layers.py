@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..nn import LoRALinear
+from ..nn import AdaptedLinear, LoRALinear
 
 
 class Layer(NamedTuple):
@@ -43,7 +43,7 @@ def find_layers(
             blocks that hold adapters (of several classes in hybrid models): the encoder's and the decoder's, not the
             experts inside. In a model without such, of every outermost `nn.ModuleList` of one class.
         is_adapter: says of a parameter's full name and the parameter whether an adapter owns it. By default what
-            PEFT's tuner layers hold beside their base layer, and lora_A and lora_B of `LoRALinear`.
+            PEFT's tuner layers hold beside their base layer, and the adapters of `pk.nn`'s layers.
 
     Only what requires a gradient now counts: norms, heads and biases stay as the user set them.
 
@@ -190,7 +190,7 @@ def adapter_parameters(
         owned = set()
         for name, module in model.named_modules(remove_duplicate=False):
             for inner, _ in module.named_parameters(remove_duplicate=False):
-                own = inner in ("lora_A", "lora_B") if isinstance(module, LoRALinear) else _is_tuner_layer(module)
+                own = inner in module.adapter if isinstance(module, AdaptedLinear) else _is_tuner_layer(module)
                 if own and inner.partition(".")[0] != "base_layer":
                     owned.add(f"{name}.{inner}" if name else inner)
 

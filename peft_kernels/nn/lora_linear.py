@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..ops.lora_linear import lora_linear
-from .checks import check_linear
+from .adapted_linear import AdaptedLinear
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(AdaptedLinear):
     """A linear layer with a LoRA adapter (Hu et al., 2021): y = x·Wᵀ + bias + scaling · (D(x)·Aᵀ)·Bᵀ.
 
     It stands wherever an `nn.Linear` stood: it is one, it loads its checkpoints, and with B = 0, as it starts,
@@ -36,6 +35,8 @@ class LoRALinear(nn.Linear):
     Raises:
         ValueError: for a rank below 1, a dropout outside of [0, 1], an adapter's dtype or precision that do not fit.
     """
+
+    adapter = ("lora_A", "lora_B")
 
     def __init__(
         self,
@@ -74,14 +75,9 @@ class LoRALinear(nn.Linear):
             ValueError: if `linear` is no `nn.Linear`, is a LoRALinear already, or has a weight that is no plain
                 floating-point tensor, such as a quantised one; nothing is changed then.
         """
-        check_linear(linear, LoRALinear)
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.in_features, layer.out_features = linear.in_features, linear.out_features
-        layer.weight = linear.weight
-        layer.register_parameter("bias", linear.bias)  # also None has to stand among the parameters
+        layer = cls._around(linear)
         layer._add_adapter(r, lora_alpha, lora_dropout, use_rslora, adapter_dtype, adapter_precision)
-        return layer.train(linear.training)
+        return layer
 
     def _add_adapter(
         self,
@@ -98,23 +94,11 @@ class LoRALinear(nn.Linear):
             raise ValueError(f"expected lora_dropout between 0 and 1, got {lora_dropout}")
         if adapter_precision not in ("default", "high"):
             raise ValueError(f"expected adapter_precision 'default' or 'high', got {adapter_precision!r}")
-        dtype = self.weight.dtype
-        if adapter_dtype not in (None, dtype, torch.float32 if dtype.itemsize == 2 else dtype):
-            expected = f"the weight's, {dtype}" + ", or torch.float32" * (dtype.itemsize == 2)
-            raise ValueError(f"expected an adapter_dtype as {expected}, got {adapter_dtype}")
+        self._add(adapter_dtype, lora_A=(r, self.in_features), lora_B=(self.out_features, r))
         lora_alpha = r if lora_alpha is None else lora_alpha
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
         self.lora_dropout, self.adapter_precision = lora_dropout, adapter_precision
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
-        options = {"device": self.weight.device, "dtype": adapter_dtype or self.weight.dtype}
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **options))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **options))
-        # While merged: the base weight as it was, on its device. No part of the state_dict, but moved with it.
-        self.register_buffer("unmerged_weight", None, persistent=False)
-        self.merged = False
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
         self.reset_adapter()
 
     def reset_adapter(self) -> None:
@@ -132,61 +116,13 @@ class LoRALinear(nn.Linear):
             dropout_p=self.lora_dropout, training=self.training, adapter_precision=self.adapter_precision,
         )  # fmt: skip
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Put W + scaling·B·A in place of the weight, as a new Parameter.
-
-        The sum is computed in float32 (float64 for a float64 weight) and rounded once. The old weight is kept as
-        it was, and where it was: in the buffer `unmerged_weight`, on the weight's device, at
-        `weight.numel() * weight.element_size()` bytes, which `extra_repr` shows; others that share it keep it.
-
-        Raises:
-            RuntimeError: if the layer is merged already, or its scaling has one value a row.
-        """
-        if self.merged:
-            raise RuntimeError("expected an unmerged layer, got one that is merged already")
+    def _merged_parameters(self) -> dict[str, torch.Tensor]:
         if isinstance(self.scaling, torch.Tensor) and self.scaling.dim():
             raise RuntimeError(f"expected one scaling to merge with, got {list(self.scaling.shape)}")
-        weight = self.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
         delta = self.lora_B.to(wide) @ self.lora_A.to(wide) * self.scaling
-        merged = nn.Parameter(delta.add_(weight).to(weight.dtype), requires_grad=weight.requires_grad)
-        self.unmerged_weight, self.merged, self.weight = weight.detach(), True, merged
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Put the old weight back, bit for bit.
-
-        Raises:
-            RuntimeError: if the layer is not merged.
-        """
-        if not self.merged:
-            raise RuntimeError("expected a merged layer, got one that is not merged")
-        self.weight = nn.Parameter(self.unmerged_weight, requires_grad=self.weight.requires_grad)
-        self.unmerged_weight, self.merged = None, False
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """A checkpoint holds the base weight and the adapter, merged or not."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.merged:
-            destination[prefix + "weight"] = self.unmerged_weight
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *others) -> None:
-        """A checkpoint of a plain `nn.Linear` has no adapter: the layer keeps its own, and nothing is missing."""
-        if self.merged:
-            self.unmerge()
-        missing: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *others)
-        adapter = {prefix + "lora_A", prefix + "lora_B"}
-        missing_keys += missing if adapter & state_dict.keys() else [key for key in missing if key not in adapter]
+        return {"weight": delta.add_(self.weight)}
 
     def extra_repr(self) -> str:
-        text = (
-            f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
-        )  # fmt: skip
-        if self.use_rslora:
-            text += ", use_rslora=True"
-        if self.merged:
-            kept = self.unmerged_weight
-            text += f", merged (base weight kept on {kept.device}, {kept.numel() * kept.element_size()} bytes)"
-        return text
+        text = f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
+        return f"{super().extra_repr()}, {text}{', use_rslora=True' * self.use_rslora}"

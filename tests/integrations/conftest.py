@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from peft_kernels.integrations.peft import layers, shared_input, shira
+from peft_kernels.integrations.peft import ia3, lora, shared_input, shira
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -15,10 +15,10 @@ def one_thread():
 
 @pytest.fixture
 def taken(monkeypatch) -> list:
-    """Fills with what the accelerated layers ran: "alone", how many projections one op took, or "sparse"."""
+    """Fills with what the accelerated layers ran: "alone", how many projections one op took, "sparse" or "scaled"."""
     calls = []
-    alone, shared = layers.lora_linear, shared_input.lora_linear_shared_input
-    sparse = shira.sparse_delta_linear
+    alone, shared = lora.lora_linear, shared_input.lora_linear_shared_input
+    sparse, scaled = shira.sparse_delta_linear, ia3.scaled_linear
 
     def spy_alone(*args, **kwargs):
         calls.append("alone")
@@ -32,7 +32,12 @@ def taken(monkeypatch) -> list:
         calls.append("sparse")
         return sparse(*args)
 
-    monkeypatch.setattr(layers, "lora_linear", spy_alone)
+    def spy_scaled(*args, **kwargs):
+        calls.append("scaled")
+        return scaled(*args, **kwargs)
+
+    monkeypatch.setattr(lora, "lora_linear", spy_alone)
     monkeypatch.setattr(shared_input, "lora_linear_shared_input", spy_shared)
     monkeypatch.setattr(shira, "sparse_delta_linear", spy_sparse)
+    monkeypatch.setattr(ia3, "scaled_linear", spy_scaled)
     return calls

@@ -7,13 +7,13 @@ from operator import attrgetter
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import LoraConfig, OFTConfig, get_peft_model
 from peft.tuners import lora
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import peft_kernels as pk
-from peft_kernels.integrations.peft.layers import FusedLoraLinear
+from peft_kernels.integrations.peft.lora import FusedLoraLinear
 from tests.integrations.peft_models import assert_equal, make, run, snapshot
 
 accelerate, restore = pk.integrations.peft.accelerate, pk.integrations.peft.restore
@@ -290,7 +290,7 @@ def test_errors_in_one_line_and_nothing_changed():
         (
             accelerate,
             nn.Linear(2, 2),
-            "accelerate: expected a model with LoRA or SHiRA layers of PEFT, got Linear without",
+            "accelerate: expected a model with LoRA, SHiRA or IA3 layers of PEFT, got Linear without",
         ),
     ]:
         with pytest.raises(ValueError) as error:
@@ -302,8 +302,8 @@ def test_errors_in_one_line_and_nothing_changed():
     with pytest.raises(ValueError, match="got one that is accelerated already"):
         accelerate(model)
     assert snapshot(model) == before
-    other = get_peft_model(nn.Sequential(nn.Linear(4, 4)), IA3Config(target_modules=["0"], feedforward_modules=[]))
-    with pytest.raises(ValueError, match="LoRA or SHiRA layers of PEFT, got PeftModel without"):
+    other = get_peft_model(nn.Sequential(nn.Linear(4, 4)), OFTConfig(target_modules=["0"], oft_block_size=2))
+    with pytest.raises(ValueError, match="LoRA, SHiRA or IA3 layers of PEFT, got PeftModel without"):
         accelerate(other)
 
 

@@ -214,7 +214,9 @@ class TestTraining:
             x.grad = None
 
         step()
-        assert peak_bytes(step, "cpu") < layer.weight.nbytes / 2
+        # A product may pack its weight on the way, as oneDNN does at 16 bits where the CPU has instructions for them.
+        bare = peak_bytes(lambda: F.linear(x, layer.weight).sum().backward(), "cpu")
+        assert peak_bytes(step, "cpu") < bare + layer.weight.nbytes / 2
 
     def test_several_forwards_before_backwards(self):
         """As in a pipeline: forwards and backwards of several micro-batches take turns."""

@@ -1,4 +1,4 @@
-"""Hugging Face PEFT: run the LoRA and SHiRA layers of a model by the fused ops, without touching anything else of them.
+"""Hugging Face PEFT: run the LoRA, SHiRA and IA3 layers by fused ops and touch nothing else of a model.
 
 report = pk.integrations.peft.accelerate(model)
 print(report)                          # which layers run fused, which share their input, which do not and why

@@ -1,26 +1,24 @@
-"""Take over the LoRA and SHiRA layers of a model, and give them back."""
+"""Take over the layers of PEFT's tuners in a model, and give them back."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from peft.tuners import lora, shira
-from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.shira import ShiraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .layers import FusedLoraLinear
-from .reasons import why_not
+from . import ia3, lora, shira
 from .report import Report
 from .shared_input import SharedInput, siblings_of_one_input
-from .shira import FusedShiraLinear
+from .tuner import Tuner
 
-KINDS = {"LoRA": LoraLayer, "SHiRA": ShiraLayer}
-FUSED = (FusedLoraLinear, FusedShiraLinear)
+TUNERS = (lora.TUNER, shira.TUNER, ia3.TUNER)
+FUSED = tuple(tuner.fused for tuner in TUNERS)
+NAMES = "LoRA, SHiRA or IA3"
 
 
 def accelerate(model: nn.Module) -> Report:
-    """Let the LoRA and SHiRA layers of a PEFT model compute by the fused ops.
+    """Let the LoRA, SHiRA and IA3 layers of a PEFT model compute by the fused ops.
 
     The layers stay the objects that they are, with their parameters, names and hooks; only the class of each
     becomes a subclass of PEFT's with another forward. Saving, merging, switching and disabling adapters,
@@ -37,36 +35,35 @@ def accelerate(model: nn.Module) -> Report:
     graph breaks.
 
     Args:
-        model: any module with PEFT's LoRA or SHiRA layers in it.
+        model: any module with such layers in it.
 
     Returns:
         Which layers run fused, which of them share their input, which keep PEFT's forward and why. A layer is
         judged by the adapters that are active now.
 
     Raises:
-        ValueError: if `model` is no module, has no LoRA or SHiRA layer or is accelerated already; nothing is
+        ValueError: if `model` is no module, has no such layer or is accelerated already; nothing is
         changed then.
     """
     layers = _layers_of_peft(model)
     if not layers:
-        expected = "a model with LoRA or SHiRA layers of PEFT"
-        raise ValueError(f"accelerate: expected {expected}, got {type(model).__name__} without")
+        raise ValueError(
+            f"accelerate: expected a model with {NAMES} layers of PEFT, got {type(model).__name__} without"
+        )
     if any(isinstance(layer, FUSED) for layer in layers.values()):
         raise ValueError("accelerate: expected a model as PEFT made it, got one that is accelerated already")
-    kept = {name: reason for name, layer in layers.items() if (reason := why_not(layer))}
+    tuners = {name: _tuner_of(layer) for name, layer in layers.items()}
+    kept = {name: reason for name, layer in layers.items() if (reason := tuners[name].why_not(layer))}
     fused = {name: layer for name, layer in layers.items() if name not in kept}
-    groups = list(_groups(model, {layer for layer in fused.values() if isinstance(layer, LoraLayer)}))
+    groups = list(_groups(model, {layer for name, layer in fused.items() if tuners[name] is lora.TUNER}))
     # All that may raise is behind us.
-    for layer in fused.values():
-        if isinstance(layer, LoraLayer):
-            layer.__class__ = FusedLoraLinear
-        else:
-            layer.__class__ = FusedShiraLinear
-            layer.find_positions()
+    for name, layer in fused.items():
+        layer.__class__ = tuners[name].fused
+        tuners[name].prepare(layer)
     for _, parent, names in groups:
         SharedInput(names).join(parent)
     shared = tuple(tuple(f"{path}.{name}".lstrip(".") for name in names) for path, parent, names in groups)
-    kinds = [name for name, kind in KINDS.items() if any(isinstance(layer, kind) for layer in layers.values())]
+    kinds = [tuner.name for tuner in TUNERS if tuner in tuners.values()]
     return Report(tuple(fused), shared, kept, " and ".join(kinds))
 
 
@@ -83,19 +80,24 @@ def restore(model: nn.Module) -> None:
     if not changed and not hooked:
         raise ValueError("restore: expected a model that `accelerate` took layers of, got one without such layers")
     for layer in changed:
-        layer.__dict__.pop("_shared_input", None)
-        layer.__dict__.pop("_positions", None)
-        layer.__class__ = lora.Linear if isinstance(layer, LoraLayer) else shira.Linear
+        tuner = _tuner_of(layer)
+        for name in tuner.attributes:
+            layer.__dict__.pop(name, None)
+        layer.__class__ = tuner.plain
     for module in hooked:
         hooks = module._forward_pre_hooks
         for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
             del hooks[key]
 
 
-def _layers_of_peft(model: nn.Module, asked: str = "accelerate") -> dict[str, LoraLayer | ShiraLayer]:
+def _layers_of_peft(model: nn.Module, asked: str = "accelerate") -> dict[str, BaseTunerLayer]:
     if not isinstance(model, nn.Module):
         raise ValueError(f"{asked}: expected a torch.nn.Module, got {type(model).__name__}")
-    return {name: module for name, module in model.named_modules() if isinstance(module, tuple(KINDS.values()))}
+    return {name: module for name, module in model.named_modules() if _tuner_of(module)}
+
+
+def _tuner_of(module: nn.Module) -> Tuner | None:
+    return next((tuner for tuner in TUNERS if isinstance(module, tuner.layer)), None)
 
 
 def _is_ours(hook) -> bool:

@@ -12,13 +12,13 @@ WIDTH = 100
 
 @dataclass(frozen=True)
 class Report:
-    """The LoRA and SHiRA layers of a model by what runs their forward.
+    """The layers of PEFT's tuners in a model by what runs their forward.
 
     Attributes:
         fused: names of the layers that run fused.
         shared: the groups among them that share their input and run as one op.
         kept: name → why the layer keeps PEFT's own forward.
-        kinds: what they are: "LoRA", "SHiRA" or "LoRA and SHiRA".
+        kinds: the names of their tuners: "LoRA", or "LoRA and SHiRA".
     """
 
     fused: tuple[str, ...]

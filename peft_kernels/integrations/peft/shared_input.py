@@ -40,7 +40,8 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ...ops.lora_linear import Projection, lora_linear_shared_input
-from .layers import FusedLoraLinear, read
+from .lora import FusedLoraLinear, resolve
+from .tuner import only_adapter
 
 
 class SharedInput:
@@ -106,25 +107,25 @@ class _Call:
         name: str,
         layer: FusedLoraLinear,
         x: torch.Tensor,
-        taken: tuple,
+        resolved: tuple,
         autocast: bool,
     ) -> torch.Tensor | None:
         """The result of the member `name`, with those not called yet computed ahead; None if there are none.
 
-        `taken`: what `read` says of the member.
+        `resolved`: what `resolve` says of the member.
         """
         if x.is_inference() or _has_any_global_hook():
             return None  # an inference tensor has no version; a hook may hand each member a tensor of its own
         if not _may_share(self.parent._modules.get(name), layer) or (self.results and self.holds_for(x)):
             return None
-        operands, p = taken
+        operands, p = resolved
         names, projections = [name], [Projection(*operands)]
         for other in group.names:
             sibling = self.parent._modules.get(other)
             if other in self.called or not _may_share(sibling):
                 continue
-            ahead = read(sibling, x, autocast)
-            if ahead is None or ahead[1] != p or ahead[0][1].dtype != operands[1].dtype:
+            ahead = resolve(sibling, only_adapter(sibling), x, autocast)
+            if type(ahead) is str or ahead[1] != p or ahead[0][1].dtype != operands[1].dtype:
                 continue
             names.append(other)
             projections.append(Projection(*ahead[0]))

@@ -174,7 +174,7 @@ def measure(shape: Shape, request: Request) -> list[Row]:
     right_results.cache_clear()  # on a GPU these are gigabytes
     parts = (FORWARD,) if request.modes == (FORWARD,) else (FORWARD, BOTH)
     seconds = request.seconds - (time.perf_counter() - began)
-    calls = {name: partial(_marked, built, parts) for name, built in ready.items()}
+    calls = {name: partial(in_parts, built, parts) for name, built in ready.items()}
     times = interleaved(calls, Timer(request.device), seconds, guard=guard)
     for row in rows_of(times, parts, REFERENCES):
         name, mode = row["provider"], row["mode"]
@@ -206,7 +206,7 @@ def why_not(provider: Provider, shape: Shape) -> str | None:
     return "it has no dropout" if shape.p and not provider.dropout else None
 
 
-def _marked(built: Ready, parts: tuple[str, ...], mark: Callable[[], None]) -> None:
+def in_parts(built: Ready, parts: tuple[str, ...], mark: Callable[[], None]) -> None:
     ys = built.forward()
     mark()
     if BOTH in parts:

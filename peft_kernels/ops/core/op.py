@@ -131,8 +131,9 @@ class OpFunction(torch.autograd.Function):
     - `gradients(options, saved, *grads)` returns an iterable of the gradients that are needed, in order. Of several
       results some `grads` may be None, not all.
 
-    `options` is what one call is given beside tensors, with an attribute `needs`: whether a gradient is needed, for as
-    many of the tensors as may have one. It is read outside, since `needs_input_grad` ignores grad mode (`needs_of`).
+    `options` is a tuple of what one call is given beside tensors. Its last field is `needs`: whether a gradient is
+    needed, for as many of the tensors as may have one. It is read outside, since `needs_input_grad` ignores grad mode
+    (`needs_of`).
 
     Attributes:
         op: the name of the op, for errors.
@@ -159,7 +160,7 @@ class OpFunction(torch.autograd.Function):
 
         def forward(ctx, options, *tensors):
             result, saved = run(options, *tensors)
-            needs = options.needs
+            needs = options[-1]
             if saved is None:
                 saved = [tensors[one] if any([needs[reader] for reader in of]) else None for one, of in readers]
             ctx.save_for_backward(*saved)
@@ -171,14 +172,15 @@ class OpFunction(torch.autograd.Function):
 
         @backward_of(cls.op)
         def backward(ctx, *grads):
-            needs = ctx.options.needs
+            options = ctx.options
+            needs = options[-1]
             result: list[torch.Tensor | None] = [None]
             for grad in grads:
                 if grad is not None:
                     break
             else:
                 return tuple(result * (1 + len(needs) + ctx.without_gradient))
-            found = iter(gradients(ctx.options, ctx.saved_tensors, *grads))
+            found = iter(gradients(options, ctx.saved_tensors, *grads))
             for needed in needs:
                 result.append(next(found) if needed else None)
             return tuple(result + [None] * ctx.without_gradient)
@@ -190,7 +192,7 @@ class OpFunction(torch.autograd.Function):
 
         def call(options, *tensors):
             """The result for these tensors, in a graph if any gradient is needed."""
-            if True not in options.needs:
+            if True not in options[-1]:
                 return run(options, *tensors)[0]
             if is_dynamo_compiling():
                 return apply(options, *tensors)

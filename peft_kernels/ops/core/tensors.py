@@ -64,7 +64,7 @@ def autocast(tensor: torch.Tensor | None, device_type: str) -> torch.Tensor | No
 def by_field(values: Sequence, num: int, fields: int) -> list[Sequence]:
     """The first values, `num` a field, as one sequence a field."""
     if num == 1:
-        return [(value,) for value in values[:fields]]
+        return list(zip(values[:fields]))
     return [values[first : first + num] for first in range(0, fields * num, num)]
 
 

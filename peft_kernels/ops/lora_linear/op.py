@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -135,24 +136,32 @@ def _run(
     seed = dropout.draw_seed(x.device) if p > 0.0 else None
 
     weights, lora_As, lora_Bs, scalings, biases = zip(*projections)
-    row_scalings, numbers, ranks, trains = [], [], [], torch.is_grad_enabled()
-    for lora_A, scaling in zip(lora_As, scalings):
-        row_scaling = None
-        if not isinstance(scaling, (float, int)):
-            row_scaling, scaling = scaling.expand(x.shape[:-1]) if scaling.dim() else scaling, 1.0
-        row_scalings.append(row_scaling)
-        numbers.append(float(scaling))
-        ranks.append(lora_A.shape[0])
-    if trains:
+    row_scalings = (None,) * len(weights)
+    for scaling in scalings:
+        if type(scaling) is not float:
+            scalings, row_scalings = _split(scalings, x)
+            break
+    if torch.is_grad_enabled():
         trained = x, *weights, *biases, *lora_As, *lora_Bs
         needs = [tensor is not None and tensor.requires_grad for tensor in trained]
         if True in needs:
-            options = Options(numbers, ranks, p, shared_dropout, high, lora_A.dtype, backend, needs)
+            ranks = [lora_A.shape[0] for lora_A in lora_As]
+            options = scalings, ranks, p, shared_dropout, high, lora_As[0].dtype, backend, needs
             return LoRALinearFunction.call(options, *trained, *row_scalings, seed)
-    nothing = [False] * len(weights)
-    ys = _forward(x, weights, biases, lora_As, lora_Bs, row_scalings, numbers, seed, p, shared_dropout, nothing, False,
-                  high, backend)  # fmt: skip
+    ys = _forward(x, weights, biases, lora_As, lora_Bs, row_scalings, scalings, seed, p, shared_dropout,
+                  [False] * len(weights), False, high, backend)  # fmt: skip
     return tuple(ys)
+
+
+def _split(scalings: tuple[float | torch.Tensor, ...], x: torch.Tensor) -> tuple[list, list]:
+    """The scalings as floats, 1.0 for those that are tensors; and those, one value a row of x or none, with None for
+    the others."""
+    numbers, tensors = [], []
+    for scaling in scalings:
+        is_number = isinstance(scaling, (float, int))
+        numbers.append(float(scaling) if is_number else 1.0)
+        tensors.append(None if is_number else scaling.expand(x.shape[:-1]) if scaling.dim() else scaling)
+    return numbers, tensors
 
 
 def _autocast(x: torch.Tensor, projections: tuple[Projection, ...]) -> tuple[torch.Tensor, tuple[Projection, ...]]:
@@ -170,15 +179,10 @@ def _autocast(x: torch.Tensor, projections: tuple[Projection, ...]) -> tuple[tor
     )
 
 
-class Options(NamedTuple):
-    scalings: list[float]  #: one a projection; 1.0 beside a scaling that is a tensor
-    ranks: list[int]
-    dropout_p: float
-    shared_dropout: bool
-    high_precision: bool
-    adapter_dtype: torch.dtype
-    backend: str
-    needs: list[bool]  #: of x, the weights, the biases, the lora_As, the lora_Bs
+#: What one call is given beside tensors: scalings (a float a projection, 1.0 beside a tensor), ranks, dropout_p,
+#: shared_dropout, high_precision, the adapters' dtype, the backend, and needs (of x, the weights, the biases, the
+#: lora_As, the lora_Bs). A NamedTuple would cost the CPU half a microsecond a call.
+Options = tuple[Sequence[float], list[int], float, bool, bool, torch.dtype, str, list[bool]]
 
 
 class LoRALinearFunction(OpFunction):
@@ -192,23 +196,22 @@ class LoRALinearFunction(OpFunction):
         """Saves S where a lora_B trains, the masks where there is dropout and dx or dA needs them."""
         scalings, _, dropout_p, shared_dropout, high_precision, _, backend, needs = options
         num, seed, needs_x = len(scalings), tensors[-1], needs[0]
-        fields = weights, _, lora_As, lora_Bs, row_scalings = by_field(tensors, num, 5)
-        needs_weight, needs_A, needs_B = needs[1 : 1 + num], needs[1 + 2 * num : 1 + 3 * num], needs[1 + 3 * num :]
+        weights, biases, lora_As, lora_Bs, row_scalings = by_field(tensors, num, 5)
+        needs_A, needs_B = needs[1 + 2 * num : 1 + 3 * num], needs[1 + 3 * num :]
         needs_h = needs_x or True in needs_A
         save_mask = needs_h and seed is not None
-        found = _forward(
-            x, *fields, scalings, seed, dropout_p, shared_dropout, needs_B, save_mask, high_precision, backend
-        )
-        nothing = [None] * num
+        found = _forward(x, weights, biases, lora_As, lora_Bs, row_scalings, scalings, seed, dropout_p, shared_dropout,
+                         needs_B, save_mask, high_precision, backend)  # fmt: skip
+        nothing = (None,) * num
         saved = [
-            x if True in needs_A or True in needs_weight else None,
+            x if True in needs_A or True in needs[1 : 1 + num] else None,
             found[num] if True in needs_B else None,
             found[-1] if save_mask else None,
-            *(weights if needs_x else nothing),
-            *(lora_As if needs_x else nothing),
-            *(lora_Bs if needs_h else nothing),
-            *(row_scalings if needs_h else nothing),
         ]
+        saved += weights if needs_x else nothing
+        saved += lora_As if needs_x else nothing
+        saved += lora_Bs if needs_h else nothing
+        saved += row_scalings if needs_h else nothing
         return tuple(found[:num]), saved
 
     @staticmethod

@@ -9,7 +9,6 @@ import torch
 from torch.nn.functional import linear
 
 from ..core.transforms import straight_through
-from .reference import mask
 
 
 def forward(
@@ -25,9 +24,9 @@ def forward(
         tau = torch.full((), threshold, dtype=scores.dtype, device=scores.device)
     else:
         tau = threshold.to(scores.dtype)
-    indicator = straight_through(torch.zeros_like(scores), scores)  # 0, as `mask` below has its value
+    indicator = straight_through(torch.zeros_like(scores), scores)  # 0, as what is masked below has its value
     slope = (weight * indicator).to(weight.dtype)
-    return linear(x, straight_through(mask(weight, scores, tau), slope), bias)
+    return linear(x, straight_through(torch.where(scores >= tau, weight, 0), slope), bias)
 
 
 def forward_flops(x, weight, *_, **__) -> int:

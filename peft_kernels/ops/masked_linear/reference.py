@@ -67,22 +67,36 @@ def backward(
         rows, N = flatten(x), dy.shape[1]
         grad_weight = dy.new_empty(N, rows.shape[1]) if needs_weight else None
         grad_scores = dy.new_empty(N, rows.shape[1], dtype=scores_dtype) if needs_scores else None
+        in_place = needs_scores and scores_dtype == dy.dtype  # no other memory for the product
         for band in bands(N, rows.shape[1], dy.element_size()):
-            product = dy[:, band].t().mm(rows)
+            left = dy[:, band].t()
+            product = torch.mm(left, rows, out=grad_scores[band]) if in_place else left.mm(rows)
             if needs_weight:
                 grad_weight[band] = mask(product, scores[band], tau)
-            if needs_scores:  # in float32 where the scores are: one rounding to 16 bits less
-                wide = product.to(torch.promote_types(product.dtype, scores_dtype))
-                torch.mul(wide, weight[band], out=grad_scores[band])
+            if in_place:
+                product.mul_(weight[band])
+            elif needs_scores:  # in float32 where the scores are: one rounding to 16 bits less
+                torch.mul(product.to(scores_dtype), weight[band], out=grad_scores[band])
         grads += [grad for grad in (grad_weight, grad_scores) if grad is not None]
     if needs_bias:
         grads.append(dy.sum(0))
     return grads
 
 
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 def mask(values: torch.Tensor, scores: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
-    """The values where their scores reach τ, 0 elsewhere, whatever stands there."""
-    return torch.where(scores >= tau, values, 0)
+    """The values where their scores reach τ, 0 elsewhere, whatever stands there.
+
+    On a CPU `torch.where` branches at every element, and guesses wrong at every other one of trained scores: 5 to 15
+    times as long as to compare into numbers and multiply. As integers, since 0·∞ is no 0.
+    """
+    if not values.is_cpu:
+        return torch.where(scores >= tau, values, 0)
+    bits = _BITS[values.dtype.itemsize]
+    kept = torch.ge(scores, tau, out=torch.empty_like(scores)).to(bits)
+    return kept.mul_(values.view(bits)).view(values.dtype)
 
 
 def rounded(threshold: float, tau: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

@@ -25,20 +25,20 @@ WIDTH, DPI, SMALL, MEDIUM = 8.0, 130, 8, 9  # inches, pixels an inch, sizes of l
 
 
 def draw_ratios(rows: list[Row], title: str, path: Path) -> Path:
-    """Forward + backward over the bare linear: a line a provider, a panel for each dtype with and without dropout."""
+    """Forward + backward over the bare linear: a line a provider, a panel for each dtype with and without dropout, or
+    of a kind."""
     rows = [row for row in rows if row.get("mode") == BOTH and row.get("of_bare") and row["provider"] != BARE]
-    settings, providers = _settings(rows), _each(rows, "provider")
+    settings, providers = list(dict.fromkeys(map(_setting, rows))), _each(rows, "provider")
     figure, panels = _panels(len(settings), 2, len(providers))
-    for (dtype, p), axes in zip(settings, panels):
+    for setting, axes in zip(settings, panels):
         for place, provider in enumerate(providers):
-            key = (dtype, p, provider)
-            values = [row["of_bare"] for row in rows if (row["dtype"], row["p"], row["provider"]) == key]
+            values = [row["of_bare"] for row in rows if (_setting(row), row["provider"]) == (setting, provider)]
             ours = _is_ours(provider) or provider.endswith("accelerated")
             colour = OURS if ours else COLOURS[0] if provider == PEFT else OTHERS
             axes.scatter(values, [place] * len(values), s=18, color=colour, alpha=0.5, linewidth=0)
             if values:
                 axes.plot(statistics.median(values), place, "|", color=colour, markersize=11, markeredgewidth=2)
-        axes.set_title(f"{dtype}, dropout {p:g}", fontsize=MEDIUM)
+        axes.set_title(setting, fontsize=MEDIUM)
     _lines(panels, providers)
     figure.supxlabel("× the bare linear's time, lower is better; a dot a shape, a bar at their median", fontsize=MEDIUM)
     return _written(figure, title, path)
@@ -48,15 +48,15 @@ def draw_layers(rows: list[Row], where: str, path: Path) -> Path:
     """For the README: PEFT's layer, torch.compile and ours at rank 16, a line a shape of 512 tokens, 8,192 on a GPU."""
     rows = [row for row in rows if row.get("mode") == BOTH and row["M"] in (512, 8192) and row["R"] == 16]
     shapes = list(dict.fromkeys(f"{row['K']}→{row['N']}" for row in rows))
-    settings = _settings(rows)
+    settings = list(dict.fromkeys(map(_setting, rows)))
     figure, panels = _panels(len(settings), 4, len(shapes))
     for setting, axes in zip(settings, panels):
-        here = [row for row in rows if (row["dtype"], row["p"]) == setting]
+        here = [row for row in rows if _setting(row) == setting]
         for number, name in enumerate((PEFT, "torch.compile", "ours")):
             found = [row for row in here if row["provider"] == name or (name == "ours" and _is_ours(row["provider"]))]
             places = [shapes.index(f"{row['K']}→{row['N']}") for row in found]
             _dots(axes, [row["of_bare"] for row in found], places, number, name)
-        axes.set_title("{}, dropout {:g}".format(*setting), fontsize=MEDIUM)
+        axes.set_title(setting, fontsize=MEDIUM)
     _lines(panels, shapes)
     _legend(figure, panels)
     return _written(
@@ -136,7 +136,7 @@ def draw_steps(rows: list[Row], title: str, path: Path) -> Path:
 
 
 def _is_ours(provider: str) -> bool:
-    return provider.startswith("ours, ")
+    return provider.partition(",")[0] == "ours"
 
 
 def _each(rows: list[Row], key: str) -> list:
@@ -144,8 +144,10 @@ def _each(rows: list[Row], key: str) -> list:
     return list(dict.fromkeys(row[key] for row in rows))
 
 
-def _settings(rows: list[Row]) -> list[tuple[str, float]]:
-    return list(dict.fromkeys((row["dtype"], row["p"]) for row in rows))
+def _setting(row: Row) -> str:
+    """What a panel is of."""
+    dropout = f"dropout {row['p']:g}" if "p" in row else ""
+    return ", ".join(filter(None, (row["dtype"], dropout, row.get("kind"))))
 
 
 def _panels(count: int, columns: int, lines: int):

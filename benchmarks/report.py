@@ -167,10 +167,10 @@ class Rows:
         )  # fmt: skip
 
 
-def span(values: Iterable[float]) -> str:
+def span(values: Iterable[float], to: str = " to ") -> str:
     """The least and the most."""
     values = list(values)
-    return " to ".join(dict.fromkeys((digits(min(values)), digits(max(values)))))
+    return to.join(dict.fromkeys((digits(min(values)), digits(max(values)))))
 
 
 def layers(rows: Rows) -> str:
@@ -254,10 +254,10 @@ def gains(of: dict[str, Rows]) -> str:
         ),
     ]  # fmt: skip
     body = [
-        [what, beside, *(f"{span(starmap(ratio, found))} ×" for ratio in ratios)]
+        [what, beside, *(span(starmap(ratio, found), "–") for ratio in ratios)]
         for what, beside, found, *ratios in lines
     ]
-    return grid(["", "beside", "time", "memory"], body)
+    return grid(["", "beside", "× time", "× memory"], body)
 
 
 def of_peft(row: Row, _: Row) -> float:

@@ -1,4 +1,4 @@
-# make demo · make test · make bench · make lint: each sets itself up, and needs Python >= 3.10 and make.
+# make demo · make test · make bench · make docs · make lint: each sets itself up, and needs Python >= 3.10 and make.
 # What is set up lives in $(VENV); after that nothing is fetched.
 
 PYTHON ?= python3
@@ -15,6 +15,7 @@ NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f)
 XDIST  := OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2
 VENV_STAMP   := $(VENV)/.stamp-venv
 LINT_STAMP   := $(VENV)/.stamp-lint
+DOCS_STAMP   := $(VENV)/.stamp-docs
 ENV_STAMP    := $(VENV)/.stamp-env
 # nvcc where setup.py finds it. A library built without it is another one, to be built anew when nvcc is there.
 NVCC := $(or $(CUDACXX),$(shell PATH="$(abspath $(VENV))/bin:$$PATH:$${CUDA_HOME:-/usr/local/cuda}/bin"; command -v nvcc))
@@ -23,7 +24,7 @@ SELFTEST     := build/selftest
 TRITON_STAMP := $(VENV)/.stamp-triton-$(OLDEST_TRITON)
 OLD_TRITON   := $(VENV)/triton-$(basename $(OLDEST_TRITON))
 
-.PHONY: help setup demo test selftest sanitize bench lint format gpu aot-all resources clean
+.PHONY: help setup demo test selftest sanitize bench docs lint format gpu aot-all resources clean
 .NOTPARALLEL:
 # Ahead-of-time compilation fails under the interpreter: only the stage that wants it gets it.
 unexport TRITON_INTERPRET
@@ -33,6 +34,7 @@ help:
 	@echo "make demo          fine-tune SmolLM2-135M with PEFT, accelerated, with IST, and compare"
 	@echo "make test          the whole suite on this machine"
 	@echo "make bench         every provider on every op, and a report: about seven minutes"
+	@echo "make docs          the pages and the API reference as a site, in build/site"
 	@echo "make selftest      the CUDA sources on the CPU, thread by thread, and on a GPU where there is one"
 	@echo "make sanitize      the CUDA kernels under compute-sanitizer, on a GPU, once make selftest has built them"
 	@echo "make lint          ruff: rules and format"
@@ -58,6 +60,12 @@ $(VENV_STAMP):
 $(LINT_STAMP): constraints.txt $(VENV_STAMP)
 	@echo "installing ruff"
 	@$(PIP) ruff
+	@touch $@
+
+# The API reference is read from the sources: no torch is needed.
+$(DOCS_STAMP): constraints.txt $(VENV_STAMP)
+	@echo "installing mkdocs"
+	@$(PIP) mkdocs-material 'mkdocstrings[python]' ruff
 	@touch $@
 
 $(ENV_STAMP): pyproject.toml constraints.txt setup.py $(VENV_STAMP)
@@ -129,6 +137,11 @@ aot-all: setup $(TRITON_STAMP)
 # Of Triton's kernels as they are launched and of the native library's; by the newest Triton.
 resources: setup
 	@$(PY) -m tests.aot.table
+
+# Warnings are errors: a link to nothing, an argument that a docstring has and its function has not.
+docs: $(DOCS_STAMP)
+	@PATH="$(abspath $(VENV))/bin:$$PATH" NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+	@echo "built: build/site/index.html"
 
 lint: $(LINT_STAMP)
 	@echo "checking rules and format with ruff"

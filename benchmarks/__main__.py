@@ -6,7 +6,7 @@
     python -m benchmarks compare one.jsonl other.jsonl
     python -m benchmarks compare main HEAD --op lora_linear
     python -m benchmarks plot
-    python -m benchmarks report               # docs/benchmarks/ and the README's tables, from benchmarks/results/
+    python -m benchmarks report               # docs/benchmarks/, and the tables of README and docs/
     python -m benchmarks model --gpu h200     # predicted from bytes and FLOPs, on any machine
     python -m benchmarks kernels              # a LoRA layer kernel by kernel, measured beside predicted, on a GPU
 

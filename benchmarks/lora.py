@@ -333,7 +333,9 @@ def parts(shape: Shape, device: str) -> list[Part]:
 
 def _spec(name: str, what: str, cases: Callable[[str], list[Shape]], share: float) -> OpSpec:
     def plot(rows: list[Row], device: str, path: Path) -> Path:
-        return plots.draw_bars(rows, f"{name}, forward + backward\n{device}", path)
+        if name == "lora_linear":
+            plots.draw_layers(rows, device, path.with_name(f"{path.stem}_layers.png"))
+        return plots.draw_ratios(rows, f"{name}, forward + backward\n{device}", path)
 
     return OpSpec(
         name, what, (FORWARD, BACKWARD, BOTH), cases, providers, measure, COLUMNS, summary, plot, share, parts

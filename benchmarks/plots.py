@@ -1,89 +1,116 @@
-"""Pictures of results: one function a kind of op, each from rows to a PNG."""
+"""Pictures of results: one function a kind of op, each from rows to a PNG that can be read at a width of 800 pixels."""
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
-from .providers import BARE
+from .providers import BARE, PEFT
 from .registry import BOTH, FORWARD, STEP
 from .resultfile import Row
 
 #: Okabe and Ito's palette, told apart by colour-blind readers too.
 COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
+OURS, OTHERS = COLOURS[5], "#999999"
+MARKERS = "osD^vP"
+WIDTH, DPI, SMALL, MEDIUM = 8.0, 130, 8, 9  # inches, pixels an inch, sizes of letters
 
 
-def draw_bars(rows: list[Row], title: str, path: Path) -> Path:
-    """Forward + backward of every case and provider, over the bare linear and over the floor, side by side."""
-    rows = [row for row in rows if row.get("mode") == BOTH and row.get("of_bare")]
-    cases = list(dict.fromkeys(row["case"] for row in rows))
-    providers = [name for name in dict.fromkeys(row["provider"] for row in rows) if name != BARE]
-    height = 1.0 / (len(providers) + 1)
-    size = (10, 1.6 + 0.075 * len(cases) * (len(providers) + 1))
-    figure, panels = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
-    for axes, key, label in zip(panels, ("of_bare", "of_floor"), ("over the bare linear", "over the floor")):
-        values = {(row["case"], row["provider"]): row[key] for row in rows}
+def draw_ratios(rows: list[Row], title: str, path: Path) -> Path:
+    """Forward + backward over the bare linear: a line a provider, a panel for each dtype with and without dropout, or
+    of a kind."""
+    rows = [row for row in rows if row.get("mode") == BOTH and row.get("of_bare") and row["provider"] != BARE]
+    settings, providers = list(dict.fromkeys(map(_setting, rows))), _each(rows, "provider")
+    figure, panels = _panels(len(settings), 2, len(providers))
+    for setting, axes in zip(settings, panels):
+        for place, provider in enumerate(providers):
+            values = [row["of_bare"] for row in rows if (_setting(row), row["provider"]) == (setting, provider)]
+            ours = _is_ours(provider) or provider.endswith("accelerated")
+            colour = OURS if ours else COLOURS[0] if provider == PEFT else OTHERS
+            axes.scatter(values, [place] * len(values), s=18, color=colour, alpha=0.5, linewidth=0)
+            if values:
+                axes.plot(statistics.median(values), place, "|", color=colour, markersize=11, markeredgewidth=2)
+        axes.set_title(setting, fontsize=MEDIUM)
+    _lines(panels, providers)
+    figure.supxlabel("× the bare linear's time, lower is better; a dot a shape, a bar at their median", fontsize=MEDIUM)
+    return _written(figure, title, path)
+
+
+def draw_layers(rows: list[Row], where: str, path: Path) -> Path:
+    """For the README: PEFT's layer, torch.compile and ours at rank 16, a line a shape of 512 tokens, 8,192 on a GPU."""
+    rows = [row for row in rows if row.get("mode") == BOTH and row["M"] in (512, 8192) and row["R"] == 16]
+    shapes = list(dict.fromkeys(f"{row['K']}→{row['N']}" for row in rows))
+    settings = list(dict.fromkeys(map(_setting, rows)))
+    figure, panels = _panels(len(settings), 4, len(shapes))
+    for setting, axes in zip(settings, panels):
+        here = [row for row in rows if _setting(row) == setting]
+        for number, name in enumerate((PEFT, "torch.compile", "ours")):
+            found = [row for row in here if row["provider"] == name or (name == "ours" and _is_ours(row["provider"]))]
+            places = [shapes.index(f"{row['K']}→{row['N']}") for row in found]
+            _dots(axes, [row["of_bare"] for row in found], places, number, name)
+        axes.set_title(setting, fontsize=MEDIUM)
+    _lines(panels, shapes)
+    _legend(figure, panels)
+    return _written(
+        figure, f"time of a LoRA layer over the bare linear's, forward + backward: lower is better\n{where}", path
+    )
+
+
+def draw_sparse(rows: list[Row], where: str, path: Path) -> Path:
+    """Steps that train a part of a weight, over the bare linear's: a line a pattern, a panel a shape."""
+    rows = [row for row in rows if row.get("mode") == STEP and row.get("of_bare") and row["provider"] != BARE]
+    shapes, kinds, providers = (_each(rows, key) for key in ("shape", "kind", "provider"))
+    densities = {row["pattern"]: (kinds.index(row["kind"]), row["r"], row["density"]) for row in rows}
+    patterns = sorted(densities, key=densities.get)
+    figure, panels = _panels(len(shapes), 2, len(patterns))
+    for shape, axes in zip(shapes, panels):
         for number, provider in enumerate(providers):
-            bars = [(at + number * height, values[case, provider]) for at, case in enumerate(cases)
-                    if (case, provider) in values]  # fmt: skip
-            again, colour = divmod(number + 1, len(COLOURS))
-            axes.barh(
-                *zip(*bars), height, label=provider, color=COLOURS[colour], hatch="////" * again, edgecolor="white",
-                linewidth=0,
-            )  # fmt: skip
-        axes.axvline(1.0, color=COLOURS[0], linewidth=1)
-        _limit(axes, list(values.values()))
-        axes.set_xlabel(f"× {label}, lower is better", fontsize=8)
-        axes.grid(axis="x", alpha=0.3)
-    middle = height * (len(providers) - 1) / 2
-    panels[0].set_yticks([at + middle for at in range(len(cases))], cases, fontsize=7)
-    panels[0].set_ylim(len(cases) - 0.1, -height)
-    figure.suptitle(title, fontsize=10)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=7, loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path
-
-
-def _limit(axes, values: list[float]) -> None:
-    """What is far off may end outside of the picture, rather than press all else together."""
-    ordered = sorted(values)
-    if ordered:
-        axes.set_xlim(0, min(1.05 * ordered[-1], max(4.0, 2 * ordered[len(ordered) // 2])))
+            found = [row for row in rows if (row["shape"], row["provider"]) == (shape, provider)]
+            places = [patterns.index(row["pattern"]) for row in found]
+            _dots(axes, [row["of_bare"] for row in found], places, number, provider)
+        axes.set_title(shape, fontsize=MEDIUM)
+    _lines(panels, patterns)
+    _legend(figure, panels)
+    return _written(figure, f"a training step over the bare linear's forward and dx: lower is better\n{where}", path)
 
 
 def draw_hosts(rows: list[Row], where: str, path: Path) -> Path:
-    """µs of the host a call, forward and forward + backward, a panel a kind of call."""
-    cases = list(dict.fromkeys(row["case"] for row in rows))
-    figure, panels = plt.subplots(len(cases), figsize=(9, 0.8 + 1.5 * len(cases)), squeeze=False, layout="constrained")
+    """CPU overhead of a call in µs, forward and forward + backward: a line a provider, a panel a kind of call."""
+    cases = _each(rows, "case")
+    names = {case: _each([row for row in rows if row["case"] == case], "provider") for case in cases}
+    heights = [len(found) for found in names.values()]
+    size = (WIDTH, 0.9 + sum(0.5 + 0.27 * count for count in heights))
+    figure, panels = plt.subplots(
+        len(cases), figsize=size, sharex=True, squeeze=False, layout="constrained", height_ratios=heights
+    )
     for case, axes in zip(cases, panels[:, 0]):
-        names = list(dict.fromkeys(row["provider"] for row in rows if row["case"] == case))
         for offset, mode, colour in ((0.0, FORWARD, COLOURS[2]), (0.4, BOTH, COLOURS[1])):
             found = {row["provider"]: row["p50_us"] for row in rows if (row["case"], row["mode"]) == (case, mode)}
-            places = [at + offset for at, name in enumerate(names) if name in found]
-            axes.barh(places, [found[name] for name in names if name in found], 0.4, color=colour, label=mode)
-        axes.set_yticks([at + 0.2 for at in range(len(names))], names, fontsize=7)
+            places = [at + offset for at, name in enumerate(names[case]) if name in found]
+            axes.barh(places, [found[name] for name in names[case] if name in found], 0.4, color=colour, label=mode)
+        axes.set_yticks([at + 0.2 for at in range(len(names[case]))], names[case])
         axes.invert_yaxis()
-        axes.set_title(case, fontsize=9)
+        axes.set_title(case, fontsize=MEDIUM)
+        axes.tick_params(labelsize=SMALL)
         axes.grid(axis="x", alpha=0.3)
-    panels[-1, 0].set_xlabel("µs of the host a call, lower is better", fontsize=9)
-    panels[0, 0].legend(fontsize=7)
-    figure.suptitle(where, fontsize=10)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path
+    figure.supxlabel("µs of the CPU a call, lower is better", fontsize=MEDIUM)
+    panels[0, 0].legend(fontsize=SMALL, loc="lower right")
+    return _written(figure, where, path)
 
 
 def draw_steps(rows: list[Row], title: str, path: Path) -> Path:
     """Whole training steps: time of a step and its share of the importance loop, a panel a setting."""
-    settings = list(dict.fromkeys(row["case"] for row in rows))
-    figure, panels = plt.subplots(len(settings), figsize=(9, 0.8 + 2.4 * len(settings)), sharex=True, squeeze=False)
-    figure.set_layout_engine("constrained")
+    settings = _each(rows, "case")
+    size = (WIDTH, 1.0 + 2.3 * len(settings))
+    figure, panels = plt.subplots(len(settings), figsize=size, sharex=True, squeeze=False, layout="constrained")
     for setting, axes in zip(settings, panels[:, 0]):
         shown = [row for row in rows if row["case"] == setting]
         steps = [row["p50_us"] / 1e3 for row in shown]
@@ -93,55 +120,77 @@ def draw_steps(rows: list[Row], title: str, path: Path) -> Path:
         for place, (row, step, loop) in enumerate(zip(shown, steps, loops)):
             ratio = f", {row['of_authors']:.2f} ×" if row["of_authors"] else ""
             text = f" {row['tokens_per_s']:.0f} tokens/s{ratio}"
-            axes.text(step + loop, place, text, va="center", fontsize=7)
-        axes.set_yticks(range(len(shown)), [row["provider"] for row in shown], fontsize=7)
+            axes.text(step + loop, place, text, va="center", fontsize=SMALL)
+        axes.set_yticks(range(len(shown)), [row["provider"] for row in shown])
         axes.invert_yaxis()
         axes.margins(x=0.25)
-        axes.set_title(setting, fontsize=9)
+        axes.set_title(setting, fontsize=MEDIUM)
+        axes.tick_params(labelsize=SMALL)
         axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("ms a step, lower is better; ×: speed over the authors' IST on PEFT", fontsize=9)
-    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return path
+    axes.set_xlabel("ms a step, lower is better; ×: speed over the authors' IST on PEFT", fontsize=MEDIUM)
+    _legend(figure, panels[0])
+    return _written(figure, title, path)
 
 
-def draw_sparse(rows: list[Row], where: str, path: Path) -> Path:
-    """Steps that train a part of a weight, over the bare linear's: by density, a panel a shape and kind of layout."""
-    rows = [row for row in rows if row.get("mode") == STEP and row.get("of_bare")]
-    rows = [row for row in rows if row["provider"] != BARE]  # which is the line at 1
-    shapes, kinds, providers = (list(dict.fromkeys(row[key] for row in rows)) for key in ("shape", "kind", "provider"))
-    size = (1.2 + 2 * len(kinds), 1.2 + 2 * len(shapes))
+# --- What they share -----------------------------------------------------------------------------------------
+
+
+def _is_ours(provider: str) -> bool:
+    return provider.partition(",")[0] == "ours"
+
+
+def _each(rows: list[Row], key: str) -> list:
+    """Values of a key, each once, in the order of the rows."""
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def _setting(row: Row) -> str:
+    """What a panel is of."""
+    dropout = f"dropout {row['p']:g}" if "p" in row else ""
+    return ", ".join(filter(None, (row["dtype"], dropout, row.get("kind"))))
+
+
+def _panels(count: int, columns: int, lines: int):
+    """A figure with so many panels, in rows of at most `columns`, for as many lines each."""
+    columns = min(columns, max(count, 1))
+    height = math.ceil(max(count, 1) / columns)
+    size = (WIDTH, 1.0 + height * (0.4 + 0.22 * max(lines, 3)))
     figure, panels = plt.subplots(
-        len(shapes), len(kinds), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+        height, columns, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
-    for (shape, kind), axes in zip(((shape, kind) for shape in shapes for kind in kinds), panels.flat):
-        for number, provider in enumerate(providers, 1):
-            points = sorted(
-                (100 * row["density"], row["of_bare"])
-                for row in rows
-                if (row["shape"], row["kind"], row["provider"]) == (shape, kind, provider)
-            )
-            style = dict(marker="o", markersize=3, linewidth=1, color=COLOURS[number % len(COLOURS)])
-            if points:
-                axes.plot(*zip(*points), label=provider, **style)
-        axes.axhline(1.0, color=COLOURS[0], linewidth=1)
+    for axes in panels.flat[count:]:
+        axes.set_axis_off()
+    return figure, panels.flat[: max(count, 1)]
+
+
+def _dots(axes, values: Sequence[float], places: Sequence[int], number: int, label: str) -> None:
+    colours = (COLOURS[1], COLOURS[2], OURS, COLOURS[3], COLOURS[0], COLOURS[7])
+    style = dict(marker=MARKERS[number % len(MARKERS)], color=colours[number % len(colours)])
+    axes.scatter(values, places, s=24, label=label, linewidth=0, alpha=0.9, **style)
+
+
+def _lines(panels, names: Sequence[str]) -> None:
+    """Names the lines of panels that share their axes; the ratios go along a logarithmic one."""
+    for axes in panels:
         axes.set_xscale("log")
-        axes.set_xlim(0.07, 70)
-        axes.set_xticks([0.1, 1, 10], ["0.1", "1", "10"])
+        axes.xaxis.set_major_locator(FixedLocator([0.5, 1, 1.5, 2, 3, 5, 10, 20, 50]))
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.axvline(1.0, color=COLOURS[0], linewidth=1)
+        axes.tick_params(labelsize=SMALL)
         axes.grid(alpha=0.3)
-        axes.tick_params(labelsize=6)
-    highest = sorted(row["of_bare"] for row in rows)
-    panels[0, 0].set_ylim(0, max(2.0, 1.5 * highest[int(0.9 * len(highest))]))  # what was disturbed may lie outside
-    for kind, axes in zip(kinds, panels[0]):
-        axes.set_title(kind, fontsize=8)
-    for shape, axes in zip(shapes, panels[:, 0]):
-        axes.set_ylabel(shape, fontsize=7)
-    title = "a training step over the bare linear's forward and dx, by trained entries in %: lower is better"
-    figure.suptitle(f"{title}\n{where}", fontsize=9)
-    handles, labels = max((axes.get_legend_handles_labels() for axes in panels.flat), key=lambda pair: len(pair[1]))
-    figure.legend(handles, labels, fontsize=7, loc="outside lower center", ncols=4)
-    figure.savefig(path, dpi=130)
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].set_ylim(len(names) - 0.4, -0.6)
+
+
+def _legend(figure, panels) -> None:
+    """One for all panels, below them: that of the panel with the most in it."""
+    handles, labels = max((axes.get_legend_handles_labels() for axes in panels), key=lambda pair: len(pair[1]))
+    figure.legend(handles, labels, fontsize=SMALL, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
+
+
+def _written(figure, title: str, path: Path) -> Path:
+    figure.suptitle(title, fontsize=MEDIUM)
+    figure.savefig(path, dpi=DPI)
     plt.close(figure)
     return path

@@ -1,12 +1,14 @@
-"""`python -m benchmarks report`: pages of docs/benchmarks/ and the README's tables, from the committed result files.
+"""`python -m benchmarks report`: from the committed result files, the pages of docs/benchmarks/ and blocks of others.
 
-A page has the machine, the picture, the summary, and a table a case. In the README, what stands between
+A page has the machine, the picture, the summary, and a table a case. In the README and in the pages of docs/, what
+stands between
 
     <!-- lora_linear_cpu.jsonl: layers -->
     <!-- end -->
 
-is written by the function of that name in `HEADLINES`, from that file; `<!-- demo_cpu.md -->` is that file itself, a
-table that an example wrote. No measured number is typed by hand.
+is written by the function of that name in `HEADLINES`, from that file; `<!-- *_cpu.jsonl: gains -->` by that in
+`OVERVIEWS`, from all these files; `<!-- demo_cpu.md -->` is that file itself, a table that an example wrote. No
+measured number is typed by hand.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatch
+from itertools import starmap
 from pathlib import Path
 
-from . import model, tables
+from . import ist_providers, model, tables
 from .measure import where
 from .providers import BARE, PEFT
 from .registry import BOTH, FORWARD, STEP
@@ -35,7 +39,7 @@ BLOCK = re.compile(r"( *<!-- (?P<file>\S+\.(jsonl|md))(: (?P<name>\w+))? -->\n).
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of result files")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "benchmarks", help="folder of the pages")
-    parser.add_argument("--readme", type=Path, help="whose blocks are filled: this project's, of its own results")
+    parser.add_argument("--fill", type=Path, nargs="*", help="pages with blocks: this project's, of its own results")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if something would change")
 
 
@@ -44,9 +48,9 @@ def main(options: argparse.Namespace) -> None:
     if not files:
         sys.exit(f"expected result files (*.jsonl) in {options.results}, got none")
     wanted = {options.docs / f"{file.path.stem}.md": page(file, options.docs) for file in files.values() if file.rows}
-    readme = options.readme or (ROOT / "README.md" if options.results == RESULTS else None)
-    if readme:
-        wanted[readme] = filled(readme.read_text(), files, options.results)
+    own = with_blocks() if options.results == RESULTS else []
+    for path in own if options.fill is None else options.fill:
+        wanted[path] = filled(path.read_text(), files, options.results)
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     if options.check:
         if stale:
@@ -98,7 +102,13 @@ def predicted(row: Row, ceilings: dict[str, float]) -> float | None:
     return model.predicted(row["op"], row, row["provider"], row["mode"], ceilings) if "mode" in row else None
 
 
-# --- The README's tables -------------------------------------------------------------------------------------
+# --- Blocks of the README and of docs/ -----------------------------------------------------------------------
+
+
+def with_blocks() -> list[Path]:
+    """The pages of this project that have blocks to be filled."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [path for path in pages if BLOCK.search(path.read_text())]
 
 
 def filled(text: str, files: dict[str, ResultFile], folder: Path) -> str:
@@ -114,8 +124,11 @@ def filled(text: str, files: dict[str, ResultFile], folder: Path) -> str:
             content = (folder / file).read_text().strip()
         elif file in files and name in HEADLINES:
             content = HEADLINES[name](Rows(files[file]))
+        elif name in OVERVIEWS:
+            content = OVERVIEWS[name]({one.op: Rows(one) for known, one in files.items() if fnmatch(known, file)})
         else:
-            raise ValueError(f"expected a file in {folder} and one of {', '.join(HEADLINES)}, got {file}: {name}")
+            names = ", ".join(HEADLINES | OVERVIEWS)
+            raise ValueError(f"expected a file in {folder} and one of {names}, got {file}: {name}")
         indent = " " * (len(match[1]) - len(match[1].lstrip()))
         return match[1] + "".join(f"{indent}{line}".rstrip() + "\n" for line in content.split("\n")) + match[6]
 
@@ -141,13 +154,23 @@ class Rows:
         row = self(case, provider, mode)
         return short("p50_us", row["p50_us"]) if row else "–"
 
+    def pairs(self, provider: str, other: str, mode: str) -> list[tuple[Row, Row]]:
+        """Of each case that both have, the rows of the two."""
+        found = [(self(case, provider, mode), self(case, other, mode)) for case in self.cases]
+        return [(row, beside) for row, beside in found if row and beside]
+
     def span(self, key: str, provider: str, mode: str, part: str = "") -> str:
         """The least and the most of a ratio over the cases with `part` in their name."""
-        values = [
+        return span(
             row[key] for (case, name, of), row in self._rows.items()
             if (name, of) == (provider, mode) and part in case and row.get(key)
-        ]  # fmt: skip
-        return f"{digits(min(values))} to {digits(max(values))}"
+        )  # fmt: skip
+
+
+def span(values: Iterable[float], to: str = " to ") -> str:
+    """The least and the most."""
+    values = list(values)
+    return to.join(dict.fromkeys((digits(min(values)), digits(max(values)))))
 
 
 def layers(rows: Rows) -> str:
@@ -211,6 +234,45 @@ def hosts(rows: Rows) -> str:
     return grid(["", "", "forward", "forward + backward"], body)
 
 
+def gains(of: dict[str, Rows]) -> str:
+    """For the README: time and memory over what people use otherwise, the least and the most of all cases."""
+    lora, training, sparse = of["lora_linear"], of["ist_step"], of["sparse_delta"]
+    pairs = lora.pairs(f"{PEFT}, accelerated", PEFT, BOTH)
+    dropout, plain = ([pair for pair in pairs if bool(pair[0]["p"]) == dropped] for dropped in (True, False))
+    accelerated = training.pairs(ist_providers.ACCELERATED, ist_providers.LORA, STEP)
+    budget = training.pairs(ist_providers.BUDGET, ist_providers.AUTHORS, STEP)
+    entries = sparse.pairs(of_ours(sparse.providers), DENSE, STEP)
+    lines = [
+        ("LoRA layer, accelerated, dropout", "PEFT's layer", dropout, of_peft, saved),
+        ("LoRA layer, accelerated, no dropout", "PEFT's layer", plain, of_peft, saved),
+        ("LoRA training, accelerated", "PEFT", accelerated, by_tokens, saved),
+        ("IST, backward budget", "the authors' IST on PEFT", budget, by_tokens, saved),
+        (
+            "1 % of a weight trained", "dense training, masked",
+            [pair for pair in entries if pair[0]["pattern"].endswith(" 1 %")],
+            lambda row, _: row["of_dense"], lambda row, _: row["memory_of_dense"],
+        ),
+    ]  # fmt: skip
+    body = [
+        [what, beside, *(span(starmap(ratio, found), "–") for ratio in ratios)]
+        for what, beside, found, *ratios in lines
+    ]
+    return grid(["", "beside", "× time", "× memory"], body)
+
+
+def of_peft(row: Row, _: Row) -> float:
+    return row["of_peft"]
+
+
+def by_tokens(row: Row, other: Row) -> float:
+    return other["tokens_per_s"] / row["tokens_per_s"]
+
+
+def saved(row: Row, other: Row) -> float:
+    return row["saved_bytes"] / other["saved_bytes"]
+
+
 HEADLINES: dict[str, Callable[[Rows], str]] = {
     function.__name__: function for function in (layers, steps, shira, trainings, hosts)
 }
+OVERVIEWS: dict[str, Callable[[dict[str, Rows]], str]] = {gains.__name__: gains}

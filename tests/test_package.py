@@ -81,6 +81,12 @@ def test_every_public_name_exists_and_is_documented():
         assert getattr(peft_kernels, name).__doc__, name
 
 
+def test_the_reference_has_every_public_name():
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    shown = re.findall(r"^::: peft_kernels\.(\w+)", pages, re.MULTILINE)
+    assert set(shown) >= set(peft_kernels.__all__)
+
+
 def test_env_fits_80_columns_and_names_every_op():
     text = env()
     assert max(map(len, text.splitlines())) <= 80

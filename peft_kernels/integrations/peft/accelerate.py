@@ -42,8 +42,7 @@ def accelerate(model: nn.Module) -> Report:
         judged by the adapters that are active now.
 
     Raises:
-        ValueError: if `model` is no module, has no such layer or is accelerated already; nothing is
-        changed then.
+        ValueError: if `model` is no module, has no such layer or is accelerated already; nothing is changed then.
     """
     layers = _layers_of_peft(model)
     if not layers:

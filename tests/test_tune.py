@@ -18,8 +18,9 @@ from peft_kernels.ops.core import tuning
 from peft_kernels.ops.core.tuning import FEATURES, RANKS, TOKENS, Gpu
 from peft_kernels.ops.masked_linear import configs as masked
 from peft_kernels.ops.sparse_delta import configs as sparse
-from peft_kernels.tune import plan, session
-from peft_kernels.tune.plan import PACKAGES, Job
+from peft_kernels.tune import jobs as planning
+from peft_kernels.tune import session
+from peft_kernels.tune.jobs import PACKAGES, Job
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = Gpu("NVIDIA Test 1", 90, "3.9.0")
@@ -69,11 +70,11 @@ def test_buckets():
 
 @pytest.mark.parametrize("architecture", [0, 80, 90, 100])
 def test_a_job_measures_what_a_launch_looks_up(architecture):
-    jobs = plan.jobs(list(PACKAGES), architecture)
+    jobs = planning.jobs(list(PACKAGES), architecture)
     assert len(set(jobs)) == len(jobs)
     for job in jobs:
         if job.at:
-            assert job.candidates == plan.CROSSOVERS[job.choice].ways
+            assert job.candidates == PACKAGES[job.op].CHOICES[job.choice].crossover.paths
             continue
         assert len(set(job.candidates)) == len(job.candidates) > 1
         assert tile_of(job, {(job.choice, *job.key): job.candidates[-1]}) == job.candidates[-1]
@@ -83,9 +84,9 @@ def test_a_job_measures_what_a_launch_looks_up(architecture):
 
 def test_sizes_between_buckets_find_a_tile():
     table = {KEY: other()[0]}
-    assert masked.gemm_tile(5000, 3000, 2, 90, True, table) == other()[0]
-    assert masked.gemm_tile(10**6, 4096, 2, 90, True, table) == other()[0]
-    assert masked.gemm_tile(5000, 5000, 2, 90, True, table) == masked.gemm_tile(5000, 5000, 2, 90, True)
+    assert masked.gemm_tile(5000, 3000, 2, 90, True, table=table) == other()[0]
+    assert masked.gemm_tile(10**6, 4096, 2, 90, True, table=table) == other()[0]
+    assert masked.gemm_tile(5000, 5000, 2, 90, True, table=table) == masked.gemm_tile(5000, 5000, 2, 90, True)
 
 
 def test_crossovers_come_from_the_table():
@@ -112,14 +113,14 @@ def test_crossovers_come_from_the_table():
     assert cuda_path("cuda", {("cuda_fused_from", 2): size}) == "fused"
     assert cuda_path("cuda", {("cuda_fused_from", 2): size + 1}) == "passes"
     assert cuda_path("cuda:passes", {("cuda_fused_from", 2): 0}) == "passes"
-    assert sparse.sampled_up_to(2) == sparse.SAMPLED_UP_TO
+    assert sparse.sampled_up_to(2) == 0.002
     assert sparse.sampled_up_to(2, {("sampled_up_to", 2): 0.01}) == 0.01
 
 
 @pytest.mark.parametrize("op", PACKAGES)
 def test_round_trip(op, tmp_path):
     """Every kind of entry, a size that is never reached too."""
-    jobs = plan.jobs([op], 90)
+    jobs = planning.jobs([op], 90)
     table = {(job.choice, *job.key): math.inf if job.at else job.candidates[-1] for job in jobs}
     tuning.write(tuning.path_in(tmp_path, op, GPU), op, GPU, PACKAGES[op].CHOICES, table)
     assert tuning.load(op, GPU, PACKAGES[op].CHOICES, tmp_path) == table
@@ -128,12 +129,12 @@ def test_round_trip(op, tmp_path):
 def test_the_users_table_comes_before_the_packages_before_the_rule(tmp_path):
     own, packaged = tmp_path / "own", tmp_path / "packaged"
     second = ("gemm_tile", 4096, 4096, 2, True)
-    assert masked.gemm_tile(8192, 4096, 2, 90, True, load(own, packaged)) == rule()
+    assert masked.gemm_tile(8192, 4096, 2, 90, True, table=load(own, packaged)) == rule()
     write(packaged, {KEY: other()[0], second: other()[0]})
-    assert masked.gemm_tile(8192, 4096, 2, 90, True, load(own, packaged)) == other()[0]
+    assert masked.gemm_tile(8192, 4096, 2, 90, True, table=load(own, packaged)) == other()[0]
     write(own, {KEY: other()[1]})
-    assert masked.gemm_tile(8192, 4096, 2, 90, True, load(own, packaged)) == other()[1]
-    assert masked.gemm_tile(4096, 4096, 2, 90, True, load(own, packaged)) == other()[0]
+    assert masked.gemm_tile(8192, 4096, 2, 90, True, table=load(own, packaged)) == other()[1]
+    assert masked.gemm_tile(4096, 4096, 2, 90, True, table=load(own, packaged)) == other()[0]
 
 
 def test_the_cache_folder(monkeypatch, tmp_path):
@@ -149,7 +150,7 @@ def test_the_cache_folder(monkeypatch, tmp_path):
 def test_nothing_is_read_on_a_cpu_or_by_an_import():
     assert all(not configs.tuned(torch.device("cpu")) for configs in PACKAGES.values())
     code = (
-        "import peft_kernels; from peft_kernels.tune.plan import PACKAGES\n"
+        "import peft_kernels; from peft_kernels.tune.jobs import PACKAGES\n"
         "print([configs.tuned.cache_info().currsize for configs in PACKAGES.values()])"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -223,7 +224,7 @@ def test_a_table_that_does_not_fit_is_ignored_with_one_line(name, tmp_path):
     assert message.startswith(f"{path}: this tuning table is ignored: ")
     assert reason in message
     assert "\n" not in message
-    assert masked.gemm_tile(8192, 4096, 2, 90, True, table) == rule()
+    assert masked.gemm_tile(8192, 4096, 2, 90, True, table=table) == rule()
 
 
 def test_a_size_that_is_none_is_ignored(tmp_path):
@@ -271,7 +272,7 @@ class FakeMeasurement:
 
 
 def run(folder, measure, ops=FEWER, **options):
-    planned = plan.jobs(ops, GPU.architecture)
+    planned = planning.jobs(ops, GPU.architecture)
     rows = session.run(planned, folder, GPU, measure, **options)
     return planned, rows
 
@@ -300,7 +301,7 @@ def test_a_run_out_of_time_keeps_what_it_has(tmp_path):
     clock = iter([False] * 5 + [True])
     planned, rows = run(tmp_path, FakeMeasurement(), out_of_time=lambda: next(clock))
     assert list(rows) == planned[:5]
-    assert load(tmp_path) == plan.best(planned, rows)
+    assert load(tmp_path) == planning.best(planned, rows)
     assert len(load(tmp_path)) == 5
     _, rows = run(tmp_path, FakeMeasurement())
     assert list(rows) == planned
@@ -309,7 +310,7 @@ def test_a_run_out_of_time_keeps_what_it_has(tmp_path):
 def test_measurements_of_another_triton_are_made_again(tmp_path):
     run(tmp_path, FakeMeasurement())
     again = FakeMeasurement()
-    planned = plan.jobs(FEWER, GPU.architecture)
+    planned = planning.jobs(FEWER, GPU.architecture)
     session.run(planned, tmp_path, GPU._replace(triton="4.0.0"), again)
     assert again.asked == planned
 
@@ -337,50 +338,53 @@ def test_the_fastest_that_is_right_wins():
     candidates = masked.gemm_candidates(8192, 4096, 2, True, 90)
     job = Job("masked_linear", *KEY[:1], KEY[1:], (), tuple(candidates))
     results = ["wrong: max error", 3.0, 2.0, "skipped: OutOfResources", *[9.0] * (len(candidates) - 4)]
-    assert plan.best([job], {job: results}) == {KEY: candidates[2]}
-    assert plan.best([job], {job: ["wrong: max error"] * len(candidates)}) == {}
-    assert plan.best([job], {}) == {}
+    assert planning.best([job], {job: results}) == {KEY: candidates[2]}
+    assert planning.best([job], {job: ["wrong: max error"] * len(candidates)}) == {}
+    assert planning.best([job], {}) == {}
 
 
 def test_crossovers():
-    assert plan.smallest_from([(8, True), (4, True), (2, False), (1, True)]) == 4
-    assert plan.smallest_from([(4, True), (4, False), (2, True)]) == math.inf
-    assert plan.smallest_from([(4, True), (2, True)]) == 2
-    assert plan.largest_up_to([(8, True), (4, False), (2, True), (1, True)]) == 2
-    assert plan.largest_up_to([(2, True), (1, False)]) == 0
-    assert plan.largest_up_to([(2, True), (1, True)]) == 2
+    assert tuning.smallest_from([(8, True), (4, True), (2, False), (1, True)]) == 4
+    assert tuning.smallest_from([(4, True), (4, False), (2, True)]) == math.inf
+    assert tuning.smallest_from([(4, True), (2, True)]) == 2
+    assert tuning.largest_up_to([(8, True), (4, False), (2, True), (1, True)]) == 2
+    assert tuning.largest_up_to([(2, True), (1, False)]) == 0
+    assert tuning.largest_up_to([(2, True), (1, True)]) == 2
 
 
 def test_crossovers_come_first_from_the_end_at_which_a_bound_grows():
-    jobs = plan.jobs(list(PACKAGES), 90)
+    jobs = planning.jobs(list(PACKAGES), 90)
     crossovers = [job for job in jobs if job.at]
     assert jobs[: len(crossovers)] == crossovers
-    for choice, crossover in plan.CROSSOVERS.items():
+    declared = {name: choice.crossover for one in PACKAGES.values() for name, choice in one.CHOICES.items()}
+    for choice, crossover in declared.items():
+        if crossover is None:
+            continue
         sizes = [math.prod(job.at) for job in crossovers if job.choice == choice]
         assert len(sizes) == len(crossover.sizes)
-        assert sizes == sorted(sizes, reverse=crossover.of is plan.smallest_from)
+        assert sizes == sorted(sizes, reverse=crossover.of is tuning.smallest_from)
 
 
 def test_a_crossover_that_was_not_finished_is_a_bound():
     """The way in question is taken where it was seen to be faster, and nowhere else."""
-    jobs = [job for job in plan.jobs(["sparse_delta"], 90) if job.at]
+    jobs = [job for job in planning.jobs(["sparse_delta"], 90) if job.at]
     rows = {job: [2.0, 1.0 if job.at[0] <= 0.005 else 3.0] for job in jobs}
-    assert plan.best(jobs, rows) == {("sampled_up_to", 2): 0.005}
+    assert planning.best(jobs, rows) == {("sampled_up_to", 2): 0.005}
     rows[jobs[-1]] = [2.0, "skipped: OutOfResources"]
-    assert plan.best(jobs, rows) == {("sampled_up_to", 2): 0.005}
-    bounds = [plan.best(jobs, {job: rows[job] for job in jobs[:done]}) for done in range(len(jobs) + 1)]
+    assert planning.best(jobs, rows) == {("sampled_up_to", 2): 0.005}
+    bounds = [planning.best(jobs, {job: rows[job] for job in jobs[:done]}) for done in range(len(jobs) + 1)]
     assert bounds == [{}, *({("sampled_up_to", 2): size} for size in (0.0005, 0.001, 0.002, 0.005, 0.005, 0.005))]
-    assert plan.best(jobs, {jobs[2]: rows[jobs[2]]}) == {("sampled_up_to", 2): 0}  # below it nothing is known
+    assert planning.best(jobs, {jobs[2]: rows[jobs[2]]}) == {("sampled_up_to", 2): 0}  # below it nothing is known
 
     key = "fused_from", 2
-    jobs = [job for job in plan.jobs(["lora_linear"], 90) if job.choice == "fused_from"]
+    jobs = [job for job in planning.jobs(["lora_linear"], 90) if job.choice == "fused_from"]
     rows = {job: [2.0, 1.0 if math.prod(job.at) >= 2**37 else 3.0] for job in jobs}
-    sizes = [plan.best(jobs, {job: rows[job] for job in jobs[:done]}).get(key) for done in range(len(jobs) + 1)]
+    sizes = [planning.best(jobs, {job: rows[job] for job in jobs[:done]}).get(key) for done in range(len(jobs) + 1)]
     assert sizes[0] is None
     assert sizes[1] == math.prod(jobs[0].at) == 8192**3
     assert sizes[1:] == sorted(sizes[1:], reverse=True)
     assert sizes[-1] == 2**37
-    assert plan.best(jobs, {jobs[0]: [1.0, 2.0]}) == {key: math.inf}
+    assert planning.best(jobs, {jobs[0]: [1.0, 2.0]}) == {key: math.inf}
 
 
 def test_a_job_that_loses_the_gpu_is_not_tried_again(tmp_path):
@@ -389,7 +393,7 @@ def test_a_job_that_loses_the_gpu_is_not_tried_again(tmp_path):
             raise session.DeviceLost("CUDA error", ["wrong: it lost the GPU: CUDA error"] * len(job.candidates))
         return [1.0] * len(job.candidates)
 
-    planned = plan.jobs(FEWER, GPU.architecture)
+    planned = planning.jobs(FEWER, GPU.architecture)
     with pytest.raises(session.DeviceLost):
         session.run(planned, tmp_path, GPU, measure)
     again = FakeMeasurement()
@@ -399,8 +403,8 @@ def test_a_job_that_loses_the_gpu_is_not_tried_again(tmp_path):
 
 
 def test_a_candidate_that_loses_the_gpu_is_named(monkeypatch):
+    from peft_kernels.ops.core.problem import Problem
     from peft_kernels.tune import measure
-    from peft_kernels.tune.problems import Problem
 
     lost = []
     monkeypatch.setattr(measure, "device_fault", lambda: "CUDA error" if lost else "")
@@ -447,8 +451,8 @@ def test_two_ways_are_compared_with_the_tiles_that_are_known(tmp_path):
 
 
 def test_candidates_are_held_against_float64():
+    from peft_kernels.ops.core.problem import Problem
     from peft_kernels.tune.measure import check
-    from peft_kernels.tune.problems import Problem
 
     torch.manual_seed(0)
     left, right = torch.randn(32, 64), torch.randn(64, 16)
@@ -465,7 +469,7 @@ def test_candidates_are_held_against_float64():
 
 
 def test_summary_counts_and_names(tmp_path):
-    planned = plan.jobs(FEWER, 90)
+    planned = planning.jobs(FEWER, 90)
     wrong = ["wrong: max error", *[1.0] * (len(planned[0].candidates) - 1)]
     rows = {planned[0]: wrong, planned[1]: ["skipped: x"] * len(planned[1].candidates)}
     text = session.summary(planned, rows, tmp_path, GPU)
@@ -496,7 +500,7 @@ def test_without_a_gpu_one_line_says_so(tmp_path):
 def test_dry_run_counts_and_writes_nothing(tmp_path):
     result = command("--dry-run", "--op", "sparse_delta", PEFT_KERNELS_CACHE=str(tmp_path))
     assert (result.returncode, result.stderr) == (0, "")
-    jobs = plan.jobs(["sparse_delta"], 90)
+    jobs = planning.jobs(["sparse_delta"], 90)
     timings = sum(len(job.candidates) for job in jobs)
     assert f"{len(jobs)} to measure, {timings} timings; 0 are there already" in result.stdout
     for choice in sparse.CHOICES:

@@ -173,7 +173,7 @@ def _bands(l: Layer, length: int, across: int, product: Launch) -> list[Launch]:
 
 
 def _dvalues(l: Layer, ceilings: Ceilings) -> list[Launch]:
-    if l.kind == "entries" and l.nnz <= configs.SAMPLED_UP_TO * l.N * l.K:
+    if l.kind == "entries" and l.nnz <= configs.sampled_up_to(l.size) * l.N * l.K:
         transposes = [elementwise("dyᵀ", l.y, l.y), elementwise("xᵀ", l.x, l.x)]
         return [*transposes, elementwise("sampled", 2 * l.M * l.size * l.nnz + l.layout, l.values)]
     if l.kind in ("entries", "n_of_m"):  # tiles of dW, of which only the entries are written

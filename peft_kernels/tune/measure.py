@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import statistics
 from typing import Any
 
 import torch
 import triton
 
+from ..ops.core.problem import Inputs, Problem
 from ..testing.bounds import assert_within_eager
 from ..testing.device import device_fault
 from ..testing.timing import Timer, interleaved, whole
-from .plan import CROSSOVERS, Job
-from .problems import Problem, problem
+from .jobs import PACKAGES, Job
 from .session import DeviceLost
 
 _SECONDS = 0.3  # spent on the timing of one job, if the fewest rounds take less
 _MOST = 51  # rounds
+_DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
 class Measure:
@@ -34,7 +36,8 @@ class Measure:
         except torch.OutOfMemoryError:
             return ["skipped: the operands do not fit into the GPU's memory"] * len(job.candidates)
         sound = [number for number, result in enumerate(results) if not result]
-        count = CROSSOVERS[job.choice].calls if job.at else 1
+        crossover = PACKAGES[job.op].CHOICES[job.choice].crossover
+        count = crossover.calls if crossover else 1
 
         def launch(number: int) -> None:
             for _ in range(count):
@@ -48,6 +51,20 @@ class Measure:
                 raise DeviceLost(why, ["skipped: the GPU was lost while it was timed"] * len(results)) from None
             raise
         return [results[n] or statistics.median(us for (us,) in times[n]) / count for n in range(len(results))]
+
+
+def problem(job: Job, table: dict[tuple, Any], device: str, dtype: torch.dtype | None = None, K: int = 4096) -> Problem:
+    """The :class:`Problem` of a job.
+
+    Args:
+        table: what was found so far; crossovers are measured with its tiles.
+        dtype: bfloat16 or float32, as the key says, unless given.
+        K: every size that the key leaves open.
+    """
+    key = dict(zip(PACKAGES[job.op].CHOICES[job.choice].fields, job.key))
+    inputs = Inputs(device, dtype or _DTYPES[key["element_size"]], K)
+    build = importlib.import_module(f"..ops.{job.op}.tune", __package__).PROBLEMS[job.choice]
+    return build(inputs, job.at, table, **key) if job.at else build(inputs, **key)
 
 
 def check(prepared: Problem, candidates: tuple) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 
 from ..ops.core import tuning
 from ..ops.core.tuning import Gpu
-from .plan import CROSSOVERS, PACKAGES, Job, best, jobs
+from .jobs import PACKAGES, Job, best, jobs
 
 Results = list[float | str]
 
@@ -76,7 +76,7 @@ def run(
                 compared.add(job.op)
                 _write_table(folder, gpu, job.op, planned, rows)
                 PACKAGES[job.op].tuned.cache_clear()
-            # Tiles are measured by themselves; two ways are compared with the tiles that were found.
+            # Tiles are measured by themselves; two paths are compared with the tiles that were found.
             table = best((other for other in planned if other.op == job.op), rows) if job.at else {}
             try:
                 rows[job] = measure(job, table)
@@ -195,7 +195,7 @@ def dry_run(ops: list[str], folder: Path, gpu: Gpu | None) -> str:
     names = list(dict.fromkeys((job.op, job.choice) for job in planned))
     for op, choice in names:
         chosen = [job for job in left if (job.op, job.choice) == (op, choice)]
-        what = "sizes" if choice in CROSSOVERS else "shapes"
+        what = "sizes" if PACKAGES[op].CHOICES[choice].crossover else "shapes"
         timings = sum(len(job.candidates) for job in chosen)
         lines.append(f"  {f'{op}.{choice}':<32}{len(chosen):>5} {what:<8}{timings:>6} timings")
     total = sum(len(job.candidates) for job in left)

@@ -8,9 +8,8 @@ import torch
 
 from peft_kernels import _native
 from peft_kernels.ops.lora_linear import cuda
-from peft_kernels.tune.measure import check
-from peft_kernels.tune.plan import CROSSOVERS, PACKAGES, Job
-from peft_kernels.tune.problems import problem
+from peft_kernels.tune.jobs import PACKAGES, Job
+from peft_kernels.tune.measure import check, problem
 from tests.checks.native import (
     lora_forward,
     lora_gemm,
@@ -46,17 +45,17 @@ KEYS = [
 def test_every_candidate_passes_the_check(op, choice, key):
     candidates = tuple(PACKAGES[op].CHOICES[choice].candidates(*key, 0))
     assert len(candidates) > 1
-    prepared = problem(Job(op, choice, key, (), candidates), {}, "cpu", torch.float16, depth=96)
+    prepared = problem(Job(op, choice, key, (), candidates), {}, "cpu", torch.float16, K=96)
     assert check(prepared, candidates) == [""] * len(candidates)
 
 
 @pytest.mark.parametrize(
     ("op", "choice", "at"), [("lora_linear", "fused_from", (40, 72, 48)), ("sparse_delta", "sampled_up_to", (0.02,))]
 )
-def test_both_ways_pass_the_check(op, choice, at):
-    ways = CROSSOVERS[choice].ways
-    prepared = problem(Job(op, choice, (2,), at, ways), {}, "cpu", torch.float16, depth=96)
-    assert check(prepared, ways) == ["", ""]
+def test_both_paths_pass_the_check(op, choice, at):
+    paths = PACKAGES[op].CHOICES[choice].crossover.paths
+    prepared = problem(Job(op, choice, (2,), at, paths), {}, "cpu", torch.float16, K=96)
+    assert check(prepared, paths) == ["", ""]
 
 
 @pytest.mark.skipif(not _native.LIBRARY.exists(), reason="needs the native library")
@@ -64,7 +63,7 @@ def test_both_ways_pass_the_check(op, choice, at):
 @pytest.mark.parametrize("table", [{}, {("fused_from", 2): 0, ("cuda_fused_from", 2): 0}], ids=["untuned", "tuned"])
 def test_native_kernels_pass_the_check(choice, table, monkeypatch):
     monkeypatch.setattr(cuda, "has_boxes", lambda _: True)  # whose kernels the stand-ins are
-    ways = CROSSOVERS[choice].ways
+    paths = PACKAGES["lora_linear"].CHOICES[choice].crossover.paths
     with standing_in(lora_forward, lora_gemm, lora_grads, lora_outer, lora_shrink, reduce_partials):
-        prepared = problem(Job("lora_linear", choice, (2,), (40, 72, 48), ways), table, "cpu", torch.float16)
-        assert check(prepared, ways) == ["", ""]
+        prepared = problem(Job("lora_linear", choice, (2,), (40, 72, 48), paths), table, "cpu", torch.float16)
+        assert check(prepared, paths) == ["", ""]

@@ -1,13 +1,24 @@
 """Tables of what was measured on one GPU: how their keys are made, where they lie, how they are read and written.
 
 A table belongs to one op package and one GPU. It says, for each of the op package's choices (`CHOICES` in its
-`configs.py`), which tile was the fastest in a bucket of shapes, or from which size on one way is faster than another.
-Two places are
-looked at: the user's cache (`cache_folder`), then the tables that come with the package (`tuned/` beside this file).
-An entry of the first hides that of the second, and where neither has one the rules of `configs.py` decide.
+`configs.py`), which tile was the fastest in a bucket of shapes, or from which size on one path is faster than another.
+Two places are looked at: the user's cache (`cache_folder`), then the tables that come with the package (`tuned/` beside
+this file). An entry of the first hides that of the second, and where neither has one the rules of `configs.py` decide.
 `python -m peft_kernels tune` measures.
 
-A file is `<GPU>/<room>.json`:
+A choice is declared where its rule stands:
+
+    CHOICES = tuning.Choices("my_op")
+
+    @CHOICES.tile(M=TOKENS, N=FEATURES)  # what the table is asked by: these in buckets, all else but `arch` as it is
+    def gemm_tile(M, N, element_size, arch): …  # the rule
+
+    @gemm_tile.candidates
+    def gemm_candidates(M, N, element_size, arch): …  # what may be measured, the rule's first
+
+    fused_from = CHOICES.size("fused_from", Crossover(("blas", "fused"), …))  # the size from which on "fused" is taken
+
+A file is `<GPU>/<op package>.json`:
 
     {"format": 1, "op": "masked_linear", "gpu": "NVIDIA H200", "architecture": 90, "triton": "3.9.0",
      "entries": [{"choice": "gemm_tile", "key": {"M": 8192, "N": 4096, …}, "best": {"block_m": 256, …}}, …]}
@@ -17,7 +28,9 @@ A table that does not fit, in whatever way, is ignored as a whole, with one warn
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -35,7 +48,7 @@ from .machine import architecture
 #: Raised where keys, tiles or kernels change their meaning: older tables are then ignored.
 FORMAT = 1
 
-#: (choice, *key) -> the tile, or the size from which on (up to which) another way is taken.
+#: (choice, *key) -> the tile, or the size from which on (up to which) another path is taken.
 Table = Mapping[tuple, Any]
 UNTUNED: Table = types.MappingProxyType({})
 
@@ -47,19 +60,6 @@ class Gpu(NamedTuple):
     name: str
     architecture: int
     triton: str
-
-
-class Choice(NamedTuple):
-    """Something that can be measured.
-
-    Attributes:
-        fields: names of the values of a key.
-        candidates: of a key's values and the architecture, all tiles that may be chosen, the rule's first; None where
-            the answer is a size.
-    """
-
-    fields: tuple[str, ...]
-    candidates: Callable[..., list] | None = None
 
 
 class Buckets(NamedTuple):
@@ -77,6 +77,110 @@ class Buckets(NamedTuple):
     def all(self) -> list[int]:
         """From the largest down."""
         return [1 << bits for bits in range(self.most.bit_length() - 1, self.least.bit_length() - 2, -1)]
+
+
+class Choice(NamedTuple):
+    """Something that can be measured.
+
+    Attributes:
+        fields: names of the values of a key.
+        candidates: of a key's values and the architecture, all tiles that may be chosen, the rule's first; None where
+            the answer is a size.
+        crossover: what decides a size.
+    """
+
+    fields: tuple[str, ...]
+    candidates: Callable[..., list] | None = None
+    crossover: Crossover | None = None
+
+
+class Crossover(NamedTuple):
+    """Two paths, the sizes at which they are compared, and what follows from (product of sizes, second path faster).
+
+    Attributes:
+        paths: their names; the second is the one in question.
+        only_on: an architecture.
+        calls: how many are timed one right after another. With many the slower of GPU and CPU decides, as in training.
+    """
+
+    paths: tuple[str, str]
+    sizes: list[tuple]
+    of: Callable[[list[tuple[float, bool]]], float]
+    only_on: int | None = None
+    calls: int = 1
+
+
+class Choices(dict[str, Choice]):
+    """What can be measured of an op package, by name.
+
+    Attributes:
+        op: the op package.
+        tuned: of a device, the table of what was measured on it, read at the first launch; nothing on a CPU.
+    """
+
+    def __init__(self, op: str) -> None:
+        super().__init__()
+        self.op = op
+        self.tuned = functools.cache(lambda device: load(op, gpu_of(device), self))
+
+    def tile(self, **buckets: Buckets | tuple[str, Callable]) -> Callable[[Callable], Callable]:
+        """Decorates the rule of a tile. The decorated function takes `table` too, which comes before the rule.
+
+        Args:
+            buckets: by parameter, the buckets of its value in a key, or the field's name in a key and what makes its
+                value.
+        """
+        found = {name: (name, one.of) if isinstance(one, Buckets) else one for name, one in buckets.items()}
+
+        def decorate(rule: Callable) -> Callable:
+            choice = rule.__name__
+            defaults = {one.name: one.default for one in inspect.signature(rule).parameters.values()}
+            fields = {name: found.get(name, (name, lambda value: value)) for name in defaults if name != "arch"}
+
+            @functools.wraps(rule)
+            def tile(*args, table: Table = UNTUNED, **named):
+                if table:
+                    values = defaults | dict(zip(defaults, args)) | named
+                    key = choice, *(bucket(values[name]) for name, (_, bucket) in fields.items())
+                    if measured := table.get(key):
+                        return measured
+                return rule(*args, **named)
+
+            def candidates(function: Callable[..., list]) -> Callable[..., list]:
+                self[choice] = Choice(tuple(field for field, _ in fields.values()), function)
+                return function
+
+            tile.candidates = candidates
+            return tile
+
+        return decorate
+
+    def size(
+        self, choice: str, crossover: Crossover, rule: Mapping[int, float] = types.MappingProxyType({})
+    ) -> Callable[..., float | None]:
+        """What answers, of an element size and a table, the size from which on (up to which) another path is taken.
+
+        Args:
+            rule: by element size, where nothing was measured; without one the other path is not taken.
+        """
+        self[choice] = Choice(("element_size",), crossover=crossover)
+
+        def size(element_size: int, table: Table = UNTUNED) -> float | None:
+            return table.get((choice, element_size), rule.get(element_size))
+
+        return size
+
+
+def smallest_from(points: list[tuple[float, bool]]) -> float:
+    """The smallest size from which on the path in question is always faster; infinity where it never is."""
+    last_lost = max((size for size, faster in points if not faster), default=-1)
+    return min((size for size, faster in points if faster and size > last_lost), default=math.inf)
+
+
+def largest_up_to(points: list[tuple[float, bool]]) -> float:
+    """The largest size up to which the path in question is always faster; 0 where it never is."""
+    first_lost = min((size for size, faster in points if not faster), default=math.inf)
+    return max((size for size, faster in points if faster and size < first_lost), default=0)
 
 
 TOKENS = Buckets(64, 8192)

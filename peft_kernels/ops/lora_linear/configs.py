@@ -1,4 +1,4 @@
-"""Which tile and which way, as pure functions of shape, dtype and architecture: testable without a GPU.
+"""Which tile and which path, as pure functions of shape, dtype and architecture: testable without a GPU.
 
 What was measured on the GPU at hand (`tuned`) comes first; the rules below decide the rest.
 
@@ -9,13 +9,17 @@ only where it takes another tile, or makes a stride (in)divisible by 16.
 
 from __future__ import annotations
 
-import functools
+import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
 from ..core import tuning
-from ..core.tuning import FEATURES, RANKS, TOKENS, UNTUNED, Table
+from ..core.tuning import FEATURES, RANKS, TOKENS, UNTUNED, Crossover, Table, smallest_from
+
+CHOICES = tuning.Choices("lora_linear")
+tuned = CHOICES.tuned
 
 #: By element size: above, dH and dB come from cuBLAS, since the partials of the pass over dy grow with R.
 LARGEST_RANK_OF_DH_DB = {2: 32, 4: 16}
@@ -72,14 +76,9 @@ def split(length: int, block: int, programs: int, processors: int) -> tuple[int,
     return -(-length // per_split) if length else 1, per_split
 
 
-def shrink_tile(
-    M: int, K: int, width: int, element_size: int, dropping: bool, high: bool, table: Table = UNTUNED
-) -> ShrinkTile:
+@CHOICES.tile(M=TOKENS, K=FEATURES, width=RANKS)
+def shrink_tile(M: int, K: int, width: int, element_size: int, dropping: bool, high: bool) -> ShrinkTile:
     """Pass over x for S: `width` columns of the stacked A share a mask."""
-    if table:
-        key = "shrink_tile", TOKENS.of(M), FEATURES.of(K), RANKS.of(width), element_size, dropping, high
-        if tile := table.get(key):
-            return tile
     if element_size == 4:  # multiplied without tensor cores: operands fill the registers
         return ShrinkTile(32, rank_block(width, 16), 32, num_warps=4, num_stages=2)
     block_c = rank_block(width, 64)
@@ -92,6 +91,7 @@ def shrink_tile(
     return ShrinkTile(64, block_c, 128, num_warps=8, num_stages=3)
 
 
+@shrink_tile.candidates
 def shrink_candidates(
     M: int, K: int, width: int, element_size: int, dropping: bool, high: bool, arch: int
 ) -> list[ShrinkTile]:
@@ -105,11 +105,8 @@ def shrink_candidates(
     return tuning.with_rule_first(rule, tiles)
 
 
-def dh_db_tile(M: int, N: int, R: int, element_size: int, high: bool, arch: int, table: Table = UNTUNED) -> PassTile:
-    if table:
-        key = "dh_db_tile", TOKENS.of(M), FEATURES.of(N), RANKS.of(R), element_size, high
-        if tile := table.get(key):
-            return tile
+@CHOICES.tile(M=TOKENS, N=FEATURES, R=RANKS)
+def dh_db_tile(M: int, N: int, R: int, element_size: int, high: bool, arch: int) -> PassTile:
     block_r = rank_block(R, LARGEST_RANK_OF_DH_DB[element_size])
     if element_size == 4:
         return PassTile(32, 32, block_r, num_warps=4, num_stages=2)
@@ -122,6 +119,7 @@ def dh_db_tile(M: int, N: int, R: int, element_size: int, high: bool, arch: int,
     return PassTile(64, 128, block_r, num_warps=4, num_stages=3 if arch else 2)
 
 
+@dh_db_tile.candidates
 def dh_db_candidates(M: int, N: int, R: int, element_size: int, high: bool, arch: int) -> list[PassTile]:
     rule = dh_db_tile(M, N, R, element_size, high, arch)
     if element_size == 4 or high:
@@ -133,11 +131,8 @@ def dh_db_candidates(M: int, N: int, R: int, element_size: int, high: bool, arch
     return tuning.with_rule_first(rule, tiles)
 
 
-def da_tile(M: int, K: int, width: int, element_size: int, high: bool, table: Table = UNTUNED) -> PassTile:
-    if table:
-        key = "da_tile", TOKENS.of(M), FEATURES.of(K), RANKS.of(width), element_size, high
-        if tile := table.get(key):
-            return tile
+@CHOICES.tile(M=TOKENS, K=FEATURES, width=RANKS)
+def da_tile(M: int, K: int, width: int, element_size: int, high: bool) -> PassTile:
     if element_size == 4:
         return PassTile(32, 32, rank_block(width, 16), num_warps=4, num_stages=2)
     if high:
@@ -147,6 +142,7 @@ def da_tile(M: int, K: int, width: int, element_size: int, high: bool, table: Ta
     return PassTile(64, 128, block_c, num_warps=8, num_stages=2 if block_c == 32 else 3)
 
 
+@da_tile.candidates
 def da_candidates(M: int, K: int, width: int, element_size: int, high: bool, arch: int) -> list[PassTile]:
     rule = da_tile(M, K, width, element_size, high)
     if element_size == 4 or high:
@@ -158,9 +154,10 @@ def da_candidates(M: int, K: int, width: int, element_size: int, high: bool, arc
     return tuning.with_rule_first(rule, tiles)
 
 
+@CHOICES.tile(M=TOKENS, N=FEATURES, R=RANKS)
 def gemm_tile(
     M: int, N: int, R: int, element_size: int, arch: int, tma: bool, masks: int = 0, high: bool = False,
-    base: bool = True, table: Table = UNTUNED,
+    base: bool = True,
 ) -> GemmTile:  # fmt: skip
     """Tile of the K-extension GEMM.
 
@@ -171,10 +168,6 @@ def gemm_tile(
         high: low-rank operands are float32.
         base: with the large product. The rule takes the same tile without it.
     """
-    if table:
-        key = "gemm_tile", TOKENS.of(M), FEATURES.of(N), RANKS.of(R), element_size, tma, masks, high, base
-        if tile := table.get(key):
-            return tile
     if element_size == 4:  # multiplied without tensor cores: operands fill the registers
         return GemmTile(32, 32, 32, 16, 8, 4, 2)
     crowded = masks > 1 or high
@@ -202,6 +195,7 @@ def _warps_of_64_by_128(arch: int) -> int:
     return 8 if 0 < arch < 90 else 4
 
 
+@gemm_tile.candidates
 def gemm_candidates(
     M: int, N: int, R: int, element_size: int, tma: bool, masks: int, high: bool, base: bool, arch: int
 ) -> list[GemmTile]:
@@ -219,14 +213,34 @@ def gemm_candidates(
     return tuning.with_rule_first(rule, tiles)
 
 
-# (architecture, element size) -> the smallest M·N·K from which a way was measured to be the faster one. An architecture
-# that is not here was not measured.
-#: Triton's fused GEMM, faster than the vendor's with beta = 1.
-FUSED_FROM: dict[tuple[int, int], int] = {}
-#: The native CUDA kernels, faster than both other ways.
-CUDA_FROM: dict[tuple[int, int], int] = {}
-#: S and y by one native kernel, faster than a pass over x and the GEMM.
-CUDA_FUSED_FROM: dict[tuple[int, int], int] = {}
+def _squares(*tokens: int, features: tuple[int, ...] = (8192, 4096, 2048, 1024)) -> list[tuple[int, int, int]]:
+    """(M, N, K) of square layers."""
+    return [(M, N, N) for M in tokens for N in features]
+
+
+# By element size, the smallest M·N·K from which on a path is the faster one; it is not taken where none was measured.
+#: Triton's fused GEMM, beside cuBLAS with beta = 1.
+fused_from = CHOICES.size("fused_from", Crossover(("blas", "fused"), _squares(8192, 2048, 512), smallest_from))
+#: S and y by one native kernel, beside a pass over x and the GEMM.
+cuda_fused_from = CHOICES.size(
+    "cuda_fused_from",
+    Crossover(("cuda:passes", "cuda:fused"), _squares(16384, 8192, 2048, 512), smallest_from, only_on=90),
+)
+#: Triton's kernels, beside the reference's torch products, at sizes where launches rule. The rule: Triton's kernels
+#: cost the CPU about 0.2 ms a layer, forward and backward, which a GPU of 300 TFLOP/s needs for 4·M·N·K operations at
+#: 2³⁴ (1024 tokens of 4096 × 4096). Torch's products take about half of that on the CPU, and on the GPU one pass over
+#: dy more. Without tensor cores a GPU is an order slower.
+triton_from = CHOICES.size(
+    "triton_from",
+    Crossover(
+        ("reference", "triton"), _squares(4096, 1024, 256, 64, features=(4096, 2048, 1024)), smallest_from, calls=16
+    ),
+    rule={2: 2**34, 4: 2**31},
+)
+#: The native CUDA kernels, beside both other ways; with small M, at which K is split.
+cuda_from = CHOICES.size(
+    "cuda_from", Crossover(("reference or triton", "cuda"), _squares(8192, 2048, 512, 64), smallest_from, calls=16)
+)
 
 
 def expand_path(
@@ -234,19 +248,7 @@ def expand_path(
 ) -> str:
     """ "fused" (the rank inside the GEMM) or "blas" (low-rank product first, then cuBLAS added onto it)."""
     forced = backend.partition(":")[2]
-    smallest = table.get(("fused_from", dtype.itemsize), FUSED_FROM.get((arch, dtype.itemsize)))
-    return forced or ("fused" if _reached(smallest, M, N, K) else "blas")
-
-
-#: By element size, where nothing was measured: M·N·K from which Triton's kernels are taken, not the reference's torch
-#: products. Below, launches rule: Triton's cost the CPU about 0.2 ms a layer, forward and backward, which a GPU of 300
-#: TFLOP/s needs for 4·M·N·K operations at 2³⁴ (1024 tokens of 4096 × 4096). Torch's products take about half of that on
-#: the CPU, and on the GPU one pass over dy more. Without tensor cores a GPU is an order slower.
-TRITON_FROM = {2: 2**34, 4: 2**31}
-
-
-def triton_from(element_size: int, table: Table = UNTUNED) -> float:
-    return table.get(("triton_from", element_size), TRITON_FROM[element_size])
+    return forced or ("fused" if _reached(fused_from(dtype.itemsize, table), M, N, K) else "blas")
 
 
 def gpu_backend(
@@ -254,8 +256,8 @@ def gpu_backend(
 ) -> str:
     """ "cuda" where its kernels were measured faster (N of all projections together), else as
     :func:`reference_or_triton`."""
-    smallest = table.get(("cuda_from", dtype.itemsize), CUDA_FROM.get((arch, dtype.itemsize)))
-    return "cuda" if _reached(smallest, M, N, K) else reference_or_triton(M, N, K, dtype, table, dropping)
+    taken = _reached(cuda_from(dtype.itemsize, table), M, N, K)
+    return "cuda" if taken else reference_or_triton(M, N, K, dtype, table, dropping)
 
 
 def reference_or_triton(
@@ -268,27 +270,21 @@ def reference_or_triton(
 def cuda_path(M: int, N: int, K: int, dtype: torch.dtype, arch: int, backend: str, table: Table = UNTUNED) -> str:
     """Forward by the native kernels: "fused" (S and y by one, which reads x once) or "passes" (a pass over x first)."""
     forced = backend.partition(":")[2]
-    smallest = table.get(("cuda_fused_from", dtype.itemsize), CUDA_FUSED_FROM.get((arch, dtype.itemsize)))
-    return forced or ("fused" if _reached(smallest, M, N, K) else "passes")
+    return forced or ("fused" if _reached(cuda_fused_from(dtype.itemsize, table), M, N, K) else "passes")
 
 
 def _reached(smallest: float | None, M: int, N: int, K: int) -> bool:
     return smallest is not None and smallest <= M * N * K
 
 
-CHOICES = {
-    "shrink_tile": tuning.Choice(("M", "K", "width", "element_size", "dropping", "high"), shrink_candidates),
-    "dh_db_tile": tuning.Choice(("M", "N", "R", "element_size", "high"), dh_db_candidates),
-    "da_tile": tuning.Choice(("M", "K", "width", "element_size", "high"), da_candidates),
-    "gemm_tile": tuning.Choice(("M", "N", "R", "element_size", "tma", "masks", "high", "base"), gemm_candidates),
-    "fused_from": tuning.Choice(("element_size",)),  # M·N·K
-    "cuda_fused_from": tuning.Choice(("element_size",)),  # M·N·K
-    "triton_from": tuning.Choice(("element_size",)),  # M·N·K
-    "cuda_from": tuning.Choice(("element_size",)),  # M·N·K
-}
-
-
-@functools.cache
-def tuned(device: torch.device) -> Table:
-    """What was measured on this GPU, read at the first launch; nothing on a CPU."""
-    return tuning.load("lora_linear", tuning.gpu_of(device), CHOICES)
+def keys(architecture: int) -> Iterator[tuple[str, tuple]]:
+    """What is measured: a choice and a key, of the upper ends of all buckets, large shapes first."""
+    for M, N, R in itertools.product(TOKENS.all(), FEATURES.all(), RANKS.all()):
+        for dropping in (False, True):
+            yield "shrink_tile", (M, N, R, 2, dropping, False)
+        if LARGEST_RANK_OF_DH_DB[2] >= R:
+            yield "dh_db_tile", (M, N, R, 2, False)
+        yield "da_tile", (M, N, R, 2, False)
+        yield "gemm_tile", (M, N, R, 2, False, 1, False, False)  # dx with dropout, onto which cuBLAS adds
+        for masks in (0, 1):
+            yield "gemm_tile", (M, N, R, 2, architecture >= 90, masks, False, True)

@@ -130,7 +130,13 @@ def sums_over_dy(
     if configs.LARGEST_RANK_OF_DH_DB[dy.element_size()] < R:
         return _products_with_dy(dy, lora_B, s, dh, scale, row_scaling, adapter_dtype, high_precision), []
     tile = tile or configs.dh_db_tile(
-        M, N, R, dy.element_size(), high_precision, architecture(dy.device), configs.tuned(dy.device)
+        M,
+        N,
+        R,
+        dy.element_size(),
+        high_precision,
+        architecture(dy.device),
+        table=configs.tuned(dy.device),
     )
     n_blocks = triton.cdiv(N, tile.block_n)
     chunks, rows_per_chunk = configs.split(M, tile.block_m, n_blocks, sm_count(dy.device))
@@ -177,7 +183,9 @@ def grad_lora_A(
     (M, K), C = x.shape, dh.shape[1]
     R = C // len(ranks)
     num_masks = 1 if masks is None else masks.shape[0]
-    tile = tile or configs.da_tile(M, K, C // num_masks, x.element_size(), high_precision, configs.tuned(x.device))
+    tile = tile or configs.da_tile(
+        M, K, C // num_masks, x.element_size(), high_precision, table=configs.tuned(x.device)
+    )
     blocks = triton.cdiv(K, tile.block_k) * num_masks * triton.cdiv(C // num_masks, tile.block_c)
     chunks, rows_per_chunk = configs.split(M, tile.block_m, blocks, sm_count(x.device))
     partials = x.new_empty(chunks, C, K, dtype=torch.float32)

@@ -109,7 +109,13 @@ def shrink(
     if K == 0:
         return s.zero_(), masks
     tile = tile or configs.shrink_tile(
-        M, K, C // num_masks, x.element_size(), seed is not None, high_precision, configs.tuned(x.device)
+        M,
+        K,
+        C // num_masks,
+        x.element_size(),
+        seed is not None,
+        high_precision,
+        table=configs.tuned(x.device),
     )
     blocks = num_masks * triton.cdiv(C // num_masks, tile.block_c)
     row_blocks = triton.cdiv(M, tile.block_m)

@@ -221,7 +221,16 @@ def extended_gemm(
               "R_DIVISOR": divisor(R, *strides_em), "FN_DIVISOR": divisor(*strides_fn),
               "MASK_DIVISOR": divisor(row_stride)}  # fmt: skip
     tile = tile or configs.gemm_tile(
-        M, N, R, out.element_size(), arch, layout is not None, masked, high, base, configs.tuned(out.device)
+        M,
+        N,
+        R,
+        out.element_size(),
+        arch,
+        layout is not None,
+        masked,
+        high,
+        base,
+        table=configs.tuned(out.device),
     )
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BLOCK_R": tile.block_r,
               "GROUP_M": tile.group_m, "num_warps": tile.num_warps, "num_stages": tile.num_stages}  # fmt: skip

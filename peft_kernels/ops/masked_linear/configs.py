@@ -7,13 +7,15 @@ Shapes are never constants of a compiled kernel, and M is not even looked at by 
 
 from __future__ import annotations
 
-import functools
+import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
-
 from ..core import tuning
-from ..core.tuning import FEATURES, TOKENS, UNTUNED, Table
+from ..core.tuning import FEATURES, TOKENS
+
+CHOICES = tuning.Choices("masked_linear")
+tuned = CHOICES.tuned
 
 
 class Tile(NamedTuple):
@@ -28,10 +30,9 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def gemm_tile(M: int, N: int, element_size: int, arch: int, aligned: bool, table: Table = UNTUNED) -> Tile:
+@CHOICES.tile(M=TOKENS, N=FEATURES)
+def gemm_tile(M: int, N: int, element_size: int, arch: int, aligned: bool) -> Tile:
     """Of an output [M, N] = P·(masked Q): y, or dx with K in place of N. `aligned`: eight values are loaded at once."""
-    if table and (tile := table.get(("gemm_tile", TOKENS.of(M), FEATURES.of(N), element_size, aligned))):
-        return tile
     if element_size == 4 or not aligned:
         return _scalar_tile(element_size, arch)
     block_k, num_stages = _steps(arch)
@@ -43,6 +44,7 @@ def gemm_tile(M: int, N: int, element_size: int, arch: int, aligned: bool, table
     return Tile(256 if arch >= 90 else 128, 128, block_k, 8, 8, num_stages)
 
 
+@gemm_tile.candidates
 def gemm_candidates(M: int, N: int, element_size: int, aligned: bool, arch: int) -> list[Tile]:
     rule = gemm_tile(M, N, element_size, arch, aligned)
     if element_size == 4 or not aligned:
@@ -51,10 +53,9 @@ def gemm_candidates(M: int, N: int, element_size: int, aligned: bool, arch: int)
     return tuning.with_rule_first(rule, [rule._replace(block_m=m, block_n=n, num_warps=warps) for m, n, warps in sizes])
 
 
-def grad_tile(N: int, K: int, element_size: int, arch: int, aligned: bool, table: Table = UNTUNED) -> Tile:
+@CHOICES.tile(N=FEATURES, K=FEATURES)
+def grad_tile(N: int, K: int, element_size: int, arch: int, aligned: bool) -> Tile:
     """Of G [N, K] = dyᵀ·x: `block_m` rows and `block_n` columns of G, `block_k` tokens a step."""
-    if table and (tile := table.get(("grad_tile", FEATURES.of(N), FEATURES.of(K), element_size, aligned))):
-        return tile
     if element_size == 4 or not aligned:
         return _scalar_tile(element_size, arch)
     block_k, num_stages = _steps(arch)
@@ -64,6 +65,7 @@ def grad_tile(N: int, K: int, element_size: int, arch: int, aligned: bool, table
     return Tile(size, size, block_k, 8, 8, num_stages)
 
 
+@grad_tile.candidates
 def grad_candidates(N: int, K: int, element_size: int, aligned: bool, arch: int) -> list[Tile]:
     rule = grad_tile(N, K, element_size, arch, aligned)
     if element_size == 4 or not aligned:
@@ -89,13 +91,9 @@ def _steps(arch: int) -> tuple[int, int]:
     return 32, 4 if arch else 2
 
 
-CHOICES = {
-    "gemm_tile": tuning.Choice(("M", "N", "element_size", "aligned"), gemm_candidates),
-    "grad_tile": tuning.Choice(("N", "K", "element_size", "aligned"), grad_candidates),
-}
-
-
-@functools.cache
-def tuned(device: torch.device) -> Table:
-    """What was measured on this GPU, read at the first launch; nothing on a CPU."""
-    return tuning.load("masked_linear", tuning.gpu_of(device), CHOICES)
+def keys(architecture: int) -> Iterator[tuple[str, tuple]]:
+    """What is measured: a choice and a key, of the upper ends of all buckets, large shapes first."""
+    for M, N in itertools.product(TOKENS.all(), FEATURES.all()):
+        yield "gemm_tile", (M, N, 2, True)
+    for N, K in itertools.product(FEATURES.all(), repeat=2):
+        yield "grad_tile", (N, K, 2, True)

@@ -81,7 +81,12 @@ def masked_grad(
                 grad.zero_()
         return
     tile = tile or configs.grad_tile(
-        N, K, dy.element_size(), architecture(dy.device), aligned(dy, x), configs.tuned(dy.device)
+        N,
+        K,
+        dy.element_size(),
+        architecture(dy.device),
+        aligned(dy, x),
+        table=configs.tuned(dy.device),
     )
     masked_grad_kernel[(triton.cdiv(N, tile.block_m) * triton.cdiv(K, tile.block_n),)](
         dy, x, weight, scores, grad_weight, grad_scores, threshold, threshold_tensor, M, N, K,

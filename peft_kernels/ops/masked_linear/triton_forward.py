@@ -75,7 +75,12 @@ def masked_gemm(
     if M == 0 or N == 0:
         return out
     tile = tile or configs.gemm_tile(
-        M, N, p.element_size(), architecture(p.device), aligned(p, q, scores), configs.tuned(p.device)
+        M,
+        N,
+        p.element_size(),
+        architecture(p.device),
+        aligned(p, q, scores),
+        table=configs.tuned(p.device),
     )
     masked_gemm_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n),)](
         p, q, scores, bias, out, threshold, threshold_tensor, M, N, K,

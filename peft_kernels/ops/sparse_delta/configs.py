@@ -5,18 +5,26 @@ What was measured on the GPU at hand (`tuned`) comes first; the rules below deci
 
 from __future__ import annotations
 
-import functools
+import itertools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
-
 from ..core import tuning
-from ..core.tuning import FEATURES, UNTUNED, Buckets, Table
+from ..core.tuning import FEATURES, Buckets, Crossover, largest_up_to
+
+CHOICES = tuning.Choices("sparse_delta")
+tuned = CHOICES.tuned
 
 #: Up to this density each entry's gradient is sampled on its own; above, a dense tile of dW is computed and gathered
-#: from. From the bytes of the two (README); not measured on a GPU yet.
-SAMPLED_UP_TO = 0.002
+#: from. The rule is from the bytes of the two (README).
+sampled_up_to = CHOICES.size(
+    "sampled_up_to",
+    Crossover(
+        ("tiles", "sampled"), [(density,) for density in (0.02, 0.01, 0.005, 0.002, 0.001, 0.0005)], largest_up_to
+    ),
+    rule={2: 0.002, 4: 0.002},
+)
 #: Bytes of the part of W that is copied and patched at a time: it stays in the L2 cache of a data-centre GPU.
 BAND_BYTES = 16 << 20
 #: Entries that a program writes, or steps.
@@ -57,20 +65,17 @@ class SampledTile(NamedTuple):
     num_warps: int
 
 
-def sampled_up_to(element_size: int, table: Table = UNTUNED) -> float:
-    return table.get(("sampled_up_to", element_size), SAMPLED_UP_TO)
+def _per_64(density: float) -> int:
+    return PER_64.of(math.ceil(64 * density))
 
 
-def grad_tile(N: int, K: int, density: float, element_size: int, arch: int, table: Table = UNTUNED) -> GradTile:
+@CHOICES.tile(N=FEATURES, K=FEATURES, density=("per_64", _per_64))
+def grad_tile(N: int, K: int, density: float, element_size: int, arch: int) -> GradTile:
     """Tile of the dense product whose entries are gathered in the epilogue.
 
     Args:
         arch: 0 stands for anything that is no NVIDIA GPU (64 KiB of shared memory are assumed).
     """
-    if table:
-        key = "grad_tile", FEATURES.of(N), FEATURES.of(K), PER_64.of(math.ceil(64 * density)), element_size
-        if tile := table.get(key):
-            return tile
     if element_size == 4:  # multiplied without tensor cores: operands fill the registers
         return GradTile(32, 32, 16, 8, 4, 2)
     block_n, block_k = 64 if N <= 64 else 128, 64  # a square of 128 would spill when it is gathered from
@@ -78,6 +83,7 @@ def grad_tile(N: int, K: int, density: float, element_size: int, arch: int, tabl
     return GradTile(block_n, block_k, 32 if arch == 0 else 64, gathered, 8, 2 if arch == 0 else 3)
 
 
+@grad_tile.candidates
 def grad_candidates(N: int, K: int, per_64: int, element_size: int, arch: int) -> list[GradTile]:
     rule = grad_tile(N, K, per_64 / 64, element_size, arch)
     if element_size == 4:
@@ -86,10 +92,9 @@ def grad_candidates(N: int, K: int, per_64: int, element_size: int, arch: int) -
     return tuning.with_rule_first(rule, tiles)
 
 
-def thin_tile(N: int, K: int, element_size: int, table: Table = UNTUNED) -> ThinTile:
+@CHOICES.tile(N=THIN, K=THIN)
+def thin_tile(N: int, K: int, element_size: int) -> ThinTile:
     """Tile of products [N, K]: of rows (a wide K), of columns (a wide N), of blocks."""
-    if table and (tile := table.get(("thin_tile", THIN.of(N), THIN.of(K), element_size))):
-        return tile
     widest = 32 if element_size == 4 else 128
 
     def block(size: int) -> int:
@@ -101,6 +106,7 @@ def thin_tile(N: int, K: int, element_size: int, table: Table = UNTUNED) -> Thin
     return ThinTile(block_n, block_k, block_m, num_warps, num_stages)
 
 
+@thin_tile.candidates
 def thin_candidates(N: int, K: int, element_size: int, arch: int) -> list[ThinTile]:
     rule = thin_tile(N, K, element_size)
     if element_size == 4:
@@ -115,27 +121,23 @@ def token_splits(tile: ThinTile, N: int, K: int, M: int, batch: int, programs: i
     return max(1, min(32, programs // max(1, tiles), -(-M // (4 * tile.block_m))))
 
 
-def sampled_tile(element_size: int, table: Table = UNTUNED) -> SampledTile:
-    if table and (tile := table.get(("sampled_tile", element_size))):
-        return tile
+@CHOICES.tile()
+def sampled_tile(element_size: int) -> SampledTile:
     return SampledTile(16, 128 if element_size == 2 else 64, 4)
 
 
+@sampled_tile.candidates
 def sampled_candidates(element_size: int, arch: int) -> list[SampledTile]:
     rule = sampled_tile(element_size)
     sizes = [(8, 64), (8, 128), (16, 64), (16, 128), (32, 64)]
     return tuning.with_rule_first(rule, [SampledTile(entries, block_m, num_warps=4) for entries, block_m in sizes])
 
 
-CHOICES = {
-    "grad_tile": tuning.Choice(("N", "K", "per_64", "element_size"), grad_candidates),
-    "thin_tile": tuning.Choice(("N", "K", "element_size"), thin_candidates),
-    "sampled_tile": tuning.Choice(("element_size",), sampled_candidates),
-    "sampled_up_to": tuning.Choice(("element_size",)),  # density
-}
-
-
-@functools.cache
-def tuned(device: torch.device) -> Table:
-    """What was measured on this GPU, read at the first launch; nothing on a CPU."""
-    return tuning.load("sparse_delta", tuning.gpu_of(device), CHOICES)
+def keys(architecture: int) -> Iterator[tuple[str, tuple]]:
+    """What is measured: a choice and a key, of the upper ends of all buckets, large shapes first."""
+    for element_size in (2, 4):
+        yield "sampled_tile", (element_size,)
+    for N, K in itertools.product(THIN.all(), repeat=2):
+        yield "thin_tile", (N, K, 2)
+    for N, K, per_64 in itertools.product(FEATURES.all(), FEATURES.all(), PER_64.all()):
+        yield "grad_tile", (N, K, per_64, 2)

@@ -171,7 +171,12 @@ def gathered_grad(
     n, m = layout.tile or (1, 1)  # of entries neither is read
     held = list(layout.tensors.values())
     tile = tile or configs.grad_tile(
-        N, K, layout.density, dy.element_size(), architecture(dy.device), configs.tuned(dy.device)
+        N,
+        K,
+        layout.density,
+        dy.element_size(),
+        architecture(dy.device),
+        table=configs.tuned(dy.device),
     )
     gathered_tile_kernel[(triton.cdiv(N, tile.block_n) * triton.cdiv(K, tile.block_k),)](
         dy, x, out, held[0], held[-1], M, N, K, n, m, K.bit_length(), *dy.stride(), *x.stride(),
@@ -193,7 +198,7 @@ def thin_grad(
         x = _in_sixteens(x)
     batch = len(index) if blocks else 1
     N, K = layout.values_shape[-2:]
-    tile = tile or configs.thin_tile(N, K, dy.element_size(), configs.tuned(dy.device))
+    tile = tile or configs.thin_tile(N, K, dy.element_size(), table=configs.tuned(dy.device))
     splits = configs.token_splits(tile, N, K, M, batch, 2 * sm_count(dy.device))
     out = dy.new_empty(layout.nnz, dtype=dtype)
     split = splits > 1
@@ -221,7 +226,7 @@ def sampled_grad(
 ) -> torch.Tensor:
     """As `grad_values`, of entries, one dot product each. `tile`: another than `configs` takes."""
     out = dy.new_empty(layout.nnz, dtype=dtype)
-    tile, N = tile or configs.sampled_tile(dy.element_size(), configs.tuned(dy.device)), layout.shape[0]
+    tile, N = tile or configs.sampled_tile(dy.element_size(), table=configs.tuned(dy.device)), layout.shape[0]
     starts, columns = layout.tensors["row_starts"], layout.tensors["columns"]
     dyt, xt = _in_sixteens(dy.t()).contiguous(), _in_sixteens(x.t()).contiguous()
     sampled_kernel[(triton.cdiv(layout.nnz, tile.entries),)](

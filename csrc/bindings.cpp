@@ -1,7 +1,7 @@
 // The module _C: facts about the native build. No op needs it.
 
 #include "common/kernel_table.h"
-#include "common/tiles.h"
+#include "gemm/tiles.h"
 
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>

@@ -1,4 +1,4 @@
-"""Which tile the GEMM of the native library takes: a pure function of sizes and SMs (csrc/common/tiles.h)."""
+"""Which tile the GEMM of the native library takes: a pure function of sizes and SMs (csrc/gemm/tiles.h)."""
 
 import math
 

@@ -9,7 +9,7 @@
 #include "common/checks.h"
 #include "common/kernel_table.h"
 #include "common/launch.h"
-#include "common/reduce_partials_kernel.h"
+#include "common/reduce_partials_kernel.cuh"
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

@@ -1,7 +1,7 @@
 // The problems of lora_forward: operands, what comes out, and by how much it may differ.
 #pragma once
 
-#include "lora_linear/forward.h"
+#include "ops/lora_linear/forward.h"
 #include "selftest/problem.h"
 
 #include <cmath>

@@ -1,11 +1,11 @@
 // Launches in a fresh thread, which has no context of CUDA: the first op of a worker, or the first node of a backward on a
 // thread of autograd's. The host's code by a runtime and a driver of stubs; no GPU, and no kernel runs.
 
-#include "lora_linear/forward_sm90.cuh"
-#include "lora_linear/gemm_sm90.cuh"
+#include "ops/lora_linear/forward_sm90_launch.h"
+#include "ops/lora_linear/gemm_sm90_launch.h"
 #include "selftest/report.h"
 #include "selftest/stub_runtime.h"
-#include "sparse_delta/gathered.cuh"
+#include "ops/sparse_delta/gathered_launch.h"
 
 #include <algorithm>
 #include <cstdint>

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "selftest/problem.h"
-#include "sparse_delta/gathered.h"
+#include "ops/sparse_delta/gathered.h"
 
 #include <algorithm>
 #include <cmath>

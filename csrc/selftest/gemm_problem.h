@@ -1,7 +1,7 @@
 // The problems of lora_gemm: operands, what comes out, and by how much it may differ.
 #pragma once
 
-#include "lora_linear/gemm.h"
+#include "ops/lora_linear/gemm.h"
 #include "selftest/problem.h"
 
 #include <cmath>

@@ -1,18 +1,18 @@
 // The kernels on the GPU, against sums in float64 on the host. Without torch, for compute-sanitizer and profilers. Exits
 // with 1 at a difference, with 77 where there is no GPU.
 
-#include "dropout/draw_mask_kernel.h"
-#include "lora_linear/forward_sm90.cuh"
-#include "lora_linear/gemm_sm80.cuh"
-#include "lora_linear/gemm_sm90.cuh"
-#include "lora_linear/outer_sm80.cuh"
-#include "lora_linear/shrink_sm80.cuh"
+#include "ops/dropout/draw_mask_kernel.cuh"
+#include "ops/lora_linear/forward_sm90_launch.h"
+#include "ops/lora_linear/gemm_sm80_launch.h"
+#include "ops/lora_linear/gemm_sm90_launch.h"
+#include "ops/lora_linear/outer_sm80_launch.h"
+#include "ops/lora_linear/shrink_sm80_launch.h"
 #include "selftest/forward_problem.h"
 #include "selftest/gathered_problem.h"
 #include "selftest/gemm_problem.h"
 #include "selftest/pass_problems.h"
 #include "selftest/report.h"
-#include "sparse_delta/gathered.cuh"
+#include "ops/sparse_delta/gathered_launch.h"
 
 #include <algorithm>
 #include <cstdio>

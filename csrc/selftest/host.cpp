@@ -1,19 +1,19 @@
 // The kernels' own source on the CPU, thread by thread (csrc/emulator). Needs neither a GPU nor torch. Exits with 1, and
 // says where the first difference is.
 
-#include "dropout/draw_mask_kernel.h"
-#include "lora_linear/forward_sm90.h"
-#include "lora_linear/gemm_sm80.h"
-#include "lora_linear/gemm_sm90.h"
-#include "lora_linear/outer_sm80.h"
-#include "lora_linear/shrink_sm80.h"
+#include "ops/dropout/draw_mask_kernel.cuh"
+#include "ops/lora_linear/forward_sm90.cuh"
+#include "ops/lora_linear/gemm_sm80.cuh"
+#include "ops/lora_linear/gemm_sm90.cuh"
+#include "ops/lora_linear/outer_sm80.cuh"
+#include "ops/lora_linear/shrink_sm80.cuh"
 #include "selftest/forward_problem.h"
 #include "selftest/gathered_problem.h"
 #include "selftest/gemm_problem.h"
 #include "selftest/pass_problems.h"
 #include "selftest/report.h"
-#include "sparse_delta/gathered_sm80.h"
-#include "sparse_delta/gathered_sm90.h"
+#include "ops/sparse_delta/gathered_sm80.cuh"
+#include "ops/sparse_delta/gathered_sm90.cuh"
 
 #include <algorithm>
 #include <cstdio>

@@ -1,10 +1,10 @@
 // The problems of the passes over x and dy: dropout's mask, shrink, outer, and the sum of their partial results.
 #pragma once
 
-#include "common/reduce_partials_kernel.h"
-#include "dropout/arguments.h"
-#include "lora_linear/outer_sm80.h"
-#include "lora_linear/shrink_sm80.h"
+#include "common/reduce_partials_kernel.cuh"
+#include "ops/dropout/arguments.h"
+#include "ops/lora_linear/outer_sm80.cuh"
+#include "ops/lora_linear/shrink_sm80.cuh"
 #include "selftest/problem.h"
 
 #include <algorithm>

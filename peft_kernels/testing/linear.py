@@ -1,8 +1,8 @@
 """What the cases of ops with one x and one y share: fresh leaves, seeded operands, one runner.
 
 A new op joins with a file beside this one: a case, `make_case`, what it runs (`ours`, `eager_expression`), its
-`float64_reference`, and how many terms its sums have; an entry in `tests/checks/contract.py` holds it to all that ops of
-this kind are held to.
+`float64_reference`, and how many terms its sums have; an entry in `tests/checks/contract.py` holds it to all that ops
+of this kind are held to.
 """
 
 from __future__ import annotations

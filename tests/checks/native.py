@@ -67,7 +67,7 @@ def lora_gemm(lefts, rights, low_lefts, low_rights, keep, bias, by_feature):
 
 
 def lora_forward(x, weight, lora_A, lora_B, row_scale, scale, bias):
-    """As csrc/lora_linear/forward.cu."""
+    """As csrc/ops/lora_linear/forward.cu."""
     (M, K), N, R, dtype = x.shape, weight.shape[0], lora_A.shape[0], x.dtype
     assert K >= 1 and N >= 1 and N % 8 == 0 and 1 <= R <= 64
     wide, lora_A = taken(x, M, K, dtype), taken(lora_A, R, K, dtype)

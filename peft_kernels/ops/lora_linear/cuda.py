@@ -178,7 +178,7 @@ def _why_not_one_kernel(
 
 
 def fits_one_kernel(out_features: int, rank: int) -> bool:
-    """Whether `lora_forward` takes such a layer (csrc/lora_linear/forward.cu)."""
+    """Whether `lora_forward` takes such a layer (csrc/ops/lora_linear/forward.cu)."""
     return out_features % 8 == 0 and rank <= LARGEST_RANK_OF_FORWARD
 
 

@@ -456,7 +456,8 @@ class IST:
 
         if not self.history:
             raise ValueError("IST.plot: expected at least one estimate of importance, got none")
-        return draw(self, Path(path))
+        steps, values, _ = zip(*self.history)
+        return draw(steps, values, self.updates, Path(path))
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -193,5 +193,5 @@ def _filled(delta: SparseDelta, count: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _line(error: Exception) -> str:
-    """Of a message of many lines the first."""
+    """Return the first line of a message."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

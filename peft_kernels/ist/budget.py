@@ -60,7 +60,7 @@ class Budgeted(LayerSampler):
         return systematic(plan.together[lowest] / plan.lowest[lowest], generator)
 
     def plan(self, count: int, unimportance: torch.Tensor) -> tuple[Plan, float, float]:
-        """The plan of least depth; the depth of the sampler's own draws; the share of steps drawn by the plan."""
+        """Return the plan of least depth, the depth of the sampler's draws, the share of steps drawn by the plan."""
         odds = self.sampler.odds(unimportance)
         asked = count, tuple(odds.tolist())
         if self._planned is None or self._planned[0] != asked:

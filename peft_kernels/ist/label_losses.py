@@ -63,7 +63,7 @@ def at_predicting_positions(labels: torch.Tensor, shift: int) -> torch.Tensor:
 
 
 def compute(model: nn.Module, batch: Mapping[str, Any], shift: int, parts: int) -> LabelLosses:
-    """The losses of each of `parts` equal runs of rows with the same labels.
+    """Compute the losses of each of `parts` equal runs of rows with the same labels.
 
     Args:
         batch: with labels [rows, tokens].

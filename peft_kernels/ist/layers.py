@@ -1,4 +1,4 @@
-"""The layers of a model: what of each is switched on and off, and what can be damped."""
+"""Finds the layers of a model: which parameters of each are switched on and off, and which scalings are damped."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def around(model: nn.Module, layers: Sequence[Layer]) -> list[nn.Module]:
-    """The modules of which layers are parts, from the model down."""
+    """Return the modules of which layers are parts, from the model down."""
     modules = dict(model.named_modules())
     paths = {""}
     for layer in layers:

@@ -142,7 +142,7 @@ class Participation:
 
 
 class _Called:
-    """The hook of a layer. A copy of the model has one of nobody's."""
+    """The hook of a layer. A copy of the model gets a hook that does nothing."""
 
     def __init__(self, participation: Participation | None = None, index: int = 0) -> None:
         self.participation, self.index = participation, index

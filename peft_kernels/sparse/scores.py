@@ -17,7 +17,7 @@ PIECE = 1 << 22
 
 
 def linear_weights(model: nn.Module, targets: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
-    """The weight of every nn.Linear of a model, by the module's name; of that class, not of one derived from it.
+    """Return the weight of every nn.Linear of a model, by the module's name; of that class, not of one derived from it.
 
     Args:
         targets: ends of names, as "q_proj" or "mlp.up_proj"; None for all but an output embedding that shares the

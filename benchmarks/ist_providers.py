@@ -175,7 +175,7 @@ def make_lanes(base: nn.Module, guard: Guard) -> list[Lane]:
     }
     if not why_no_liger(base.device.type):
         makers[LIGER] = liger
-    if base.device.type == "cuda":  # what it is for is memory, and that is measured there only
+    if base.device.type == "cuda":  # it saves memory, which is measured there only
         makers[CHECKPOINTED] = lambda: with_budget(CHECKPOINTED, checkpoint_beyond_budget=True)
     lanes = []
     for name, make in makers.items():

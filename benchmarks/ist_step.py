@@ -63,7 +63,7 @@ from .registry import STEP, OpSpec, Part, Request
 from .resultfile import Row
 
 LABELLED = {"labels everywhere": 1.0, "labels on a quarter": 0.25}  # share of a row's positions
-INTERVAL, EXAMPLES = 10, 16  # of the importance loop
+INTERVAL, EXAMPLES = 10, 16  # the importance loop's
 DRAWS = 500
 
 #: (ms, depth of backward) of each (lane, "step"), (lane, "loop") and (part, "part"); the depth counts for steps only.
@@ -99,7 +99,7 @@ def prepared(
 ) -> tuple[Case, list[Lane], dict[str, float], list[Row]]:
     """Prepare a model for all settings, with its providers, the mean depth of each one's backward in layers, and rows
     of those that are wrong or failed."""
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
+    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' about each other
     case = load(device, tokens, tiny)
     lanes, wrong = make_lanes(case.base, guard), {}
     for labelled in LABELLED.values():

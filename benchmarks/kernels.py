@@ -141,7 +141,7 @@ def table(found: Sequence[Row], whole: float, dtype: torch.dtype, rates: dict[st
         made.add_column(heading, justify="right")
     made.add_column("what")
     known = [row.launch for row in found if row.launch]
-    # As the model has it: what a kernel reads from the L2 cache counts. The gap is a column of its own.
+    # The model counts what a kernel reads from the L2 cache. The gap is a column of its own.
     predicted = iter([µs for _, _, µs in timed(known, dtype, rates | {"gap_us": 0.0})])
     for row in found:
         cells = [row.name, short("_us", row.gap), short("_us", row.time)]

@@ -65,7 +65,7 @@ class Pattern:
         return "2:4" if self.kind == "n_of_m" else f"{self.kind} {share}"
 
 
-#: What the bars are about comes first, in case that time runs out.
+#: The patterns of the bars come first, in case that time runs out.
 PATTERNS = (
     Pattern("entries", 1.0), Pattern("columns", 1.0), Pattern("entries", r=4), Pattern("entries", r=32),
     Pattern("rows", 1.0), Pattern("blocks", 1.0), Pattern("entries", 0.1), Pattern("entries", 0.5),
@@ -147,7 +147,7 @@ def bytes_moved(shape: Shape, layout: pk.SparseLayout, mode: str) -> int:
 
 def measure(work: Work, request: Request) -> list[Row]:
     """Measure rows of every provider and mode; what a step holds and takes stands with the whole step."""
-    warnings.filterwarnings("ignore", message="Sparse invariant checks")  # of torch, about PEFT's tensors
+    warnings.filterwarnings("ignore", message="Sparse invariant checks")  # torch's, about PEFT's tensors
     began, (shape, pattern) = time.perf_counter(), work
     case = make_case(shape, pattern, request.device)
     layout = case.layout

@@ -130,7 +130,7 @@ class CloneScatter(Lane):
 
     def forward(self) -> torch.Tensor:
         weight = self.case.weight
-        patched = weight.flatten().index_add(0, self.flat, self.trained.to(weight.dtype))  # of which the clone is part
+        patched = weight.flatten().index_add(0, self.flat, self.trained.to(weight.dtype))  # which clones W
         return F.linear(self.x, patched.view(weight.shape))
 
 

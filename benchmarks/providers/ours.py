@@ -44,5 +44,5 @@ def build(case: LoRACase, backend: str) -> Ready:
         with pk.use_backend(backend):
             return forward(x, projections, p)
 
-    # What `auto` takes needs no forcing, which would cost CPU time.
+    # The backend that `auto` takes is not forced, which would cost CPU time.
     return ready(case, forward if backends.choose("lora_linear", case.x) == backend else forced)

@@ -29,7 +29,7 @@ class Backward:
     def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
         self.layers, self._models = layers, models_of_transformers(model)
         self._stops, self._excess = False, set()
-        self._instead: dict[Callable, Callable] = {}  # of a block's checkpointing; a compiled graph contains it
+        self._instead: dict[Callable, Callable] = {}  # replaces a block's checkpointing; compiled graphs contain it
 
     def stop_below(self, active: Sequence[int], in_use: Sequence[int], depth: int | None = None) -> None:
         """Let no backward go below the lowest of the `active` layers.

@@ -50,7 +50,7 @@ class Budgeted(LayerSampler):
             raise ValueError(f"IST: expected a sampler with odds for a backward_budget ('ist', 'rst'), got {kind}")
         self.sampler, self.budget = sampler, budget
         self.needs_importance = sampler.needs_importance
-        self._planned: tuple[tuple, tuple[Plan, float, float]] | None = None  # of the odds it was last asked for
+        self._planned: tuple[tuple, tuple[Plan, float, float]] | None = None  # for the odds last asked for
 
     def sample(self, step, count, unimportance, generator):
         plan, _, share = self.plan(count, unimportance)

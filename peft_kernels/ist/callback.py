@@ -69,9 +69,9 @@ class ISTCallback(TrainerCallback, ExportableState):
             raise ValueError(
                 "ISTCallback: expected restore_callback_states_from_checkpoint=False, got True: it restores itself"
             )
-        self._close()  # what an earlier training left that was interrupted
+        self._close()  # an earlier training may have been interrupted
         self.ist = IST(model, self.config, optimizer=optimizer, in_charge=_still_trains(), **self.arguments)
-        # Where a run without IST is gone on with there is no place for its state yet.
+        # A checkpoint of a run without IST has no place for its state yet.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, _state(None))
         if isinstance(saved, list):
             raise ValueError(f"ISTCallback: expected one of it in a Trainer, got {len(saved)}")

@@ -47,7 +47,7 @@ class DDPGradients:
         self.layers, self.trains = layers, trains
         self.ddp: DistributedDataParallel | None = None
         self._groups: list[list[nn.Parameter]] = []
-        self._reduces = False  # what the forward that runs now leads to
+        self._reduces = False  # whether the forward that runs now leads to a reduction
         self._kept_out = False  # DDP's reducer, at the end of such a forward
         inner = unwrapped(model)
         self._hooks = [

@@ -145,7 +145,7 @@ class Estimator:
         factors = [[self.config.damping if i in chosen else 1.0 for chosen in sets] for i in range(len(self.layers))]
         if rows is None and not any(is_compiled(layer.module) for layer in self.layers):
             return [factor for (factor,) in factors]
-        # As tensors, so that nothing that was compiled has their values in it.
+        # They are tensors, so that no compiled graph contains their values.
         found = [torch.tensor(row, device=layer.parameters[0].device) for row, layer in zip(factors, self.layers)]
         return [row[0] if rows is None else row.repeat_interleave(rows).unsqueeze(1) for row in found]
 
@@ -200,7 +200,7 @@ class Estimator:
             if not weight_of(batch, 1) or not math.isfinite(probe.loss_in(outputs).item()):
                 return None, None
             return probe.examined(self.model, outputs, calls, batch["labels"]), None
-        except Exception as error:  # of a few rows by themselves: the whole batch says whether it is its fault
+        except Exception as error:  # a few rows alone may raise: the whole batch says whether it is its fault
             return None, _in_words(error)
 
     def _share(
@@ -347,7 +347,7 @@ def _why_not_repeated(batch: Mapping[str, Any]) -> str | None:
 def _why_not_fused(layers: Sequence[Layer]) -> str | None:
     for layer in layers:
         for module in layer.scaled:
-            # By name: that integration needs PEFT, which the package does not.
+            # The class is known by name: that integration needs PEFT, which the package does not.
             if not isinstance(module, LoRALinear) and type(module).__name__ != "FusedLoraLinear":
                 kind = type(module).__name__
                 return f"{layer.name} has a {kind} that takes no scaling a row (see integrations.peft.accelerate)"

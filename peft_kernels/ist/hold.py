@@ -90,7 +90,7 @@ class Entrance:
         kind, entrance = self.kind, self
 
         def __call__(self, *args, **kwargs):
-            # What is compiled as a whole is entered from outside; a replica of nn.DataParallel has other parameters.
+            # A module compiled as a whole is entered from outside; a replica of nn.DataParallel has other parameters.
             if torch.compiler.is_compiling() or entrance._owner is None or getattr(self, "_is_replica", False):
                 return kind.__call__(self, *args, **kwargs)
             return around(types.MethodType(kind.__call__, self), args, kwargs)

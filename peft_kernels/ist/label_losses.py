@@ -96,7 +96,7 @@ def compute(model: nn.Module, batch: Mapping[str, Any], shift: int, parts: int) 
                 return hidden[:, :0], *others
             except Unsuitable as doubt:
                 doubts.append(str(doubt))
-        return None  # as if nobody had looked: the forward comes to its end
+        return None  # the forward goes on to its end, unchanged
 
     with language_model.get_output_embeddings().register_forward_pre_hook(instead_of_logits):
         model(**inputs)
@@ -112,7 +112,7 @@ def _cross_entropy(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor)
     if type(head) is nn.Linear and type(head.weight) is nn.Parameter and "forward" not in vars(head):
         _check_vocabulary(targets, len(head.weight))
         return _by_vocabulary(head.weight, head.bias, hidden, targets)
-    vocabulary = getattr(head, "out_features", 1 << 17)  # of a quantised weight the shape does not say
+    vocabulary = getattr(head, "out_features", 1 << 17)  # a quantised weight's shape does not say
     rows = max(1, PIECE_BYTES // (4 * vocabulary))
     losses = []
     for states, labels in zip(hidden.split(rows), targets.split(rows)):

@@ -43,7 +43,7 @@ class Participation:
         self.proven: set[int] = set()
         self.unused: dict[int, int] = {}
         self._called_in_step: set[int] = set()
-        self._last_called: dict[int, int] = {}  # in which step
+        self._last_called: dict[int, int] = {}  # the step of each layer's last call
         self._watching = False
         several_stacks = len({layer.name.rpartition(".")[0] for layer in layers}) > 1
         self.is_shared = parallel.rank_and_world(group)[1] > 1
@@ -78,7 +78,7 @@ class Participation:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Note which layers are called inside the block, a forward that trains."""
-        # What is compiled has no hooks that count: it is taken to be called.
+        # Hooks of compiled layers do not run: these layers are taken to be called.
         self.called, self._watching = set(self._compiled()), True
         try:
             yield

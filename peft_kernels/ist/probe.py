@@ -193,7 +193,7 @@ def _logits_in(outputs: Any) -> torch.Tensor | None:
     """Return the logits that the model returns, where it says which they are."""
     if isinstance(outputs, Mapping):
         found = outputs.get("logits")
-    elif isinstance(outputs, (tuple, list)):  # of transformers, after the loss
+    elif isinstance(outputs, (tuple, list)):  # transformers returns them after the loss
         found = outputs[1] if len(outputs) > 1 else None
     else:
         found = getattr(outputs, "logits", None)

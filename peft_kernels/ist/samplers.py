@@ -14,7 +14,7 @@ class LayerSampler:
     #: Whether `unimportance` has to be estimated, which costs forwards.
     needs_importance = False
     #: Whether it knows layers by their unimportance alone, and so can be given some of them: then it draws among those
-    #: that take part in the loss. What others draw is drawn again until some layer of it takes part.
+    #: that take part in the loss. Other samplers draw again until some layer of the set takes part.
     draws_among = False
 
     def sample(self, step: int, count: int, unimportance: torch.Tensor, generator: torch.Generator) -> Sequence[int]:

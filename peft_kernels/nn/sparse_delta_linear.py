@@ -192,7 +192,7 @@ class SparseDeltaLinear(nn.Linear):
         if not (torch.is_grad_enabled() and values.requires_grad):
             return self.product(x, weight, bias)
         self._trained = True  # a step may follow, and one of torch's fused optimizers leaves no trace
-        # As rows: with leading dims y would be a view, whose gradient torch copies to follow a change in place.
+        # The product takes rows: with leading dims y would be a view, whose gradient torch copies, to see writes to it.
         rows = flatten(x)
         y = with_sparse_gradient_(self.product(rows, weight, bias), rows, values, delta.layout)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
@@ -348,7 +348,7 @@ class SparseDeltaLinear(nn.Linear):
         beside which the deltas stay as they are."""
         own = f"{prefix}deltas."
         active = self.active
-        if f"{prefix}weight" not in state_dict:  # of what trains only: the next forward writes it
+        if f"{prefix}weight" not in state_dict:  # it holds only what trains: the next forward writes the weight
             self._written = None
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *others)
             return

@@ -14,7 +14,7 @@ import torch
 from ..ops.sparse_delta import SparseDelta, SparseLayout
 from ..ops.sparse_delta.layout import INDEX_TENSORS
 
-#: In a file's metadata, so that no other file is mistaken for one of these.
+#: A mark in a file's metadata, so that no other file is mistaken for one of these.
 FORMAT = "peft_kernels.SparseDeltas"
 LT_SFT_FILE = "pytorch_diff.bin"
 SHIRA_FILE = "adapter_model.safetensors"

@@ -63,7 +63,7 @@ def select(
     sizes = [1 if count is not None else max(1, math.prod(tile)) for tile in tiles]
     groups, targets = [], []
     for group, where in _groups(list(scores), scope):
-        # In multiples of what all units in it have in common: where they are equal, in units.
+        # Sizes count in their greatest common divisor: where they are equal, in units.
         common = math.gcd(*(sizes[i] for i in group if units[i])) or 1
         for i in group:
             sizes[i] //= common
@@ -357,7 +357,7 @@ def _distinct(end: int, count: int, generator: torch.Generator) -> torch.Tensor:
         draws = end * math.log((end - len(found)) / (end - count)) + 3 * math.sqrt(count) + 1
         numbers = torch.empty(int(draws), dtype=torch.int64).random_(generator=generator) % end
         found = torch.cat([found, numbers]).unique()
-    # Which of the surplus goes is drawn too: the largest would leave the end of the weight thinner.
+    # The surplus to drop is drawn too: dropping the largest would leave the end of the weight thinner.
     keep = torch.ones(len(found), dtype=torch.bool)
     keep[torch.randperm(len(found), generator=generator)[count:]] = False
     return found[keep]

@@ -165,8 +165,8 @@ class AcceleratedShira(Shira):
     def __init__(self, case: SparseCase) -> None:
         super().__init__(case)
         pk.integrations.peft.accelerate(self.layer)
-        positions = self.layer._positions["default"]
-        self.kept += [*positions.layout.tensors.values(), *([] if positions.order is None else [positions.order])]
+        layout, order = self.layer._positions["default"].found
+        self.kept += [*layout.tensors.values(), *([] if order is None else [order])]
 
 
 class Forced(Lane):

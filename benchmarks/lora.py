@@ -90,9 +90,9 @@ def floor_us(shape: Shape, mode: str, ceilings: dict[str, float]) -> float:
 # --- Inputs and their check ----------------------------------------------------------------------------------
 
 
-def make_inputs(shape: Shape, device: str, seed: int = 0) -> LoRACase:
+def make_inputs(shape: Shape, device: str) -> LoRACase:
     """Draw operands of order one, B ≠ 0; never zeros, which hide errors and run faster."""
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*size: int, scale: float = 1.0) -> torch.Tensor:
         values = torch.randn(*size, generator=generator, device=device, dtype=torch.float32)
@@ -107,7 +107,7 @@ def make_inputs(shape: Shape, device: str, seed: int = 0) -> LoRACase:
     ]  # fmt: skip
     return LoRACase(
         random(shape.M, shape.K), projections, [random(shape.M, N) for N in shape.Ns], shape.p,
-        frozen=("weight", "bias"), seed=seed,
+        frozen=("weight", "bias"), seed=0,
     )  # fmt: skip
 
 

@@ -128,7 +128,7 @@ def test_a_wrong_provider_is_caught(case, lanes, wrong):
     assert "expected a relative error" in found[1]
 
 
-def test_a_lane_that_raises_or_is_wrong_costs_its_own_row(case, monkeypatch):
+def test_a_lane_that_raises_or_is_wrong_costs_its_own_row(monkeypatch):
     """In its first step, and in the middle of the rounds."""
     steps = {LORA: 0, OURS: 0}
     step, loss = ist_providers.Lane.step, ist_providers.Lane.loss

@@ -36,11 +36,11 @@ def trainable(model) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def trains_inside(model, batch=None) -> set[str]:
-    """What requires a gradient inside of a forward."""
+def trains_inside(model) -> set[str]:
+    """Return the names of what requires a gradient inside of a forward."""
     found = []
     hook = model.register_forward_hook(lambda *_: found.append(trainable(model)))
-    model(**(batch or batch_for(0)))
+    model(**batch_for(0))
     hook.remove()
     return found[0]
 
@@ -303,9 +303,9 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    def __init__(self, layers=4):
+    def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(layers))
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
 
     def forward(self, x):
         for block in self.blocks:

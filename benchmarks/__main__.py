@@ -1,4 +1,4 @@
-"""The benchmark: ours, eager PyTorch and the peers on the same work, against the floor.
+"""The benchmark: ours, eager PyTorch and the peers on the same work, against the roofline.
 
     python -m benchmarks list                 # ops, cases and providers, and who cannot run here
     python -m benchmarks run                  # `make bench`; goes on where it was ended

@@ -57,7 +57,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 def compared(before: list[Row], after: list[Row], provider: str) -> Iterator[Row]:
-    """Of each row that both have: the ratio of its times, its spread, and what that comes to."""
+    """Yield for each row that both have the ratio of its times, its spread, and the verdict."""
     keys = ("op", "case", "provider", "mode")
     earlier = {tuple(row[key] for key in keys): row for row in before if "mode" in row}
     for row in after:
@@ -95,7 +95,7 @@ def table(changes: list[Row], before: str, after: str) -> Table:
 
 
 def measured(revisions: tuple[str, str], options: argparse.Namespace) -> tuple[list[Row], list[Row]]:
-    """Rows of both revisions, each of two runs of half a quarter of the time: of each row the faster of the two."""
+    """Measure both revisions twice, each run a quarter of the time, and return each row's faster result."""
     found: list[dict[tuple, Row]] = [{}, {}]
     with tempfile.TemporaryDirectory() as folder:
         trees: list[Path] = []
@@ -122,7 +122,7 @@ def measured(revisions: tuple[str, str], options: argparse.Namespace) -> tuple[l
 
 
 def checked_out(revision: str, tree: Path) -> Path:
-    """A work tree of a revision, with today's benchmark in it and the native library that is built here."""
+    """Make a work tree of a revision, with today's benchmark in it and the native library that is built here."""
     done = subprocess.run(
         ["git", "worktree", "add", "--detach", str(tree), revision], cwd=ROOT, capture_output=True, text=True
     )

@@ -1,9 +1,8 @@
-"""What a provider does to those beside it, and to the run: nothing, whether it raises, does not come back or loses the
-GPU.
+"""Protects the other providers and the run from one that raises, does not come back or loses the GPU.
 
-An exception is kept, and becomes that provider's row. A device that is lost, and a call that does not end, are lost to
-the whole process: `lose` is told, notes it in the result file, and ends the process, so that the same command goes on
-in a fresh one without that provider.
+An exception is caught, and becomes that provider's row. A lost device and a call that does not end cost the whole
+process: `lose` is told, notes it in the result file, and ends the process, so that the same command goes on in a fresh
+one without that provider.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ class Guard:
         if "PEFT" in guard.failed: …
 
     Args:
-        limit: seconds that a provider may take at a time; None: any. Kept by a thread, and where that is kept from
-            running (somebody waits for a GPU and holds the GIL) by faulthandler's.
+        limit: seconds that a provider may take at a time; None: any. A thread enforces it, and faulthandler's where
+            that thread cannot run because a call that waits for the GPU holds the GIL.
         lose: called with a provider and what it did; does not return. Another thread calls it if time is over.
 
     Attributes:
@@ -59,7 +58,7 @@ class Guard:
         outer, self._running = self._running, (provider, time.monotonic())
         try:
             yield
-        except Exception as error:  # of whatever kind: it is other people's code, and the others have to be measured
+        except Exception as error:  # any: it is other people's code, and the others have to be measured
             self._check(provider)
             self.failed.setdefault(provider, one_line(error))
         finally:
@@ -84,10 +83,10 @@ class Guard:
 
 
 def one_line(error: BaseException) -> str:
-    """Kind and first line."""
+    """Return the error's type and its first line."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]
 
 
 def failures(guard: Guard) -> list[dict[str, object]]:
-    """A row each."""
+    """Return a row for each provider that failed."""
     return [{"provider": provider, "failed": why} for provider, why in guard.failed.items()]

@@ -1,7 +1,7 @@
-"""The op `host`: what a call costs beside its arithmetic, at shapes so tiny that there is none. One thread.
+"""The op `host`: the CPU overhead of a call, at shapes so tiny that its arithmetic takes no time. One thread.
 
 A case is a kind of call: a module's, an op's, a layer's that trains a few entries. On a GPU nothing waits for the
-device, so that it is the host's time there too.
+device, so that CPU overhead is measured there too.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def cases(device: str) -> list[Calls]:
 
 
 def makers(calls: Calls, device: str) -> dict[str, Callable[[], Callable[[torch.Tensor], torch.Tensor]]]:
-    """Name → what makes a function of x [M, K]."""
+    """Map names to functions that make a function of x [M, K]."""
     return {LAYER: layers, OP: ops, SHARED: shared, SPARSE: sparse, MASKED: masked}[calls](device)
 
 
@@ -180,10 +180,10 @@ COLUMNS = {"×\nnn.Linear": "of_linear", "×\nPEFT": "of_peft",
 
 
 def summary(rows: list[Row]) -> str:
-    """The bar: a module's forward at most 0.8 × PEFT's."""
+    """Compare with the bar: a module's forward takes at most 0.8 × PEFT's."""
     found = [row for row in rows if row["provider"].startswith(("ours", "PEFT, acc")) and row.get("of_peft")]
     lines = [f"  {row['of_peft']:.2f} × PEFT's {row['mode']}: {row['provider']}" for row in found]
-    return "\n".join(["host time of a module, at most 0.80 × PEFT's forward:", *lines])
+    return "\n".join(["CPU overhead of a module, at most 0.80 × PEFT's forward:", *lines])
 
 
 def providers(device: str) -> dict[str, str | None]:
@@ -195,6 +195,6 @@ def plot(rows: list[Row], where: str, path: Path) -> Path:
 
 
 SPEC = OpSpec(
-    "host", "what a call costs the host, at shapes of nothing", (FORWARD, BOTH), cases, providers, measure, COLUMNS,
+    "host", "the CPU overhead of a call, at tiny shapes", (FORWARD, BOTH), cases, providers, measure, COLUMNS,
     summary, plot, share=0.3,
 )  # fmt: skip

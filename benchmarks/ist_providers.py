@@ -1,4 +1,4 @@
-"""What `ist_step` compares: LoRA and IST on plain PEFT and on ours, on one base; their check; the parts of a step."""
+"""The providers of `ist_step`: LoRA and IST on plain PEFT and on ours, on one base; their check; a step's parts."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ HALF, PARTS = "IST, budget, loop every 20", "parts of a step"
 LIGER = "LoRA, accelerated, Liger"
 NEVER = 10**9  # the interval of timed steps: their loop is timed by itself
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-#: Of relative errors. In bfloat16 both sides round every activation, and only a blunder stands out.
+#: Bounds of relative errors. In bfloat16 both sides round every activation, and only a blunder stands out.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-#: Sizes of Llamas with random weights.
+#: The sizes of Llamas with random weights.
 LLAMA_3_8B = dict(
     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
     num_key_value_heads=8,
@@ -49,10 +49,10 @@ class Case(NamedTuple):
     name: str
     base: nn.Module
     text: torch.Tensor
-    rows: int  # of a training batch
+    rows: int  # in a training batch
 
     def batch(self, number: int, rows: int, labelled: float) -> Batch:
-        """The last part of each row, a share of `labelled`, carries labels."""
+        """Return batch `number`, in which the last part of each row, a share of `labelled`, carries labels."""
         ids = self.text[torch.arange(number * rows, (number + 1) * rows) % len(self.text)].to(self.base.device)
         labels = ids.clone()
         labels[:, : round(ids.shape[1] * (1 - labelled))] = -100
@@ -60,7 +60,7 @@ class Case(NamedTuple):
 
 
 def load(device: str, length: int, tiny: bool) -> Case:
-    """Text is what Python's own help brings. For a random model a byte is a token: no time depends on which it is."""
+    """Load a model, and Python's own help as its text. For a random model a byte is a token: no time depends on it."""
     from transformers import AutoModelForCausalLM, LlamaConfig  # here: a machine without it has the other ops
 
     text = "\n".join(topics.values())
@@ -109,7 +109,7 @@ class Lane:
         self.ist = ist(self.model) if ist else None
 
     def choose(self) -> int:
-        """Begins a step; the depth of its backward in layers."""
+        """Begin a step, and return the depth of its backward in layers."""
         if not self.ist:
             return len(self.blocks)
         self.ist.before_step()
@@ -130,19 +130,19 @@ class Lane:
         return depth
 
     def loop(self, batch: Batch) -> int:
-        """An estimate of importance, and what follows of it: a budget is planned for when layers are next chosen."""
+        """Estimate importance, and choose layers, for which a budget is then planned anew."""
         with self.autocast():
             self.ist.estimate(batch)
         return self.choose()
 
     def held_bytes(self) -> int:
-        """What model and optimizer take of a GPU between steps, if this provider had it to itself."""
+        """Return what model and optimizer take of a GPU between steps, if this provider had it to itself."""
         state = [value for entry in self.optimizer.state.values() for value in entry.values()]
         return sum(tensor.nbytes for tensor in (*self.model.parameters(), *state) if tensor.is_cuda)
 
 
 def make_lanes(base: nn.Module, guard: Guard) -> list[Lane]:
-    """Those that can be made."""
+    """Make the providers that can be made."""
     from .authors_ist import AuthorsIST
 
     def ours(**settings: Any) -> Callable[[nn.Module], pk.ist.IST]:
@@ -175,7 +175,7 @@ def make_lanes(base: nn.Module, guard: Guard) -> list[Lane]:
     }
     if not why_no_liger(base.device.type):
         makers[LIGER] = liger
-    if base.device.type == "cuda":  # what it is for is memory, and that is measured there only
+    if base.device.type == "cuda":  # it saves memory, which is measured there only
         makers[CHECKPOINTED] = lambda: with_budget(CHECKPOINTED, checkpoint_beyond_budget=True)
     lanes = []
     for name, make in makers.items():
@@ -190,7 +190,7 @@ def why_no_liger(device: str) -> str | None:
 
 
 def lowest_budget(model: nn.Module) -> float:
-    """The lowest backward budget, in whole hundredths, that can be met while importance is flat."""
+    """Return the lowest backward budget, in whole hundredths, that can be met while importance is flat."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that this one cannot be met
         ist = pk.ist.IST(model, pk.ist.ISTConfig(backward_budget=0.01))
@@ -199,8 +199,8 @@ def lowest_budget(model: nn.Module) -> float:
 
 
 def check(lanes: list[Lane], case: Case, labelled: float, guard: Guard) -> dict[str, str]:
-    """Whose loss, gradients or rewards are not those of PEFT and the authors' loop, on few examples, and how far they
-    are off."""
+    """Compare loss, gradients and rewards with those of PEFT and the authors' loop on few examples; return who is
+    wrong, and by how much."""
     batch, tolerance = case.batch(0, 2, labelled), TOLERANCE[case.base.dtype]
     losses, wrong = {}, {}
 
@@ -251,13 +251,13 @@ class Adapted(nn.Module):
         return self.q_proj(x), self.k_proj(x), self.v_proj(x), self.up_proj(z), self.down_proj(h)
 
     def frozen(self, x: torch.Tensor, z: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The same without adapters."""
+        """Run the same linears without adapters."""
         return tuple(layer.get_base_layer()(tensor) for layer, tensor in zip(self.children(), (x, x, x, z, h)))
 
 
 def parts_of(lane: Lane, tokens: tuple[int, int]) -> dict[str, Callable[[Batch], int]]:
-    """Forward and backward of what can be timed apart: the adapted linears of all layers, the same without adapters,
-    lm_head with the loss. `tokens`: the shape of a batch, [rows, tokens of a row]."""
+    """Return forward and backward of what can be timed apart: the adapted linears of all layers, the same without
+    adapters, lm_head with the loss. `tokens`: the shape of a batch, [rows, tokens of a row]."""
     base = lane.model.get_base_model()
     blocks, width = [Adapted(block) for block in lane.blocks], base.config.hidden_size
     x, z, h, top = (
@@ -291,7 +291,7 @@ def parts_of(lane: Lane, tokens: tuple[int, int]) -> dict[str, Callable[[Batch],
 
 
 def saved_at(lane: Lane, batch: Batch, depth: float) -> tuple[float, float]:
-    """Bytes that a step's forward keeps for backward, at this depth: in all, and in the decoder's layers."""
+    """Return the bytes that a step's forward saves for backward, at this depth: in all, and in the decoder's layers."""
     points: dict[int, list[tuple[float, int]]] = {}
     for _ in range(20 if lane.ist else 1):  # two depths make a line; sets that start at a third cost no forward
         drawn = lane.choose()
@@ -302,14 +302,14 @@ def saved_at(lane: Lane, batch: Batch, depth: float) -> tuple[float, float]:
 
 
 def at_depth(points: Sequence[tuple[float, int]], depth: float) -> list[float]:
-    """Values of (value, depth), carried to `depth` along the line with the median of all pairs' slopes."""
+    """Carry values of (value, depth) to `depth` along the line with the median of all pairs' slopes."""
     slopes = [(v - w) / (d - e) for (v, d), (w, e) in combinations(points, 2) if d != e]
     slope = statistics.median(slopes) if slopes else 0.0
     return [value + slope * (depth - d) for value, d in points]
 
 
 def saved_bytes(lane: Lane, batch: Batch) -> tuple[int, int]:
-    """In all, and in the decoder's layers; parameters and the batch cost nothing to keep."""
+    """Return the bytes saved in all, and in the decoder's layers; parameters and the batch cost nothing to save."""
     bounds: list[int] = []  # how many tensors were saved as each layer began and ended
     with saved_tensors(ignore=(*lane.model.parameters(), *batch.values())) as saved:
 

@@ -63,7 +63,7 @@ from .registry import STEP, OpSpec, Part, Request
 from .resultfile import Row
 
 LABELLED = {"labels everywhere": 1.0, "labels on a quarter": 0.25}  # share of a row's positions
-INTERVAL, EXAMPLES = 10, 16  # of the importance loop
+INTERVAL, EXAMPLES = 10, 16  # the importance loop's
 DRAWS = 500
 
 #: (ms, depth of backward) of each (lane, "step"), (lane, "loop") and (part, "part"); the depth counts for steps only.
@@ -71,11 +71,11 @@ Times = dict[tuple[str, str], list[tuple[float, int]]]
 
 
 class Setting(NamedTuple):
-    """A share of a row's positions that carries labels.
+    """A setting of the benchmark: a share of a row's positions carries labels.
 
     Attributes:
-        tokens: of a row.
-        tiny: a tiny random Llama.
+        tokens: the length of a row.
+        tiny: whether the model is a tiny random Llama.
     """
 
     name: str
@@ -97,16 +97,16 @@ def cases(device: str) -> list[Setting]:
 def prepared(
     device: str, tokens: int, tiny: bool, guard: Guard
 ) -> tuple[Case, list[Lane], dict[str, float], list[Row]]:
-    """A model, its providers, the depth in layers that each one's backward has on average, and rows of those that are
-    wrong or failed: for all settings."""
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries about each other
+    """Prepare a model for all settings, with its providers, the mean depth of each one's backward in layers, and rows
+    of those that are wrong or failed."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # libraries' about each other
     case = load(device, tokens, tiny)
     lanes, wrong = make_lanes(case.base, guard), {}
     for labelled in LABELLED.values():
         wrong |= check(lanes, case, labelled, guard)
         lanes = [lane for lane in lanes if lane.name not in wrong | guard.failed]
     depths = {lane.name: statistics.fmean(lane.choose() for _ in range(DRAWS)) for lane in lanes}
-    if device == "cuda":  # its first calls choose configurations, and our estimator a way
+    if device == "cuda":  # its first calls choose configurations, and our estimator a path
         for number in range(5):
             for lane in lanes:
                 with guard(lane.name):
@@ -119,7 +119,7 @@ def prepared(
 
 
 def measure(setting: Setting, request: Request, most: int = 60) -> list[Row]:
-    """A row a provider; one more for the budget with the loop half as often; and the parts of a step."""
+    """Measure a row a provider, one more for the budget with the loop half as often, and the parts of a step."""
     began = time.perf_counter()
     guard = request.guard
     case, lanes, depths, faults = prepared(request.device, setting.tokens, setting.tiny, guard)
@@ -143,8 +143,8 @@ def measure(setting: Setting, request: Request, most: int = 60) -> list[Row]:
 def interleave(
     lanes: list[Lane], case: Case, labelled: float, seconds: float, most: int, setting: str, guard: Guard
 ) -> Times:
-    """Rounds for about `seconds`, at most `most`, scaled to the usual one's speed. On a GPU also notes what memory the
-    lanes took at their peak. A lane or part that fails is not among the times."""
+    """Run rounds for about `seconds`, at most `most`, and scale their times to the usual speed. On a GPU also note the
+    peak memory of the lanes. A lane or part that fails is not among the times."""
     began, lane_of, gpu = time.perf_counter(), {lane.name: lane for lane in lanes}, case.base.device.type == "cuda"
     examples, parts = case.batch(1, EXAMPLES, labelled), parts_of(lanes[0], (case.rows, case.text.shape[1]))
     calls: dict[tuple[str, str], Callable] = {(lane.name, "step"): lane.step for lane in lanes}
@@ -181,7 +181,7 @@ def interleave(
 
 
 def clock(call: Callable[[], int], gpu: bool) -> tuple[float, int, int]:
-    """Milliseconds, what the call returned, and on a GPU the bytes it took at its peak beyond those it found taken."""
+    """Return milliseconds, the call's result, and on a GPU the bytes that it took at its peak beyond those before."""
     if not gpu:
         began = time.perf_counter()
         depth = call()
@@ -197,7 +197,7 @@ def clock(call: Callable[[], int], gpu: bool) -> tuple[float, int, int]:
 def summarize(
     lanes: list[Lane], times: Times, depths: dict[str, float], saved: dict[str, tuple[float, float]], tokens: int
 ) -> tuple[list[Row], dict[str, float]]:
-    """A row a provider, one more for the budget with the loop half as often, and the parts of a step in µs."""
+    """Return a row a provider, one more for the budget with the loop half as often, and the parts of a step in µs."""
     middle = {key: 1e3 * statistics.median(ms for ms, _ in values) for key, values in times.items()}
     rows: list[Row] = []
     for lane in lanes:
@@ -230,7 +230,7 @@ COLUMNS = {
 
 
 def summary(rows: list[Row]) -> str:
-    """What of a step the kernels do not touch, and how far that lets them go."""
+    """Say what part of a step the kernels do not touch, and what speed that leaves possible."""
     lines = []
     for case in dict.fromkeys(row["case"] for row in rows):
         of_case = {row["provider"]: row for row in rows if row["case"] == case and ("mode" in row or "parts_us" in row)}
@@ -255,7 +255,7 @@ def providers(device: str) -> dict[str, str | None]:
 
 
 def part_of(setting: Setting, device: str) -> list[Part]:
-    """On a GPU a model of its own, of which every provider takes seconds: behind the layers."""
+    """On a GPU come after the single layers: this has a model of its own, of which every provider takes seconds."""
     return [Part(stage=2, least=60.0) if device == "cuda" else Part()]
 
 

@@ -88,7 +88,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 def by_round(call: Callable[[], object], rounds: int) -> list[list[Event]]:
-    """What runs on the GPU in each round, in the order of its start."""
+    """Return what runs on the GPU in each round, in the order of its start."""
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     call()
     torch.cuda.synchronize()
@@ -110,7 +110,7 @@ def by_round(call: Callable[[], object], rounds: int) -> list[list[Event]]:
 
 
 def rows(found: Sequence[Sequence[Event]], launches: Sequence[Launch] = ()) -> list[Row]:
-    """By position: medians over the rounds. Launches are named where as many kernels ran as they are made of."""
+    """Take medians over the rounds by position. Launches are named where as many kernels ran as they are made of."""
     kernels = len(found[0])
     if sum(launch.kernels for launch in launches) != kernels:
         launches = [None] * kernels
@@ -129,19 +129,19 @@ def rows(found: Sequence[Sequence[Event]], launches: Sequence[Launch] = ()) -> l
 
 
 def span(found: Sequence[Sequence[Event]]) -> float:
-    """µs from the first start to the last end: the median over the rounds."""
+    """Return µs from the first start to the last end, as the median over the rounds."""
     return statistics.median(max(event.end for event in events) - events[0].start for events in found)
 
 
 def table(found: Sequence[Row], whole: float, dtype: torch.dtype, rates: dict[str, float]) -> Table:
-    """`whole`: µs of all, gaps among them."""
+    """Make a table of the kernels. `whole`: µs of all, gaps among them."""
     made = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     made.add_column("kernel", overflow="ellipsis", no_wrap=True, max_width=30)
     for heading in ("gap", "time", "predicted", "×", "TFLOP/s", "GB/s"):
         made.add_column(heading, justify="right")
     made.add_column("what")
     known = [row.launch for row in found if row.launch]
-    # As the model has it: what a kernel reads from the L2 cache counts. The gap is a column of its own.
+    # The model counts what a kernel reads from the L2 cache. The gap is a column of its own.
     predicted = iter([µs for _, _, µs in timed(known, dtype, rates | {"gap_us": 0.0})])
     for row in found:
         cells = [row.name, short("_us", row.gap), short("_us", row.time)]

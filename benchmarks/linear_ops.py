@@ -121,7 +121,7 @@ def bare(case: LinearCase) -> Ready:
 
 
 def check(op: LinearOp, case: LinearCase) -> str | None:
-    """None where y and gradients are within twice eager's error against float64, else what is wrong."""
+    """Say what is wrong, or None where y and gradients are within twice eager's error against float64."""
     found, eager, exact = op.testing.run(case), op.testing.eager(case), op.testing.float64_reference(case)
     try:
         for name, value in found.items():

@@ -1,8 +1,8 @@
-"""The ops `lora_linear` and `lora_linear_shared_input`: shapes, inputs, floors, the check, and how a shape is measured.
+"""The ops `lora_linear` and `lora_linear_shared_input`: shapes, inputs, rooflines, the check, the measuring.
 
 Counting rules. FLOPs: two a multiply-add of every product that the mathematics needs. Bytes: each input read once,
-each output written once, what is saved written once and read once. The floor of a shape is the larger of FLOPs over
-the machine's measured matmul rate and bytes over its measured copy bandwidth.
+each output written once, what is saved written once and read once. The roofline of a shape is the larger of FLOPs
+over the machine's measured matmul rate and bytes over its measured copy bandwidth.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .providers import BARE, EAGER, PEFT, Provider, Ready, all_providers
 from .registry import BACKWARD, BOTH, FORWARD, GPU_SECONDS, OpSpec, Part, Request
 from .resultfile import Row
 
-GRAPHED_BELOW_US = 100  # on a GPU: launches and the host rule here, so that both are measured apart
+GRAPHED_BELOW_US = 100  # on a GPU: launches and CPU overhead rule here, so that both are measured apart
 REFERENCES = {"bare": BARE, "eager": EAGER, "peft": PEFT}
 
 
@@ -50,15 +50,15 @@ class Shape:
         return f"M={self.M} {self.K}→{features} R={self.R} {dtype} p={self.p:g}"
 
 
-#: What the bars of a GPU are about.
+#: The shape that the bars of a GPU are about.
 REFERENCE_SHAPE = Shape(8192, 4096, (4096,), 16, torch.bfloat16)
 
 
-# --- Floors --------------------------------------------------------------------------------------------------
+# --- Rooflines -----------------------------------------------------------------------------------------------
 
 
 def flops(shape: Shape, mode: str) -> int:
-    """Of one mode, with lora_A, lora_B and x taking gradients."""
+    """Count the FLOPs of one mode, with lora_A, lora_B and x taking gradients."""
     M, K, R = shape.M, shape.K, shape.R
     low_rank = sum(2 * M * R * (K + N) for N in shape.Ns)
     forward = base_flops(shape, FORWARD) + low_rank
@@ -67,12 +67,12 @@ def flops(shape: Shape, mode: str) -> int:
 
 
 def base_flops(shape: Shape, mode: str) -> int:
-    """Of the bare linear: forward and dx."""
+    """Count the FLOPs of the bare linear: forward and dx."""
     return sum(2 * shape.M * N * shape.K for N in shape.Ns) * (2 if mode == BOTH else 1)
 
 
 def bytes_moved(shape: Shape, mode: str) -> int:
-    """The fewest: x once for all projections in forward, and once in backward; one dx."""
+    """Count the fewest bytes: x once for all projections in forward, and once in backward; one dx."""
     M, K, R, size = shape.M, shape.K, shape.R, shape.dtype.itemsize
     adapters = sum(R * (K + N) for N in shape.Ns) * size
     weights = sum(N * K for N in shape.Ns) * size + adapters
@@ -90,9 +90,9 @@ def floor_us(shape: Shape, mode: str, ceilings: dict[str, float]) -> float:
 # --- Inputs and their check ----------------------------------------------------------------------------------
 
 
-def make_inputs(shape: Shape, device: str, seed: int = 0) -> LoRACase:
-    """Random operands of order one, B ≠ 0; never zeros, which hide errors and run faster."""
-    generator = torch.Generator(device).manual_seed(seed)
+def make_inputs(shape: Shape, device: str) -> LoRACase:
+    """Draw operands of order one, B ≠ 0; never zeros, which hide errors and run faster."""
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*size: int, scale: float = 1.0) -> torch.Tensor:
         values = torch.randn(*size, generator=generator, device=device, dtype=torch.float32)
@@ -107,20 +107,20 @@ def make_inputs(shape: Shape, device: str, seed: int = 0) -> LoRACase:
     ]  # fmt: skip
     return LoRACase(
         random(shape.M, shape.K), projections, [random(shape.M, N) for N in shape.Ns], shape.p,
-        frozen=("weight", "bias"), seed=seed,
+        frozen=("weight", "bias"), seed=0,
     )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=2)
 def right_results(shape: Shape, device: str) -> tuple[LoRACase, dict, dict]:
-    """A shape's inputs, with what is exact and what eager makes of them."""
+    """Return a shape's inputs, their float64 reference, and eager's results."""
     case = make_inputs(shape, device)
     return case, float64_reference(case), eager_results(case)
 
 
 @functools.cache
 def check(provider: Provider, shape: Shape, device: str) -> str | None:
-    """None where outputs and gradients are within twice eager's error (against float64), else what is wrong.
+    """Say what is wrong, or None where outputs and gradients are within twice eager's error (against float64).
 
     With dropout only ours can be checked, since its masks can be drawn again; the others are checked without, and once.
     """
@@ -149,7 +149,7 @@ def check(provider: Provider, shape: Shape, device: str) -> str | None:
 
 
 def measure(shape: Shape, request: Request) -> list[Row]:
-    """Rows of every provider and mode: the references are measured even if they are not asked for."""
+    """Measure rows of every provider and mode, the references even if they are not asked for."""
     began, case = time.perf_counter(), make_inputs(shape, request.device)
     facts = {
         "M": shape.M, "K": shape.K, "N": "+".join(map(str, shape.Ns)), "R": shape.R,
@@ -215,7 +215,7 @@ def in_parts(built: Ready, parts: tuple[str, ...], mark: Callable[[], None]) -> 
 
 
 def _graph_us(call: Callable[[], object]) -> float | None:
-    """None for what cannot be captured."""
+    """Time the call as a CUDA graph; None if it cannot be captured."""
     try:
         replay = graphed(call)
     except RuntimeError:
@@ -234,7 +234,7 @@ COLUMNS = {
 
 
 def summary(rows: list[Row]) -> str:
-    """The bar: forward + backward no slower than any other provider at any shape."""
+    """Compare with the bar: forward + backward no slower than any other provider at any shape."""
     lines = []
     for case in dict.fromkeys(row["case"] for row in rows):
         timed = {row["provider"]: row for row in rows if row["case"] == case and row.get("mode") == BOTH}
@@ -274,7 +274,7 @@ def _cpu_shapes(Ns_of: Callable[[int, int], tuple[int, ...]], features: list[tup
 
 
 def _gpu_shapes(widths: list[tuple[int, tuple[int, ...]]]) -> list[Shape]:
-    """The reference shape first, then the bars' grid: what matters most is measured if time runs out."""
+    """Return the reference shape first, then the bars' grid: what matters most is measured if time runs out."""
     bf16 = torch.bfloat16
     shapes = [Shape(8192, K, Ns, 16, bf16, p) for K, Ns in widths for p in (0.0, 0.1)]
     K, Ns = widths[0]
@@ -308,12 +308,12 @@ def shared_shapes(device: str) -> list[Shape]:
     return _gpu_shapes([(4096, (4096, 1024, 1024)), (4096, (14336, 14336))])
 
 
-#: On a GPU what a compiler is given: it takes longer than all others together.
+#: Providers that compile, on a GPU: they take longer than all others together.
 _COMPILED = ("torch.compile",)
 
 
 def parts(shape: Shape, device: str) -> list[Part]:
-    """On a GPU: of the reference shape first what the bars compare; of every shape what a compiler makes of it last."""
+    """Return the parts of a shape, on a GPU the reference shape's bars first and what is compiled last."""
     if device == "cpu":
         return [Part()]
 

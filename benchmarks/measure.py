@@ -1,5 +1,5 @@
-"""What is measured beside time (`peft_kernels/testing/timing.py`): memory, host time, the machine and its ceilings; and
-the rows that times become."""
+"""Measures beside time (`peft_kernels/testing/timing.py`): memory, CPU overhead, the machine and its ceilings; makes
+rows of times."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GPU_STATE = {"sm_mhz": "clocks.sm", "celsius": "temperature.gpu", "watts": "powe
 
 
 def rows_of(times: dict[str, list[tuple[float, ...]]], parts: tuple[str, ...], references: dict[str, str]) -> list[Row]:
-    """A row for each provider and mode.
+    """Make a row for each provider and mode.
 
     Args:
         times: µs of each round, to the end of each of `parts`.
@@ -54,7 +54,7 @@ def rows_of(times: dict[str, list[tuple[float, ...]]], parts: tuple[str, ...], r
 
 
 def host_microseconds(call: Callable[[], object], repeats: int = 200) -> float:
-    """Host time of a call, the least of seven means: on a GPU the call returns before the device is done."""
+    """Measure the CPU time of a call, the least of seven means: on a GPU the call returns before the device is done."""
     best = float("inf")
     for _ in range(7):
         began = time.perf_counter()
@@ -67,7 +67,7 @@ def host_microseconds(call: Callable[[], object], repeats: int = 200) -> float:
 
 
 def graphed(call: Callable[[], object]) -> Callable[[], None]:
-    """The call captured as a CUDA graph: what it costs without the host."""
+    """Capture the call as a CUDA graph, which runs without its CPU overhead."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -89,7 +89,7 @@ def quantile(values: list[float], q: float) -> float:
 
 
 def saved_bytes(forward: Callable[[], object], kept: Iterable[torch.Tensor]) -> int:
-    """What a forward keeps for backward, each storage once. `kept` stays between steps anyway, and costs nothing."""
+    """Return the bytes that a forward saves for backward, each storage once; `kept` stays between steps anyway."""
     with saved_tensors(ignore=tuple(kept)) as saved:
         y = forward()
     del y
@@ -97,8 +97,8 @@ def saved_bytes(forward: Callable[[], object], kept: Iterable[torch.Tensor]) -> 
 
 
 def peak_bytes(call: Callable[[], object], device: str) -> int:
-    """What a call takes at its peak beyond what it finds taken: by torch's allocator, whose events the profiler lists
-    on a CPU. What a library takes by itself (MKL, cuBLAS) is not seen."""
+    """Return the bytes that a call takes at its peak beyond those taken before: by torch's allocator, whose events the
+    profiler lists on a CPU. Memory that a library allocates by itself (MKL, cuBLAS) is not seen."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -121,7 +121,7 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
 
 
 def ceilings(device: str, dtypes: Iterable[torch.dtype]) -> dict[str, float]:
-    """FLOP/s of a large matmul a dtype, and bytes/s of a large copy (read + written), on random data."""
+    """Measure FLOP/s of a large matmul for each dtype, and bytes/s of a large copy (read + written), on random data."""
     size, copied = (8192, 2 << 30) if device == "cuda" else (2048, 256 << 20)
     timer = Timer(device)
     found = {}
@@ -141,7 +141,7 @@ def _median(times: list[tuple[float, ...]]) -> float:
 
 
 def machine(device: str) -> dict[str, str]:
-    """What a reader needs to place the numbers."""
+    """Return the facts about the machine that a reader needs to place the numbers."""
     facts = {
         "device": device,
         "cpu": _cpu_name(),
@@ -163,12 +163,12 @@ def machine(device: str) -> dict[str, str]:
 
 
 def where(facts: dict[str, str]) -> str:
-    """The device, in words."""
+    """Name the device."""
     return facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads"
 
 
 def gpu_state() -> Row:
-    """Clock, temperature and power of the GPU as they are now; nothing on a CPU, or where nvidia-smi is not there."""
+    """Return the GPU's present clock, temperature and power; nothing on a CPU, or where nvidia-smi is not there."""
     if not torch.cuda.is_available():
         return {}
     query = ",".join(GPU_STATE.values())
@@ -180,7 +180,7 @@ def gpu_state() -> Row:
 
 
 def _gpu() -> str:
-    """As nvidia-smi knows it: CUDA_VISIBLE_DEVICES may have renumbered it."""
+    """Return the GPU's name for nvidia-smi: CUDA_VISIBLE_DEVICES may have renumbered it."""
     return f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
 
 

@@ -1,4 +1,4 @@
-"""Pictures of results: one function a kind of op, each from rows to a PNG that can be read at a width of 800 pixels."""
+"""Draws results: one function a kind of op, each from rows to a PNG that can be read at a width of 800 pixels."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ WIDTH, DPI, SMALL, MEDIUM = 8.0, 130, 8, 9  # inches, pixels an inch, sizes of l
 
 
 def draw_ratios(rows: list[Row], title: str, path: Path) -> Path:
-    """Forward + backward over the bare linear: a line a provider, a panel for each dtype with and without dropout, or
-    of a kind."""
+    """Draw forward + backward over the bare linear: a line a provider, a panel for each dtype with and without dropout,
+    or of a kind."""
     rows = [row for row in rows if row.get("mode") == BOTH and row.get("of_bare") and row["provider"] != BARE]
     settings, providers = list(dict.fromkeys(map(_setting, rows))), _each(rows, "provider")
     figure, panels = _panels(len(settings), 2, len(providers))
@@ -45,7 +45,8 @@ def draw_ratios(rows: list[Row], title: str, path: Path) -> Path:
 
 
 def draw_layers(rows: list[Row], where: str, path: Path) -> Path:
-    """For the README: PEFT's layer, torch.compile and ours at rank 16, a line a shape of 512 tokens, 8,192 on a GPU."""
+    """Draw the README's picture: PEFT's layer, torch.compile and ours at rank 16, a line a shape of 512 tokens, 8,192
+    on a GPU."""
     rows = [row for row in rows if row.get("mode") == BOTH and row["M"] in (512, 8192) and row["R"] == 16]
     shapes = list(dict.fromkeys(f"{row['K']}→{row['N']}" for row in rows))
     settings = list(dict.fromkeys(map(_setting, rows)))
@@ -65,7 +66,7 @@ def draw_layers(rows: list[Row], where: str, path: Path) -> Path:
 
 
 def draw_sparse(rows: list[Row], where: str, path: Path) -> Path:
-    """Steps that train a part of a weight, over the bare linear's: a line a pattern, a panel a shape."""
+    """Draw steps that train a part of a weight, over the bare linear's: a line a pattern, a panel a shape."""
     rows = [row for row in rows if row.get("mode") == STEP and row.get("of_bare") and row["provider"] != BARE]
     shapes, kinds, providers = (_each(rows, key) for key in ("shape", "kind", "provider"))
     densities = {row["pattern"]: (kinds.index(row["kind"]), row["r"], row["density"]) for row in rows}
@@ -83,7 +84,7 @@ def draw_sparse(rows: list[Row], where: str, path: Path) -> Path:
 
 
 def draw_hosts(rows: list[Row], where: str, path: Path) -> Path:
-    """CPU overhead of a call in µs, forward and forward + backward: a line a provider, a panel a kind of call."""
+    """Draw a call's CPU overhead in µs, forward and forward + backward: a line a provider, a panel a kind of call."""
     cases = _each(rows, "case")
     names = {case: _each([row for row in rows if row["case"] == case], "provider") for case in cases}
     heights = [len(found) for found in names.values()]
@@ -107,7 +108,7 @@ def draw_hosts(rows: list[Row], where: str, path: Path) -> Path:
 
 
 def draw_steps(rows: list[Row], title: str, path: Path) -> Path:
-    """Whole training steps: time of a step and its share of the importance loop, a panel a setting."""
+    """Draw whole training steps: time of a step and its share of the importance loop, a panel a setting."""
     settings = _each(rows, "case")
     size = (WIDTH, 1.0 + 2.3 * len(settings))
     figure, panels = plt.subplots(len(settings), figsize=size, sharex=True, squeeze=False, layout="constrained")
@@ -140,18 +141,18 @@ def _is_ours(provider: str) -> bool:
 
 
 def _each(rows: list[Row], key: str) -> list:
-    """Values of a key, each once, in the order of the rows."""
+    """Return the values of a key, each once, in the order of the rows."""
     return list(dict.fromkeys(row[key] for row in rows))
 
 
 def _setting(row: Row) -> str:
-    """What a panel is of."""
+    """Name the setting that a panel shows."""
     dropout = f"dropout {row['p']:g}" if "p" in row else ""
     return ", ".join(filter(None, (row["dtype"], dropout, row.get("kind"))))
 
 
 def _panels(count: int, columns: int, lines: int):
-    """A figure with so many panels, in rows of at most `columns`, for as many lines each."""
+    """Make a figure with so many panels, in rows of at most `columns`, for as many lines each."""
     columns = min(columns, max(count, 1))
     height = math.ceil(max(count, 1) / columns)
     size = (WIDTH, 1.0 + height * (0.4 + 0.22 * max(lines, 3)))
@@ -170,7 +171,7 @@ def _dots(axes, values: Sequence[float], places: Sequence[int], number: int, lab
 
 
 def _lines(panels, names: Sequence[str]) -> None:
-    """Names the lines of panels that share their axes; the ratios go along a logarithmic one."""
+    """Name the lines of panels that share their axes, and put the ratios on a logarithmic one."""
     for axes in panels:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(FixedLocator([0.5, 1, 1.5, 2, 3, 5, 10, 20, 50]))
@@ -184,7 +185,7 @@ def _lines(panels, names: Sequence[str]) -> None:
 
 
 def _legend(figure, panels) -> None:
-    """One for all panels, below them: that of the panel with the most in it."""
+    """Draw one legend for all panels, below them: that of the panel with the most in it."""
     handles, labels = max((axes.get_legend_handles_labels() for axes in panels), key=lambda pair: len(pair[1]))
     figure.legend(handles, labels, fontsize=SMALL, loc="outside lower center", ncols=min(3, len(labels)), frameon=False)
 

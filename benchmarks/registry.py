@@ -1,7 +1,7 @@
-"""What is measured: one OpSpec an op, and what a provider is.
+"""Defines what is measured: an op of the benchmark (OpSpec), its parts, and the request for a case.
 
 A case is one amount of work: a shape, a layout, a training's setting. Its name, `str(case)`, is the key of its rows. A
-provider is one way to do that work. A mode is a part of it: forward, backward, forward + backward, a whole step.
+provider is one implementation of it. A mode is a part of it: forward, backward, forward + backward, a whole step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from .guard import Guard
 from .resultfile import WHOLE, Row
 
-#: In the order of their length.
+#: The modes, in the order of their length.
 FORWARD, BACKWARD, BOTH, STEP = MODES = ("forward", "backward", "both", "step")
 
 
@@ -24,9 +24,9 @@ class Part(NamedTuple):
     cases, so that what matters most is there if time runs out.
 
     Attributes:
-        wants: whether a provider is of it. What ratios are taken to is measured with each part.
-        least: seconds that it is not begun without, before one of its kind has been timed.
-        seconds: what a case is given, at least and at most.
+        wants: whether a provider belongs to it. The references of ratios are measured with each part.
+        least: seconds that must be left to begin it, before one of its kind has been timed.
+        seconds: the least and the most time of a case.
     """
 
     name: str = WHOLE
@@ -36,27 +36,27 @@ class Part(NamedTuple):
     seconds: tuple[float, float] = (0.0, math.inf)
 
 
-#: Of a case on a GPU: the fewest rounds take less, and there are many cases.
+#: The time of a case on a GPU: the fewest rounds take less, and there are many cases.
 GPU_SECONDS = (2.0, 4.0)
 
 
 def whole_cases(case: Any, device: str) -> list[Part]:
-    """All providers at once."""
+    """Return one part with all providers."""
     return [Part(seconds=GPU_SECONDS) if device == "cuda" else Part()]
 
 
 @dataclass
 class Request:
-    """What a case is measured by.
+    """A request to measure a case.
 
     Attributes:
         device: "cpu" or "cuda".
-        ceilings: of this machine, measured: FLOP/s a dtype, and bytes/s ("bytes").
-        seconds: about so long.
-        modes: these alone; all that the op has if empty.
-        providers: these alone, by a part of their name; all if empty. What ratios are taken to runs in any case.
-        part: these alone as well.
-        guard: around what providers do.
+        ceilings: measured on this machine: FLOP/s a dtype, and bytes/s ("bytes").
+        seconds: about how long to measure.
+        modes: the modes to measure; all that the op has if empty.
+        providers: parts of the names of the providers to measure; all if empty. References of ratios always run.
+        part: the part to measure.
+        guard: runs the code of providers.
     """
 
     device: str
@@ -78,16 +78,17 @@ class OpSpec:
 
     Attributes:
         what: a line for `list`.
-        modes: that its rows have.
-        cases: of a device, what matters most first, in case that time runs out.
+        modes: the modes of its rows.
+        cases: the cases on a device, what matters most first, in case that time runs out.
         providers: their names on a device, each with the reason why it cannot run there, or None.
-        measure: the rows of a case. Rows have provider, mode, p20_us, p50_us, p80_us, rounds, of_bare and of_floor;
-            or an error (it was wrong), what it failed with, or why it was skipped, and no time.
-        columns: of its tables: heading → key of a row.
-        summary: how all the rows stand to the op's bars.
-        plot: a picture of all the rows; its path.
-        share: of a run's time, beside the other ops'.
-        parts: of a case on a device.
+        measure: measures the rows of a case. Rows have provider, mode, p20_us, p50_us, p80_us, rounds, of_bare and
+            of_floor (over the roofline); or an error (it was wrong), what it failed with, or why it was skipped, and
+            no time.
+        columns: the columns of its tables: heading → key of a row.
+        summary: says how all the rows stand to the op's bars.
+        plot: draws a picture of all the rows, and returns its path.
+        share: its share of a run's time, beside the other ops'.
+        parts: the parts of a case on a device.
     """
 
     name: str

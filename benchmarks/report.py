@@ -1,4 +1,4 @@
-"""`python -m benchmarks report`: from the committed result files, the pages of docs/benchmarks/ and blocks of others.
+"""`python -m benchmarks report`: writes docs/benchmarks/ and blocks of other pages from the committed result files.
 
 A page has the machine, the picture, the summary, and a table a case. In the README and in the pages of docs/, what
 stands between
@@ -66,7 +66,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 def page(file: ResultFile, docs: Path) -> str:
-    """Markdown of one result file. Pictures lie beside the file."""
+    """Write the Markdown page of one result file. Pictures lie beside the file."""
     spec = SPECS[file.op]
     picture = file.path.with_suffix(".png")
     parts = [
@@ -106,13 +106,13 @@ def predicted(row: Row, ceilings: dict[str, float]) -> float | None:
 
 
 def with_blocks() -> list[Path]:
-    """The pages of this project that have blocks to be filled."""
+    """Return the pages of this project that have blocks to be filled."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     return [path for path in pages if BLOCK.search(path.read_text())]
 
 
 def filled(text: str, files: dict[str, ResultFile], folder: Path) -> str:
-    """The text with its blocks as the results say.
+    """Return the text with its blocks filled from the results.
 
     Raises:
         ValueError: a block names a file or a table that is not there.
@@ -136,7 +136,7 @@ def filled(text: str, files: dict[str, ResultFile], folder: Path) -> str:
 
 
 class Rows:
-    """Rows by case, provider and mode."""
+    """Finds rows by case, provider and mode."""
 
     def __init__(self, file: ResultFile) -> None:
         self.file, self.cases = file, file.cases
@@ -144,7 +144,7 @@ class Rows:
 
     @property
     def providers(self) -> list[str]:
-        """Each once, in the order of the file."""
+        """The names of the providers, each once, in the order of the file."""
         return list(dict.fromkeys(provider for _, provider, _ in self._rows))
 
     def __call__(self, case: str, provider: str, mode: str) -> Row | None:
@@ -155,12 +155,12 @@ class Rows:
         return short("p50_us", row["p50_us"]) if row else "–"
 
     def pairs(self, provider: str, other: str, mode: str) -> list[tuple[Row, Row]]:
-        """Of each case that both have, the rows of the two."""
+        """Return the rows of both for each case that both have."""
         found = [(self(case, provider, mode), self(case, other, mode)) for case in self.cases]
         return [(row, beside) for row, beside in found if row and beside]
 
     def span(self, key: str, provider: str, mode: str, part: str = "") -> str:
-        """The least and the most of a ratio over the cases with `part` in their name."""
+        """Write the least and the most of a ratio over the cases with `part` in their name."""
         return span(
             row[key] for (case, name, of), row in self._rows.items()
             if (name, of) == (provider, mode) and part in case and row.get(key)
@@ -168,13 +168,13 @@ class Rows:
 
 
 def span(values: Iterable[float], to: str = " to ") -> str:
-    """The least and the most."""
+    """Write the least and the most of the values."""
     values = list(values)
     return to.join(dict.fromkeys((digits(min(values)), digits(max(values)))))
 
 
 def layers(rows: Rows) -> str:
-    """Shapes of the demo's model and one larger: ours beside PEFT's layer, forward + backward."""
+    """Compare, at shapes of the demo's model and one larger, ours beside PEFT's layer, forward + backward."""
     ours = next(name for name in rows.providers if name.startswith("ours"))
     body = []
     for case in rows.cases:
@@ -194,7 +194,7 @@ HEADLINE_PATTERNS = ("entries 1 %", "entries 10 %", "columns 1 %", "rows 1 %", "
 
 
 def steps(rows: Rows) -> str:
-    """A step that trains a part of one weight."""
+    """Write the times of a step that trains a part of one weight."""
     ours = of_ours(rows.providers)
     body = []
     for case in rows.cases:
@@ -215,7 +215,7 @@ def shira(rows: Rows) -> str:
 
 
 def trainings(rows: Rows) -> str:
-    """Whole training steps: tokens/s, and × the authors' algorithm."""
+    """Write the speeds of whole training steps: tokens/s, and × the authors' algorithm."""
     body = [
         [name, *(f"{row['tokens_per_s']:.0f} ({short('', row['of_authors'])})" for case in rows.cases
                  if (row := rows(case, name, STEP)))]
@@ -235,7 +235,7 @@ def hosts(rows: Rows) -> str:
 
 
 def gains(of: dict[str, Rows]) -> str:
-    """For the README: time and memory over what people use otherwise, the least and the most of all cases."""
+    """Write the README's table: time and memory over what people use otherwise, the least and the most of all cases."""
     lora, training, sparse = of["lora_linear"], of["ist_step"], of["sparse_delta"]
     pairs = lora.pairs(f"{PEFT}, accelerated", PEFT, BOTH)
     dropout, plain = ([pair for pair in pairs if bool(pair[0]["p"]) == dropped] for dropped in (True, False))

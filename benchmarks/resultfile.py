@@ -3,8 +3,8 @@
     {"op": …, "machine": {…}, "ceilings": {…}}
     {"case": …, "part": …, "rows": [{"provider": …, "mode": …, "p50_us": …, …}, …]}
 
-The providers of a part of a case are measured by turns, so its rows are there together or not at all. Of a provider
-that is measured with several parts (what ratios are taken to) the first rows count. A run that was killed leaves whole
+The providers of a part of a case are measured by turns, so its rows are there together or not at all. For a provider
+that is measured with several parts (a reference of ratios) the first rows count. A run that was killed leaves whole
 lines and at most a part of one, which is dropped; the next run goes on behind them. A provider that took its process
 with it has a line without a part: the case is not done.
 """
@@ -24,13 +24,13 @@ class ResultFile:
     """Rows on the disk.
 
     Args:
-        path: of a JSON lines file, there or not.
+        path: the path of a JSON lines file, there or not.
 
     Attributes:
         machine: device, versions, commit.
         ceilings: FLOP/s a dtype, and bytes/s ("bytes").
         cases: rows by case, in the order measured. Each row has its "op" and "case".
-        done: (case, part) of what is measured.
+        done: (case, part) for each part that is measured.
         lost: provider → what it did to the process that measured it, and where.
 
     Raises:
@@ -75,8 +75,8 @@ class ResultFile:
             self.done.add((case, part))
 
     def begin(self, op: str, machine: dict[str, str], ceilings: dict[str, float]) -> Path | None:
-        """Starts the file, or goes on with it if it is of the same op, machine, versions and commit. Another one is
-        moved aside; returns where to."""
+        """Start the file, or go on with it if it is of the same op, machine, versions and commit. Another one is moved
+        aside; returns where to."""
         aside = None
         if (self.op, self.machine) == (op, machine):
             if self._torn:
@@ -93,7 +93,7 @@ class ResultFile:
         return aside
 
     def add(self, case: str, rows: list[Row], part: str | None = WHOLE) -> None:
-        """Of a part that is measured; without one, of a provider that took its process with it."""
+        """Add the rows of a measured part or, without a part, those of a provider that took its process with it."""
         self._take(case, rows, part)
         self._write(self._entries[-1:], "a")
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks run`: measures what the machine can run within a time budget, and goes on where it ended."""
+"""`python -m benchmarks run`: measures what the machine can run within a time budget, and resumes where it ended."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Unit(NamedTuple):
-    """What is measured at a time."""
+    """A part of a case, which is measured at a time."""
 
     spec: OpSpec
     case: object
@@ -52,7 +52,7 @@ class Unit(NamedTuple):
 
     @property
     def kind(self) -> tuple[str, int]:
-        """Those that take about as long."""
+        """The key of units that take about as long."""
         return self.spec.name, self.part.stage
 
     def __str__(self) -> str:
@@ -60,7 +60,7 @@ class Unit(NamedTuple):
 
 
 def main(options: argparse.Namespace) -> list[Path]:
-    """The result files."""
+    """Run the benchmark, and return the result files."""
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("expected a CUDA GPU that torch can use, got none")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -100,7 +100,7 @@ def main(options: argparse.Namespace) -> list[Path]:
     return [file.path for file in files.values()]
 
 
-#: Whose failure is no single provider's.
+#: The name for a failure that is no single provider's.
 EVERYONE = "every provider"
 _BAR = "{desc} |{bar}| {n_fmt}/{total_fmt}, {elapsed}"
 
@@ -113,7 +113,7 @@ def measure(
     deadline: float,
     total: int,
 ) -> dict[tuple[str, int], list[float]]:
-    """Into the files, until time is over; what is measured is no longer `left`. The seconds that each took, by kind."""
+    """Measure into the files until time is over, remove what is done from `left`, and return seconds by kind."""
     took: dict[tuple[str, int], list[float]] = {unit.kind: [] for unit in left}
     console = Console(width=WIDTH)
     guarding = contextlib.closing(Guard(LIMIT if device == "cuda" else None))
@@ -146,8 +146,8 @@ def measure(
 
 
 def lose(file: ResultFile, unit: Unit, provider: str, why: str) -> NoReturn:
-    """Notes who took the process with it, and ends it without the end of a program: a lost GPU would answer that. The
-    case is still to do, unless it was no single provider."""
+    """Note who took the process with it, and end it at once: cleaning up would call the lost GPU. The case is still to
+    do, unless it was no single provider."""
     rows = [{"provider": provider, "failed": f"it took the process with it: {why}"}]
     file.add(str(unit.case), rows, unit.part.name if provider == EVERYONE else None)
     print(f"{unit}: {provider}: {why}: the same command goes on without it", flush=True)
@@ -155,7 +155,7 @@ def lose(file: ResultFile, unit: Unit, provider: str, why: str) -> NoReturn:
 
 
 def asked_for(spec: OpSpec, device: str, options: argparse.Namespace) -> list[Unit]:
-    """The parts of the op's cases that were asked for, what matters most first."""
+    """Return the parts of the op's cases that were asked for, what matters most first."""
     cases = [
         case for case in spec.cases(device)
         if options.dtype in (None, str(case.dtype).removeprefix("torch."))
@@ -173,15 +173,15 @@ def is_done(unit: Unit, file: ResultFile) -> bool:
 
 
 def next_unit(left: list[Unit], took: dict[tuple[str, int], list[float]], remaining: float) -> Unit | None:
-    """Of the lowest stage, and there of the op that has had the least of its share, so that all are there if time runs
-    out; None if that is so: if what remains is less than the longest of each kind took, or nothing."""
+    """Choose the next unit in the lowest stage, of the op that has had the least of its share, so that all are there if
+    time runs out; None if nothing is left, or less time than the longest unit of each kind took."""
     fits = [unit for unit in left if remaining > max(took[unit.kind], default=unit.part.least)]
     return min(fits, key=lambda unit: (unit.part.stage, sum(took[unit.kind]) / unit.spec.share), default=None)
 
 
 def seconds_of(unit: Unit, left: list[Unit], remaining: float) -> float:
-    """What a case is given: its part of what remains, by its op's share among those that are left in its stage, over
-    their cases; within the bounds of its part."""
+    """Return the time of a case: what remains, by its op's share among those left in its stage, over the op's cases
+    left there; within the bounds of its part."""
     of_stage = [other for other in left if other.part.stage == unit.part.stage]
     shares = {other.spec.name: other.spec.share for other in of_stage}
     cases = sum(1 for other in of_stage if other.spec is unit.spec)

@@ -1,4 +1,4 @@
-"""The op `sparse_delta`: training a few entries of one linear layer's weight: ours, the peers' ways, the bare linear.
+"""The op `sparse_delta`: training a few entries of one linear layer's weight, by ours, the peers and the bare linear.
 
 A step is forward, backward (values' gradient and dx), AdamW and zero_grad. It is clocked at the end of each part, so
 that one step gives forward, forward + backward, and the whole. The bare linear trains nothing: its step is forward and
@@ -6,12 +6,12 @@ dx, and no layer can undercut it.
 
 FLOPs: two a multiply-add of y, dx and the values' gradient, of the trained entries alone. Bytes, forward: x, W, y once;
 backward: dy and W once, of x the columns with a trained entry, dx, the gradient and the layout; AdamW: the gradient
-once, values and both moments read and written, W at the trained entries read and written. The floor is the larger of
+once, values and both moments read and written, W at the trained entries read and written. The roofline is the larger of
 FLOPs over the machine's measured matmul rate and bytes over its measured copy bandwidth.
 
 Memory of training is W, what trains, the optimizer's state and what says which entries train (held between steps), and
 what one step takes at its peak beyond that: gradients, output, temporaries. The inputs x and dy are a model's, and not
-counted; what forward keeps for backward is counted apart, x among it.
+counted; what forward saves for backward is counted apart, x among it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which entries train: a kind of layout and a density, or as many entries as SHiRA's rank r has: r·(K + N)."""
+    """Says which entries train: a kind of layout and a density, or as many entries as SHiRA's rank r has: r·(K + N)."""
 
     kind: str
     density: float = 0.0
@@ -65,7 +65,7 @@ class Pattern:
         return "2:4" if self.kind == "n_of_m" else f"{self.kind} {share}"
 
 
-#: What the bars are about comes first, in case that time runs out.
+#: The patterns of the bars come first, in case that time runs out.
 PATTERNS = (
     Pattern("entries", 1.0), Pattern("columns", 1.0), Pattern("entries", r=4), Pattern("entries", r=32),
     Pattern("rows", 1.0), Pattern("blocks", 1.0), Pattern("entries", 0.1), Pattern("entries", 0.5),
@@ -102,7 +102,7 @@ def cases(device: str) -> list[Work]:
 
 
 def make_case(shape: Shape, pattern: Pattern, device: str, seed: int = 0) -> SparseCase:
-    """Operands of order one and Δ as large as W, in float32 as every provider but one trains it."""
+    """Draw operands of order one and Δ as large as W, in float32 as every provider but one trains it."""
     M, K, N, dtype = shape
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -135,7 +135,7 @@ def flops(shape: Shape, nnz: int, mode: str) -> int:
 
 
 def bytes_moved(shape: Shape, layout: pk.SparseLayout, mode: str) -> int:
-    """The fewest, by the rules at the top; values, their gradient and moments are float32."""
+    """Count the fewest bytes, by the rules at the top; values, their gradient and moments are float32."""
     (M, K, N, dtype), nnz = shape, layout.nnz
     columns = int(layout.mask().any(0).sum())
     forward = (M * K + N * K + M * N) * dtype.itemsize
@@ -146,8 +146,8 @@ def bytes_moved(shape: Shape, layout: pk.SparseLayout, mode: str) -> int:
 
 
 def measure(work: Work, request: Request) -> list[Row]:
-    """Rows of every provider and mode; what a step holds and takes stands with the whole step."""
-    warnings.filterwarnings("ignore", message="Sparse invariant checks")  # of torch, about PEFT's tensors
+    """Measure rows of every provider and mode; what a step holds and takes stands with the whole step."""
+    warnings.filterwarnings("ignore", message="Sparse invariant checks")  # torch's, about PEFT's tensors
     began, (shape, pattern) = time.perf_counter(), work
     case = make_case(shape, pattern, request.device)
     layout = case.layout
@@ -180,8 +180,8 @@ def measure(work: Work, request: Request) -> list[Row]:
         if request.modes and mode not in request.modes:
             continue
         rate, bandwidth = request.ceilings[str(shape.dtype)], request.ceilings["bytes"]
-        floor = max(flops(shape, layout.nnz, mode) / rate, bytes_moved(shape, layout, mode) / bandwidth)
-        row["of_floor"] = row["p50_us"] / (1e6 * floor)
+        roofline = max(flops(shape, layout.nnz, mode) / rate, bytes_moved(shape, layout, mode) / bandwidth)
+        row["of_floor"] = row["p50_us"] / (1e6 * roofline)
         if mode == STEP:
             with guard(lane.name):
                 row |= memory(lane, case, request.device)
@@ -194,7 +194,7 @@ def measure(work: Work, request: Request) -> list[Row]:
 
 
 def memory(lane: Lane, case: SparseCase, device: str) -> Row:
-    """What a lane that has made a step holds, and what its next one takes."""
+    """Return the bytes that a lane holds after a step, and those that its next one takes."""
     held, peak = lane.held_bytes(), peak_bytes(lane.step, device)
     return {
         "bytes_per_value": (held - case.weight.nbytes) / case.layout.nnz if lane.optimizer else None,
@@ -210,7 +210,7 @@ COLUMNS = {
 
 
 def summary(rows: list[Row]) -> str:
-    """The bars, and how every shape stands to them."""
+    """State the bars, and how every shape stands to them."""
     timed = [row for row in rows if "mode" in row]
     ours = of_ours(row["provider"] for row in timed)
     bars = (

@@ -1,4 +1,4 @@
-"""What `sparse_delta` compares: ways to train a few entries of one linear layer's weight; their check."""
+"""The providers of `sparse_delta`, which train a few entries of one linear layer's weight, and their check."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from .providers.ours import why_not
 
 BARE, DENSE, SCATTER = "bare linear", "dense, masked", "clone + scatter"
 SHIRA, ACCELERATED = "PEFT SHiRA", "PEFT SHiRA, accelerated"
-#: Of every AdamW. It divides by √v + ε: with the usual ε a weight would hang on the rounding of tiny gradients.
+#: The settings of every AdamW. It divides by √v + ε: the usual ε would let a weight hang on the rounding of tiny
+#: gradients.
 LR, EPS = 1e-3, 1.0
 CHECKED_STEPS = 2  # the fewest in which both moments matter
-#: What the error of eager PyTorch counts for in float32. MKL adds up a product of six columns in one chain, where it
+#: The factor on the error of eager PyTorch in float32. MKL adds up a product of six columns in one chain, where it
 #: splits a wide one: seen to be 3.2 times as far off at the most, in the gradients of columns.
 OTHER_ORDER = 2.0
 
@@ -34,7 +35,7 @@ class Lane:
 
     Attributes:
         x: its own leaf, so that dx is computed, as in the middle of a model.
-        optimizer: of what it trains.
+        optimizer: the optimizer of what it trains.
         kept: all that stays between two steps, the weight among it, the optimizer's state not.
     """
 
@@ -63,7 +64,7 @@ class Lane:
         self.x.grad = None
 
     def step(self, mark: Callable[[], None] = lambda: None) -> None:
-        """Marks the end of forward, of backward, and of the update."""
+        """Make a step; `mark` is called at the end of forward, of backward, and of the update."""
         y = self.forward()
         mark()
         self.backward(y, self.case.dy)
@@ -73,25 +74,25 @@ class Lane:
         mark()
 
     def gradient(self) -> torch.Tensor:
-        """Of the values, [nnz] in the layout's order."""
+        """Return the gradient of the values, [nnz] in the layout's order."""
         return self.trained.grad
 
     @torch.no_grad()
     def weight(self) -> torch.Tensor:
-        """W + Δ as it is now."""
+        """Return W + Δ as it is now."""
         return self.case.layout.put_(self.case.weight.clone(), self.case.layout.take(self.case.weight) + self.trained)
 
     def held_bytes(self) -> int:
-        """Weight, what trains, the optimizer's state, and what says which entries train. No gradient."""
+        """Count the bytes of the weight, what trains, the optimizer's state, and what says which entries train."""
         states = self.optimizer.state.values() if self.optimizer else ()
         kept = {t.data_ptr(): t.nbytes for t in (*self.kept, *(t for state in states for t in state.values()))}
         return sum(kept.values())
 
 
 class DenseMasked(Lane):
-    """LT-SFT: all of W trains, and a bool mask is laid over its gradient. In place, and W in its own dtype, as torch's
-    moments are then: nothing takes less time or memory, though a 16-bit W swallows small updates, which no other
-    provider does."""
+    """Trains all of W with a bool mask over its gradient, as LT-SFT does: in place, with W and so torch's moments in
+    W's own dtype. No dense training takes less time or memory, but a 16-bit W loses small updates, as in no other
+    provider."""
 
     name, stepped = DENSE, "weight without a master"
 
@@ -117,7 +118,7 @@ class DenseMasked(Lane):
 
 
 class CloneScatter(Lane):
-    """What SpIEL, RoSA and SHiRA do: values are added into a clone of W; autograd computes dW and gathers from it."""
+    """Adds values into a clone of W, as SpIEL, RoSA and SHiRA do; autograd computes dW and gathers from it."""
 
     name = SCATTER
 
@@ -129,7 +130,7 @@ class CloneScatter(Lane):
 
     def forward(self) -> torch.Tensor:
         weight = self.case.weight
-        patched = weight.flatten().index_add(0, self.flat, self.trained.to(weight.dtype))  # of which the clone is part
+        patched = weight.flatten().index_add(0, self.flat, self.trained.to(weight.dtype))  # which clones W
         return F.linear(self.x, patched.view(weight.shape))
 
 
@@ -164,8 +165,8 @@ class AcceleratedShira(Shira):
     def __init__(self, case: SparseCase) -> None:
         super().__init__(case)
         pk.integrations.peft.accelerate(self.layer)
-        positions = self.layer._positions["default"]
-        self.kept += [*positions.layout.tensors.values(), *([] if positions.order is None else [positions.order])]
+        layout, order = self.layer._positions["default"].found
+        self.kept += [*layout.tensors.values(), *([] if order is None else [order])]
 
 
 class Forced(Lane):
@@ -174,7 +175,7 @@ class Forced(Lane):
     def __init__(self, case: SparseCase, backend: str) -> None:
         super().__init__(case)
         self.name = f"{type(self).name}, {backend}"
-        # Where it is what is taken anyway, forcing only costs CPU time.
+        # Forcing a backend that is taken anyway only costs CPU time.
         chosen = backend in ("auto", backends.choose("sparse_delta_linear", case.x, case.layout.kind))
         self.forced = contextlib.nullcontext if chosen else lambda: pk.use_backend(backend)
 
@@ -226,8 +227,8 @@ class Apart(Forced):
 def makers(
     device: str, shira: bool, dtype: torch.dtype = torch.float32, kind: str = "entries"
 ) -> dict[str, Callable[[SparseCase], Lane]]:
-    """Name → what makes it, for a layout of this kind, the bare linear first; ours on a GPU by each backend that takes
-    it, on a CPU by what `auto` takes. `shira`: whether the layout is one that PEFT's SHiRA can have."""
+    """Map the names of providers to what makes them, for a layout of this kind, the bare linear first; ours on a GPU by
+    each backend that takes it, on a CPU by what `auto` takes. `shira`: whether PEFT's SHiRA can have the layout."""
     kinds = [Lane, DenseMasked, CloneScatter, *([Shira, AcceleratedShira] if shira else [])]
     found: dict[str, Callable[[SparseCase], Lane]] = {kind.name: kind for kind in kinds}
     takes = backends.OPS["sparse_delta_linear"].backends
@@ -239,7 +240,7 @@ def makers(
 
 
 def absent(device: str) -> dict[str, str]:
-    """Name → why it is not here."""
+    """Map the names of absent providers to the reason."""
     found = {name: why for name in (SHIRA, ACCELERATED) if (why := why_not_installed("peft"))}
     for backend in ("triton", "cuda") if device == "cuda" else ():
         if why := why_not(backend):
@@ -248,7 +249,7 @@ def absent(device: str) -> dict[str, str]:
 
 
 def of_ours(providers: Iterable[str]) -> str:
-    """The first of them that is `Ours`, by whichever backend; its bare name if there is none."""
+    """Return the first of them that is `Ours`, by whichever backend; its bare name if there is none."""
     return next(
         (name for name in providers if name.startswith(Ours.name) and not name.startswith(Apart.name)), Ours.name
     )
@@ -258,7 +259,7 @@ def of_ours(providers: Iterable[str]) -> str:
 
 
 def right_results(case: SparseCase) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """In float64, and by eager PyTorch in the case's own dtypes, whose error is what others may err by."""
+    """Compute the float64 reference, and eager PyTorch's results in the case's dtypes, whose error bounds others'."""
     wide = replace(case, **{name: getattr(case, name).double() for name in ("x", "weight", "values", "dy")})
     exact, yardstick = float64_reference(case) | _stepped(wide), eager(case) | _stepped(case)
     if case.x.dtype == torch.float32:
@@ -267,8 +268,8 @@ def right_results(case: SparseCase) -> tuple[dict[str, torch.Tensor], dict[str, 
 
 
 def check(lane: Lane, exact: dict[str, torch.Tensor], yardstick: dict[str, torch.Tensor]) -> str | None:
-    """None where output, gradients and the weight after some steps are within twice the yardstick's error (against
-    float64) and no other entry has changed, else what is wrong. The lane has made these steps then."""
+    """Say what is wrong, or None where output, gradients and the weight after some steps are within twice the
+    yardstick's error (against float64) and no other entry has changed. The lane has made these steps then."""
     case, found = lane.case, {}
     if lane.optimizer is None:
         return None
@@ -291,8 +292,8 @@ def check(lane: Lane, exact: dict[str, torch.Tensor], yardstick: dict[str, torch
 
 
 def _stepped(case: SparseCase) -> dict[str, torch.Tensor]:
-    """What the weight holds at the layout's positions after some steps of AdamW, [nnz]: with float32 values as the
-    master of Δ, and trained itself."""
+    """Return the weight at the layout's positions after some steps of AdamW, [nnz]: with float32 values as the master
+    of Δ, and trained itself."""
     take, dtype = case.layout.take, case.weight.dtype
     base = take(case.weight)
     values, alone = case.values.clone(), (base + case.values).to(dtype)

@@ -13,7 +13,7 @@ Columns = dict[str, str]  # heading → key of a row
 
 
 def short(key: str, value: object) -> str:
-    """A value as the end of its key says: three digits, and the unit where it has one."""
+    """Format a value as the end of its key says: three digits, and the unit where it has one."""
     if value is None:
         return "–"
     if not isinstance(value, (int, float)):
@@ -31,13 +31,13 @@ def short(key: str, value: object) -> str:
 
 
 def digits(value: float) -> str:
-    """Three digits, two of them decimals at most."""
+    """Format three digits, two of them decimals at most."""
     return f"{value:.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}"
 
 
 def lines(rows: list[Row], columns: Columns) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a line for each provider of one case: the median of each mode, then of the longest mode its spread
-    (what 20 to 80 % of the rounds lie in) and the columns that have something in them."""
+    """Make headings, and a line for each provider of one case: the median of each mode, then of the longest mode its
+    spread (between 20 and 80 % of the rounds) and the columns that are not empty."""
     timed: dict[str, dict[str, Row]] = {}
     for row in rows:
         if "mode" in row:
@@ -54,14 +54,14 @@ def lines(rows: list[Row], columns: Columns) -> tuple[list[str], list[list[str]]
 
 
 def fault(row: Row, wrong: str) -> str:
-    """Why a provider has no time although it is here; empty where it has."""
+    """Say why a provider has no time although it is here; empty where it has."""
     if row.get("failed"):
         return f"failed: {row['failed']}"
     return f"{wrong}: {row['error']}" if row.get("error") else ""
 
 
 def terminal(rows: list[Row], columns: Columns) -> Table | Text:
-    """Of one case. Who was wrong or failed stands at the foot, with the reason; who could not run is left out."""
+    """Make a table of one case. Who was wrong or failed stands at the foot with the reason; who cannot run does not."""
     title = f"{rows[0]['op']}: {rows[0]['case']}"
     wrong = [f"{row['provider']}: {what}" for row in rows if (what := fault(row, "wrong, not timed"))]
     faults = Text("\n".join(wrong), "bold red")
@@ -78,13 +78,13 @@ def terminal(rows: list[Row], columns: Columns) -> Table | Text:
 
 
 def markdown(rows: list[Row], columns: Columns) -> str:
-    """Of one case."""
+    """Write the table of one case in Markdown."""
     head, body = lines(rows, columns)
     body += [[row["provider"], what] + [""] * (len(head) - 2) for row in rows if (what := fault(row, "wrong"))]
     return grid([heading.replace("\n", " ") for heading in head], body, "--:")
 
 
 def grid(head: list[str], body: list[list[str]], rule: str = "---") -> str:
-    """A table of Markdown; `rule` is that of all columns but the first."""
+    """Write a table of Markdown; `rule` is that of all columns but the first."""
     ruled = ["---", *[rule] * (len(head) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ruled, *body))

@@ -96,7 +96,7 @@ class Worker:
         faulthandler.enable(self.traces)  # of a segmentation fault, too
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_protocol(self, item, nextitem):
+    def pytest_runtest_protocol(self, item):
         self.file.seek(0)
         self.file.truncate()
         self.file.write(json.dumps({"kind": _kind(item), "stage": dict(item.user_properties)["stage"]}) + "\n")
@@ -122,7 +122,7 @@ class Worker:
             pytest.skip(f"not run: {FATAL} cases of this test and backend took their process with them")
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_call(self, item):
+    def pytest_runtest_call(self):
         result = yield
         if fault := device_fault():
             pytest.fail(f"{LOST}{fault}", pytrace=False)
@@ -170,7 +170,7 @@ class Controller:
         return InOrder(config, log)
 
     @pytest.hookimpl(optionalhook=True)
-    def pytest_handlecrashitem(self, crashitem, report, sched):
+    def pytest_handlecrashitem(self, crashitem, report):
         """A worker has ended within a test: of its file's words the report is made."""
         path = self.folder / report.node.gateway.id
         first, _, text = path.read_text(errors="replace").partition("\n")

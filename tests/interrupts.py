@@ -10,8 +10,8 @@ import torch
 ERRORS = [RuntimeError, KeyboardInterrupt, SystemExit, GeneratorExit]
 
 
-def interrupted(call: Callable[[], object], at: int, error: type[BaseException] = KeyboardInterrupt) -> bool:
-    """Run `call`, with `error` raised at its line of Python number `at`; whether it has that many."""
+def interrupted(call: Callable[[], object], at: int) -> bool:
+    """Run `call`, with KeyboardInterrupt raised at its line of Python number `at`; whether it has that many."""
     left = at
 
     def trace(frame, event, arg):
@@ -19,14 +19,14 @@ def interrupted(call: Callable[[], object], at: int, error: type[BaseException] 
         if event == "line":
             left -= 1
             if left < 0:
-                raise error
+                raise KeyboardInterrupt
         return trace
 
     before, grad = sys.gettrace(), torch.is_grad_enabled()
     sys.settrace(trace)
     try:
         call()
-    except error:
+    except KeyboardInterrupt:
         return True
     finally:
         sys.settrace(before)

@@ -36,10 +36,10 @@ def one_after_the_other(terms, splits=1):
     return total
 
 
-def on_tensor_cores(terms, bits=None):
+def on_tensor_cores(terms):
     """Six passes over groups of eight, as if each piece were a sixth of its product; cut to 24 bits at each."""
     partial = torch.zeros(OUTPUTS, dtype=torch.float64)
-    for group in products(terms, bits).split(8):
+    for group in products(terms).split(8):
         for _ in range(6):
             partial = rounded(partial + group.sum(0) / 6, 24, cut=True)
     return partial.float()

@@ -24,7 +24,7 @@ from benchmarks.ist_providers import (
 from benchmarks.ist_providers import saved_bytes as saved
 from benchmarks.registry import Part, Request
 from benchmarks.specs import SPECS
-from tests.ist.transcription import ist as transcribed
+from peft_kernels.ist import IST, ISTConfig
 
 
 @pytest.fixture(scope="module")
@@ -100,21 +100,22 @@ def test_the_next_case_is_of_the_op_that_has_had_least():
     assert run.next_unit([last], took, 19.0) is None
 
 
-def test_the_authors_ist_is_the_algorithm(case, lanes):
-    theirs, plain = lanes[AUTHORS], lanes[LORA]
-    ist = AuthorsIST(theirs.model, interval=2, seed=3)
-    scalings = [[m.scaling for m in block.modules() if hasattr(m, "lora_A")] for block in plain.blocks]
+def test_the_authors_ist_and_ours_choose_the_same(case, lanes):
+    """The same losses by one forward per candidate: then both have the same importance and draw the same layers."""
+    theirs = AuthorsIST(lanes[AUTHORS].model, interval=2, seed=3)
+    ours = IST(lanes[LORA].model, ISTConfig(interval=2, seed=3, estimator="one-by-one"))
     batches = [case.batch(number, 4, 1.0) for number in range(4)]
-    estimates = 0
-    for update, sets, unimportance in transcribed(plain.model, scalings, batches, 9, seed=3, interval=2):
-        ist.before_step(batches[min(estimates, 3)])
-        estimates += bool(sets)
-        assert set(ist.active) == update
-        torch.testing.assert_close(ist.unimportance, unimportance)
-        for block, adapters in enumerate(ist.adapters):
+    for _ in range(9):
+        batch = batches[min(theirs.estimates, 3)]
+        theirs.before_step(batch)
+        update = set(ours.before_step(batch))
+        assert theirs.estimates == ours.estimates
+        assert set(theirs.active) == update
+        torch.testing.assert_close(theirs.unimportance, ours.unimportance)
+        for block, adapters in enumerate(theirs.adapters):
             assert all(parameter.requires_grad == (block in update) for parameter in adapters)
-    assert estimates == 4
-    assert ist.unimportance.abs().max() > 0
+    assert theirs.estimates == 4
+    assert theirs.unimportance.abs().max() > 0
 
 
 @pytest.mark.parametrize("wrong", [ACCELERATED, AT_LABELS])
@@ -127,7 +128,7 @@ def test_a_wrong_provider_is_caught(case, lanes, wrong):
     assert "expected a relative error" in found[1]
 
 
-def test_a_lane_that_raises_or_is_wrong_costs_its_own_row(case, monkeypatch):
+def test_a_lane_that_raises_or_is_wrong_costs_its_own_row(monkeypatch):
     """In its first step, and in the middle of the rounds."""
     steps = {LORA: 0, OURS: 0}
     step, loss = ist_providers.Lane.step, ist_providers.Lane.loss

@@ -1,4 +1,4 @@
-"""Ways to compute a LoRA layer: ours, eager PyTorch, and the peers. A file a provider; a peer that is not installed, or
+"""Providers of a LoRA layer: ours, eager PyTorch, and the peers. A file a provider; a peer that is not installed, or
 that cannot run on the device, is listed with the reason.
 
 Those named "…-style" are our own plain statements of a published algorithm, by its products and by what it saves; they
@@ -42,13 +42,13 @@ class Ready:
 
 @dataclass(frozen=True)
 class Provider:
-    """`build(case)` makes it ready to run.
+    """An implementation that `build(case)` makes ready to run.
 
     Attributes:
         adapters: whether it computes the low-rank part at all.
         our_masks: whether its dropout draws the masks that ours draws, so that it can be checked with dropout.
         base: what its base weight [N, K] holds in the end, if it is quantised.
-        sixteen_bits: it is for 16-bit bases only.
+        sixteen_bits: whether it is for 16-bit bases only.
         dropout: whether it has any.
         why_not: why it cannot run here, or None.
     """
@@ -74,7 +74,7 @@ def why_not_installed(package: str) -> str | None:
 def leaves_of(
     case: LoRACase, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, list[pk.Projection], list[torch.Tensor]]:
-    """x and adapters of a case as leaves: x, the projections with them, and all of them flat."""
+    """Return x and adapters of a case as leaves: x, the projections with them, and all of them flat."""
     x = case.x.clone().requires_grad_()
     projections = [
         p._replace(
@@ -91,7 +91,7 @@ def ready(
     expression: Callable[[torch.Tensor, list[pk.Projection], float], tuple[torch.Tensor, ...]],
     dtype: torch.dtype | None = None,
 ) -> Ready:
-    """Of an expression of x, the projections and the probability of dropout."""
+    """Make a provider of an expression of x, the projections and the probability of dropout."""
     x, projections, leaves = leaves_of(case, dtype)
     kept = [p.weight for p in projections] + leaves[1:]
     return Ready(lambda: expression(x, projections, case.dropout_p), leaves, case.grad_ys, kept)
@@ -99,7 +99,7 @@ def ready(
 
 @functools.cache
 def all_providers(device: str) -> tuple[Provider, ...]:
-    """The bare linear first, ours last."""
+    """Return all providers, the bare linear first, ours last."""
     from . import axolotl_style, bare, bitsandbytes, compiled, eager, lorafusion_style, ours, peft, unsloth
 
     modules = (bare, eager, compiled, peft, unsloth, axolotl_style, lorafusion_style, bitsandbytes, ours)

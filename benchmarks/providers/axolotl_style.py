@@ -1,6 +1,6 @@
 """The algorithm of Unsloth's and Axolotl's LoRA functions, in plain PyTorch: the low-rank product is added onto the
-base's by `addmm_`, only x is kept, and S = x·Aᵀ is computed again in backward. Dropout stands outside, so that its
-output is kept as well."""
+base's by `addmm_`, only x is saved, and S = x·Aᵀ is computed again in backward. Dropout stands outside, so that its
+output is saved as well."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def build(case: LoRACase) -> Ready:
 
 
 def quantised(weight: torch.Tensor) -> torch.nn.Module:
-    """The linear layer of a weight [N, K], its weight in NF4."""
+    """Make the linear layer of a weight [N, K], with the weight in NF4."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     N, K = weight.shape
@@ -30,7 +30,7 @@ def quantised(weight: torch.Tensor) -> torch.nn.Module:
 
 
 def dequantised(weight: torch.Tensor) -> torch.Tensor:
-    """What NF4 keeps of a weight [N, K], in the weight's dtype."""
+    """Return what NF4 preserves of a weight [N, K], in the weight's dtype."""
     from bitsandbytes.functional import dequantize_4bit
 
     packed = quantised(weight).weight

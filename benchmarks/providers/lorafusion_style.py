@@ -1,6 +1,6 @@
 """The algorithm of LoRAFusion (Zhu et al., 2025), in plain PyTorch: S first, in whose pass dropout is drawn; then one
-product that adds S·Bᵀ; backward by one pass over dy for dB and dS, and one product for dx that masks dS·A. What is
-kept: D(x), its mask of a byte an element, and S."""
+product that adds S·Bᵀ; backward by one pass over dy for dB and dS, and one product for dx that masks dS·A. It
+saves D(x), its mask of a byte an element, and S."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def providers(device: str) -> list[Provider]:
 
 
 def why_not(family: str) -> str | None:
-    """Why a family of backends is not here, whatever the tensors."""
+    """Say why a family of backends is not here, whatever the tensors."""
     if family == "triton" and find_spec("triton") is None:
         return "Triton is not installed"
     return (family == "cuda" and _native.why_not(cuda=True)) or None
@@ -44,5 +44,5 @@ def build(case: LoRACase, backend: str) -> Ready:
         with pk.use_backend(backend):
             return forward(x, projections, p)
 
-    # Where it is what `auto` takes nothing needs forcing, which costs the host time.
+    # The backend that `auto` takes is not forced, which would cost CPU time.
     return ready(case, forward if backends.choose("lora_linear", case.x) == backend else forced)

@@ -38,7 +38,7 @@ def linear_of(weight: torch.Tensor) -> torch.nn.Module:
 def layers_of(
     case: LoRACase, adapter_dtype: torch.dtype, base: Callable[[torch.Tensor], torch.nn.Module] = linear_of
 ) -> list[torch.nn.Module]:
-    """PEFT's layers around what `base` makes of the case's weights, with the case's adapters."""
+    """Make PEFT's layers around what `base` makes of the case's weights, with the case's adapters."""
     from peft import LoraConfig, get_peft_model
 
     modules = torch.nn.Module()

@@ -1,4 +1,4 @@
-"""Where backward stops, and what is checkpointed on its way.
+"""Stops backward below the lowest layer that trains, and checkpoints what it may not save for it.
 
 Autograd needs no help to stop below the lowest layer that trains, unless a library makes the model's input require a
 gradient, as transformers does for checkpointing (`enable_input_require_grads`): then the output of the input embeddings
@@ -24,20 +24,20 @@ MISSING = object()
 
 
 class Backward:
-    """How the blocks of a model run while only some of the layers train: switched for a forward, and back after it."""
+    """Switches how the blocks of a model run while only some of the layers train: for a forward, and back after it."""
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer]) -> None:
         self.layers, self._models = layers, models_of_transformers(model)
         self._stops, self._excess = False, set()
-        self._instead: dict[Callable, Callable] = {}  # of a block's checkpointing; what is compiled has it in it
+        self._instead: dict[Callable, Callable] = {}  # replaces a block's checkpointing; compiled graphs contain it
 
     def stop_below(self, active: Sequence[int], in_use: Sequence[int], depth: int | None = None) -> None:
         """Let no backward go below the lowest of the `active` layers.
 
         Args:
             in_use: layers that take part in the loss.
-            depth: layers whose activations may be kept; deeper backwards have the excess checkpointed. None: as many
-                as the model keeps anyway.
+            depth: layers whose activations may be saved; deeper backwards have the excess checkpointed. None: as many
+                as the model saves anyway.
         """
         self._stops = len(active) < len(self.layers)
         reached = [index for index in in_use if index >= active[0]]
@@ -45,7 +45,7 @@ class Backward:
 
     @contextlib.contextmanager
     def stopping(self) -> Iterator[None]:
-        """A forward whose backward is such."""
+        """Run the forward inside the block so that its backward stops there."""
         switched: list[tuple[nn.Module, str, Any]] = []  # blocks, and what an attribute of theirs was
 
         def switch(block: nn.Module, name: str, value: Any) -> None:
@@ -87,13 +87,13 @@ class Backward:
 
 
 def _checkpointed(reentrant: Callable, function: Callable, *args: Any) -> Any:
-    """The reentrant kind gives no gradient to a block whose input requires none, which is known where it is called."""
+    """Checkpoint by the kind that fits the input: the reentrant one gives no gradient if the input requires none."""
     has_gradient = any(isinstance(value, torch.Tensor) and value.requires_grad for value in args)
     return (reentrant if has_gradient else NOT_REENTRANT)(function, *args)
 
 
 def _input_embeddings(models: Sequence[nn.Module]) -> list[nn.Module]:
-    """Of each, every one once, as `enable_input_require_grads` finds them."""
+    """Return the input embeddings of the models, each once, as `enable_input_require_grads` finds them."""
     found: dict[int, nn.Module] = {}
     for model in models:
         try:

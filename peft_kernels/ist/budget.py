@@ -1,4 +1,4 @@
-"""A bound on the expected depth of backward, at unchanged odds of each layer to train.
+"""Bounds the expected depth of backward, at unchanged odds of each layer to train.
 
 Which layers train in a step decides how far backward goes: down to the lowest of them, m. The share π_i of steps in
 which layer i trains is one thing, which layers train together another. Here π is what the sampler would give, and the
@@ -21,8 +21,9 @@ DRAWS = 1 << 14
 
 
 class Plan(NamedTuple):
-    """With probability `lowest[m]` layer m is the lowest one that trains; layer i trains with it in `together[m, i]` of
-    the steps (of all steps). `depth`: the expected depth of backward, as a fraction of the layers."""
+    """A distribution of sets of layers: layer m is the lowest that trains with probability `lowest[m]`, and layer i
+    trains with it in `together[m, i]` of all steps. `depth`: the expected depth of backward, as a fraction of the
+    layers."""
 
     lowest: torch.Tensor
     together: torch.Tensor
@@ -49,7 +50,7 @@ class Budgeted(LayerSampler):
             raise ValueError(f"IST: expected a sampler with odds for a backward_budget ('ist', 'rst'), got {kind}")
         self.sampler, self.budget = sampler, budget
         self.needs_importance = sampler.needs_importance
-        self._planned: tuple[tuple, tuple[Plan, float, float]] | None = None  # of the odds it was last asked for
+        self._planned: tuple[tuple, tuple[Plan, float, float]] | None = None  # for the odds last asked for
 
     def sample(self, step, count, unimportance, generator):
         plan, _, share = self.plan(count, unimportance)
@@ -59,7 +60,7 @@ class Budgeted(LayerSampler):
         return systematic(plan.together[lowest] / plan.lowest[lowest], generator)
 
     def plan(self, count: int, unimportance: torch.Tensor) -> tuple[Plan, float, float]:
-        """The plan of least depth; the depth of the sampler's own draws; the share of steps drawn by the plan."""
+        """Return the plan of least depth, the depth of the sampler's draws, the share of steps drawn by the plan."""
         odds = self.sampler.odds(unimportance)
         asked = count, tuple(odds.tolist())
         if self._planned is None or self._planned[0] != asked:
@@ -76,7 +77,7 @@ class Budgeted(LayerSampler):
 
 
 def shares_and_depth(odds: torch.Tensor, count: int) -> tuple[torch.Tensor, float]:
-    """Of drawing `count` layers without replacement: the share of draws with layer i, float64 [L]; the mean depth."""
+    """Estimate each layer's share, float64 [L], and the mean depth in draws of `count` layers without replacement."""
     layers = len(odds)
     drawn = torch.multinomial(odds.expand(DRAWS, layers), count, generator=torch.Generator().manual_seed(0))
     shares = torch.bincount(drawn.flatten(), minlength=layers).double() / DRAWS
@@ -84,7 +85,7 @@ def shares_and_depth(odds: torch.Tensor, count: int) -> tuple[torch.Tensor, floa
 
 
 def least_depth(shares: torch.Tensor, most: int) -> Plan:
-    """The sets of 1 to `most` layers with these shares whose expected depth is least: a linear program.
+    """Find the sets of 1 to `most` layers with these shares whose expected depth is least, by a linear program.
 
     Over t[m, i], the probability that m is the lowest layer of a step in which i ≥ m trains too: minimise
     Σ_m t[m, m]·(L − m) with Σ_m t[m, i] = π_i, Σ_m t[m, m] = 1, t[m, i] ≤ t[m, m] and Σ_i t[m, i] ≤ most·t[m, m].
@@ -122,7 +123,7 @@ def least_depth(shares: torch.Tensor, most: int) -> Plan:
 
 
 def systematic(chances: torch.Tensor, generator: torch.Generator) -> Sequence[int]:
-    """A set in which i is with probability chances[i], of ⌊Σ⌋ or ⌈Σ⌉ members (Madow, 1949), in random order."""
+    """Draw ⌊Σ⌋ or ⌈Σ⌉ members, i with probability chances[i] (Madow, 1949), and return them in random order."""
     order = torch.randperm(len(chances), generator=generator)
     ends = chances[order].cumsum(0) + torch.rand((), generator=generator, dtype=torch.float64)
     marks = torch.floor(ends)

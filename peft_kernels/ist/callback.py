@@ -69,9 +69,9 @@ class ISTCallback(TrainerCallback, ExportableState):
             raise ValueError(
                 "ISTCallback: expected restore_callback_states_from_checkpoint=False, got True: it restores itself"
             )
-        self._close()  # what an earlier training left that was interrupted
+        self._close()  # an earlier training may have been interrupted
         self.ist = IST(model, self.config, optimizer=optimizer, in_charge=_still_trains(), **self.arguments)
-        # Where a run without IST is gone on with there is no place for its state yet.
+        # A checkpoint of a run without IST has no place for its state yet.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, _state(None))
         if isinstance(saved, list):
             raise ValueError(f"ISTCallback: expected one of it in a Trainer, got {len(saved)}")
@@ -90,7 +90,7 @@ class ISTCallback(TrainerCallback, ExportableState):
             self.ist.write(self.writer)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        """Every adapter trains again: evaluation and saving find the model as it came."""
+        """Let every adapter train again, so that evaluation and saving find the model as it came."""
         self._close()
 
     def _close(self) -> None:
@@ -101,12 +101,12 @@ class ISTCallback(TrainerCallback, ExportableState):
             self.writer = None
 
     def state(self) -> dict[str, dict]:
-        """What Trainer writes into a checkpoint, as JSON can hold it."""
+        """Return the state that Trainer writes into a checkpoint, in types of JSON."""
         return _state(_to_json(self.ist.state_dict()) if self.ist else None)
 
     def _from_dataset(self, loader) -> Callable[[], Mapping[str, Any]]:
-        """Examples number (estimate · n … ) of an order drawn from the seed: a function of the estimate's number
-        alone, so that a resumed run goes on with the same examples. Each process takes its share, one at the least."""
+        """Return a function that draws the examples of an estimate from the seed and the estimate's number alone, so
+        that a resumed run goes on with the same ones. Each process takes its share, one at the least."""
         dataset, collate, config = loader.dataset, loader.collate_fn, self.config
         rank, world = rank_and_world()
         if not hasattr(dataset, "__len__"):
@@ -122,7 +122,7 @@ class ISTCallback(TrainerCallback, ExportableState):
 
 
 def _still_trains() -> Callable[[], bool]:
-    """Whether the Trainer's `train()` that calls this still runs, for whoever asks in the same thread.
+    """Return a function that says whether the `train()` on the stack now still runs, if asked in the same thread.
 
     Trainer tells no callback of an error or an interrupt, and the next one that trains the model may be without this
     callback. What tells them apart is the call on the stack, and its state, which every `train()` makes anew.
@@ -132,7 +132,7 @@ def _still_trains() -> Callable[[], bool]:
 
 
 def _state_of_training() -> TrainerState | None:
-    """Of the Trainer whose `train()` is on the stack; None where there is none."""
+    """Return the state of the Trainer whose `train()` is on the stack, or None."""
     code, frame = inspect.unwrap(Trainer.train).__code__, sys._getframe()
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back

@@ -12,7 +12,7 @@ FROZEN_STATES = ("keep", "offload", "drop")
 
 @dataclass(frozen=True)
 class ISTConfig:
-    """What IST does and how often. The defaults are those of Yao et al. (2024) as their code runs.
+    """Says what IST does and how often. The defaults are those of Yao et al. (2024) as their code runs.
 
     Attributes:
         update_fraction: of L layers, max(1, int(update_fraction·L)) train in a step; in (0, 1].
@@ -33,8 +33,8 @@ class ISTConfig:
             of this folder. None draws as the paper does.
         checkpoint_beyond_budget: in steps deeper than the budget, checkpoint the activations of the layers in excess,
             so that the budget bounds memory as well.
-        frozen_state: what becomes of the optimizer's state of layers that do not train: "keep" it, "offload" it to the
-            host until they do, or "drop" it: they start anew.
+        frozen_state: what becomes of the optimizer's state of layers that do not train: "keep" it, "offload" it to
+            CPU memory until they do, or "drop" it: they start anew.
 
     Raises:
         ValueError: for a value outside of its range.

@@ -1,4 +1,4 @@
-"""DistributedDataParallel where other parameters train in every step: only what trains now is reduced.
+"""Makes DistributedDataParallel reduce only what trains now, where other parameters train in every step.
 
 DDP counts on every parameter that required a gradient when it was made; with `find_unused_parameters=True` it bears
 frozen ones, and reduces them all the same. Here its reducer is kept out of it, as `no_sync()` does, and the gradients
@@ -47,7 +47,7 @@ class DDPGradients:
         self.layers, self.trains = layers, trains
         self.ddp: DistributedDataParallel | None = None
         self._groups: list[list[nn.Parameter]] = []
-        self._reduces = False  # what the forward that runs now leads to
+        self._reduces = False  # whether the forward that runs now leads to a reduction
         self._kept_out = False  # DDP's reducer, at the end of such a forward
         inner = unwrapped(model)
         self._hooks = [
@@ -73,7 +73,7 @@ class DDPGradients:
             self._kept_out = False
 
     def _adopt(self, ddp: DistributedDataParallel) -> None:
-        """Hooks on all of its parameters that train; they can only be registered where a gradient is required."""
+        """Hook all parameters of the DDP that train; a hook can only be registered where a gradient is required."""
         self.ddp = ddp
         self._hooks.append(ddp.register_forward_hook(self.readmit))
         left = {id(parameter): parameter for parameter in ddp.module.parameters() if parameter.requires_grad}
@@ -109,7 +109,7 @@ class DDPGradients:
             self.watch(output)
 
     def watch(self, output: Any) -> None:
-        """A backward through the output of this forward reduces."""
+        """Let a backward through the output of this forward reduce gradients."""
         if not (self._reduces or self._kept_out) or not torch.is_grad_enabled():
             return
         tensors = list(tensors_of(output))
@@ -124,9 +124,9 @@ class DDPGradients:
         self.ddp.require_backward_grad_sync = False
 
     def _begin_anew(self) -> None:
-        """No backward is under way; one that raised has left things behind, as has a forward."""
+        """Forget what a forward, or a backward that raised, has left behind: no backward is under way."""
         self._reduces = self._under_way = False
-        self._missing: list[set[int]] = []  # of each group, parameters whose gradients are still to come
+        self._missing: list[set[int]] = []  # by group, the parameters whose gradients are still to come
         self._sent: list[tuple[list[nn.Parameter], torch.Tensor, dist.Work]] = []
         self._next = 0
 
@@ -183,12 +183,12 @@ class DDPGradients:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module that DDP runs, if `model` is DDP's wrapper."""
+    """Return the module that DDP runs if `model` is DDP's wrapper, else `model`."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _check_replaceable(ddp: DistributedDataParallel) -> bool:
-    """Whether its reducer can be replaced; ValueError if it can neither be replaced nor bear frozen parameters."""
+    """Return whether its reducer can be replaced; raise ValueError if it cannot, nor bear frozen parameters."""
     found = (
         "static_graph=True" if ddp.static_graph
         else "a communication hook" if ddp._comm_hooks

@@ -1,12 +1,12 @@
-"""The losses of the candidates: with the adapters of some layers damped, what is the loss?
+"""Computes the losses of the candidates, each with the adapters of some layers damped.
 
-The plain way is the model's own loss, a forward a candidate. What makes it cheaper changes no number beyond rounding:
+The plain path is the model's own loss, a forward a candidate. What makes it cheaper changes no number beyond rounding:
 
 - logits only where there are labels, computed in pieces, no cache of keys and values (`label_losses.py`);
 - several candidates in one forward: the batch once for each of them, the damping as a scaling a row of the LoRA op.
 
-The first estimate compares them with the plain way on a few rows (`probe.py`). Any doubt means the plain way, with the
-reason. What it found is part of the state, so that a resumed run computes as the one before it did.
+The first estimate compares them with the plain path on a few rows (`probe.py`). Any doubt means the plain path, with
+the reason. What it found is part of the state, so that a resumed run computes as the one before it did.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from .config import ISTConfig
 from .importance import evaluation
 from .layers import Layer, is_compiled, is_sharded, rescaled
 
-#: Estimates that are timed both ways on a GPU before the faster is kept; the first warms up.
+#: Estimates in which a GPU times both paths before it takes the faster; the first warms up.
 TRIALS = 2
-#: Rows on which the ways are compared.
+#: Rows on which the paths are compared.
 PROBE = 2
 
 
 class Estimator:
-    """Losses of candidates, each a set of damped layers.
+    """Computes the losses of candidates, each a set of damped layers.
 
     Args:
         model: in any mode; left as it was.
-        layers: of it.
+        layers: the layers of the model.
         config: `damping`, `estimator` and `candidates_per_forward` count.
         loss_of: (model, batch) → the loss; None for the model's own, as `probe.loss_in` finds it.
         group: processes that estimate together.
@@ -48,7 +48,7 @@ class Estimator:
             cross-entropy of the output embeddings at the labels; None where it is not.
         together: candidates a forward; None while a GPU is still being timed.
         why: the reasons for both, in a line; empty before the first estimate of a batch with labels.
-        one_by_one: estimates that went the plain way though `shift` is known, by the reason in their batch.
+        one_by_one: estimates that took the plain path though `shift` is known, by the reason in their batch.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Estimator:
         self._seconds: dict[int, list[float]] = {}
 
     def __call__(self, sets: Sequence[Sequence[int]], batch: Mapping[str, Any]) -> tuple[list[float], float]:
-        """The loss of each candidate on `batch`, and what they weigh beside those of other processes: the number of
+        """Return the loss of each candidate on `batch`, and their weight beside those of other processes: the number of
         labels that count, or of examples where there are no labels."""
         with evaluation(self.model):
             if not self.why:
@@ -85,7 +85,7 @@ class Estimator:
     def _cheaply(
         self, sets: Sequence[Sequence[int]], batch: Mapping[str, Any]
     ) -> tuple[list[float] | None, str | None]:
-        """The losses at labels, or None and what stands against them in this batch."""
+        """Return the losses at labels, or None and what stands against them in this batch."""
         if self.together == 1 or not self._everywhere(_why_not_repeated(batch) is None):
             return self._tried(sets, batch, 1)
         if self.together is None:
@@ -141,11 +141,11 @@ class Estimator:
         return losses
 
     def _factors(self, sets: Sequence[Sequence[int]], rows: int | None) -> list[float | torch.Tensor]:
-        """For each layer what its scaling is multiplied by: a number for one candidate, or [candidates · rows, 1]."""
+        """Return each layer's factor of the scaling: a number for one candidate, or [candidates · rows, 1]."""
         factors = [[self.config.damping if i in chosen else 1.0 for chosen in sets] for i in range(len(self.layers))]
         if rows is None and not any(is_compiled(layer.module) for layer in self.layers):
             return [factor for (factor,) in factors]
-        # As tensors, so that nothing that was compiled has their values in it.
+        # They are tensors, so that no compiled graph contains their values.
         found = [torch.tensor(row, device=layer.parameters[0].device) for row, layer in zip(factors, self.layers)]
         return [row[0] if rows is None else row.repeat_interleave(rows).unsqueeze(1) for row in found]
 
@@ -153,14 +153,14 @@ class Estimator:
         return self.layers[0].parameters[0].device
 
     def _everywhere(self, condition: bool) -> bool:
-        """Whether all processes say so: their forwards have to be of one kind."""
+        """Return whether all processes say so: their forwards have to be of one kind."""
         return parallel.everywhere(condition, self._device(), self.group)
 
     def _anywhere(self, condition: bool) -> bool:
         return not self._everywhere(not condition)
 
     def _look(self, sets: Sequence[Sequence[int]], batch: Mapping[str, Any]) -> None:
-        """What may take the place of the plain way from now on: that which gives the same on a few rows."""
+        """Decide what takes the place of the plain path from now on: what gives the same losses on a few rows."""
         if self.config.estimator == "one-by-one":
             self.why = "the model's own loss, a forward a candidate, as asked for"
             return
@@ -188,19 +188,19 @@ class Estimator:
     def _plainly(
         self, chosen: Sequence[int], batch: Mapping[str, Any], shapes: dict[str, torch.Size]
     ) -> tuple[probe.Plain | None, str | None]:
-        """What the plain way shows with `chosen` damped, or why it is the only one; neither without a label that counts
-        or a loss that is a number. Fills `shapes` with those that the adapters are given, by name."""
+        """Run the plain path with `chosen` damped: return what it shows, or why it is the only one, or neither without
+        a label that counts or a finite loss. Fills `shapes` with those of the adapters' inputs, by name."""
         try:
             with (
                 rescaled(self.layers, self._factors([chosen], rows=None)),
                 _recorded(self.layers, shapes),
-                probe.watched(self.model) as calls,
+                probe.recorded_calls(self.model) as calls,
             ):
                 outputs = self.model(**batch)
             if not weight_of(batch, 1) or not math.isfinite(probe.loss_in(outputs).item()):
                 return None, None
             return probe.examined(self.model, outputs, calls, batch["labels"]), None
-        except Exception as error:  # of a few rows by themselves: the whole batch says whether it is its fault
+        except Exception as error:  # a few rows alone may raise: the whole batch says whether it is its fault
             return None, _in_words(error)
 
     def _share(
@@ -210,7 +210,7 @@ class Estimator:
         plain: probe.Plain | None,
         batch: Mapping[str, Any],
     ) -> tuple[int | None, str]:
-        """How many candidates a forward from now on (None: to be timed), and why."""
+        """Return how many candidates a forward takes from now on (None: to be timed), and why."""
         asked, device = self.config.candidates_per_forward, self._device()
         if asked == 1:
             return 1, "a forward a candidate, as asked for"
@@ -234,8 +234,8 @@ class Estimator:
     def _why_not_same(
         self, sets: Sequence[Sequence[int]], plain: probe.Plain | None, batch: Mapping[str, Any]
     ) -> str | None:
-        """Why one forward for all of `sets`, of logits at labels alone, does not give the last of them the losses
-        of the plain way; None if it does. All processes run it, also those without a label."""
+        """Return why one forward for all of `sets`, of logits at labels alone, does not give the last of them the
+        losses of the plain path; None if it does. All processes run it, also those without a label."""
         shift = plain.shift if plain is not None else 1
         try:
             factors = self._factors(sets, len(batch["labels"]) if len(sets) > 1 else None)
@@ -247,7 +247,7 @@ class Estimator:
         return why and (f"sharing one gives {why}" if len(sets) > 1 else f"logits at labels alone give {why}")
 
     def _timed(self, sets: Sequence[Sequence[int]], batch: Mapping[str, Any]) -> tuple[list[float] | None, str | None]:
-        """A forward a candidate and one for all, on the same batch, until it is known which is faster."""
+        """Time a forward a candidate and one for all on the same batch, until it is known which is faster."""
         for together in (1, len(sets)):
             _synchronize(self._device())
             began = time.perf_counter()
@@ -264,15 +264,15 @@ class Estimator:
                 parallel.joined_losses([elapsed], 1.0, self._device(), self.group)
             )
         if len(self._seconds[1]) == TRIALS:
-            self.together = min(self._seconds, key=lambda ways: self._seconds[ways][-1])
-            times = ", ".join(f"{ways} a forward {last[-1] * 1e3:.0f} ms" for ways, last in self._seconds.items())
+            self.together = min(self._seconds, key=lambda together: self._seconds[together][-1])
+            times = ", ".join(f"{number} a forward {last[-1] * 1e3:.0f} ms" for number, last in self._seconds.items())
             self.why = f"logits at labels only; candidates measured: {times}"
         return result
 
 
 @contextlib.contextmanager
 def _recorded(layers: Sequence[Layer], shapes: dict[str, torch.Size]) -> Iterator[None]:
-    """Inside the block `shapes` fills with what each scaled module of the layers is given, by name."""
+    """Fill `shapes` with the shape of the input of each scaled module, by name, in forwards inside the block."""
     with contextlib.ExitStack() as hooks:
         for layer in layers:
             for number, module in enumerate(layer.scaled):
@@ -286,13 +286,13 @@ def _recorded(layers: Sequence[Layer], shapes: dict[str, torch.Size]) -> Iterato
 
 
 def _in_words(error: Exception) -> str:
-    """In one line; of an error that is not ours with its kind."""
+    """Return the error as one line, with its type unless it is one of ours."""
     line = next(iter(str(error).splitlines()), "")
     return line if isinstance(error, label_losses.Unsuitable) else f"{type(error).__name__}: {line}"
 
 
 def weight_of(batch: Mapping[str, Any], shift: int) -> float:
-    """The labels that count, of those with a position `shift` before them; of other batches the examples."""
+    """Count the labels that have a position `shift` before them and are not ignored; in other batches the examples."""
     labels = batch.get("labels")
     if isinstance(labels, torch.Tensor) and labels.dim() == 2:
         return float((labels[:, shift:] != label_losses.IGNORED).sum())
@@ -300,7 +300,7 @@ def weight_of(batch: Mapping[str, Any], shift: int) -> float:
 
 
 def _probe(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A few rows with labels, where rows can be told apart."""
+    """Return a few rows with labels, or the whole batch where rows cannot be told apart."""
     if _why_not_repeated(batch):
         return batch
     labels = batch["labels"]
@@ -321,7 +321,7 @@ def _repeated(batch: Mapping[str, Any], times: int) -> Mapping[str, Any]:
 
 
 def _of_rows(batch: Mapping[str, Any], change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:
-    """The batch with what has a row for each example changed."""
+    """Apply `change` to what has a row for each example, and return the new batch."""
     rows = len(batch["labels"])
 
     def has_rows(value: Any) -> bool:
@@ -331,7 +331,7 @@ def _of_rows(batch: Mapping[str, Any], change: Callable[[torch.Tensor], torch.Te
 
 
 def _why_not_repeated(batch: Mapping[str, Any]) -> str | None:
-    """Why the batch cannot stand several times in one forward, in words; None if it can."""
+    """Say why the batch cannot stand several times in one forward; None if it can."""
     rows = batch["labels"].shape[0]
     for name, value in batch.items():
         if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] not in (1, rows):
@@ -347,7 +347,7 @@ def _why_not_repeated(batch: Mapping[str, Any]) -> str | None:
 def _why_not_fused(layers: Sequence[Layer]) -> str | None:
     for layer in layers:
         for module in layer.scaled:
-            # By name: that integration needs PEFT, which the package does not.
+            # The class is known by name: that integration needs PEFT, which the package does not.
             if not isinstance(module, LoRALinear) and type(module).__name__ != "FusedLoraLinear":
                 kind = type(module).__name__
                 return f"{layer.name} has a {kind} that takes no scaling a row (see integrations.peft.accelerate)"

@@ -1,4 +1,4 @@
-"""The forwards of a model, each with the adapters of the chosen layers, and a backward that leads to some of them."""
+"""Runs every forward of a model with the adapters of the chosen layers, and has its backward lead to some of them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class Forwards:
-    """Has what `ist` chose in force in every forward with gradients, of the model or of what calls its layers.
+    """Has the choice of `ist` in force in every forward with gradients, of the model or of what calls its layers.
 
     Args:
-        ist: with its layers, `participation`, `backward`, `sharded`.
+        ist: the IST whose layers, `participation`, `backward` and `sharded` this works with.
         in_charge: whether the training that it was made for goes on; asked ahead of every forward. Once it does not,
             the IST is closed.
 
@@ -31,7 +31,7 @@ class Forwards:
     def __init__(self, ist: IST, in_charge: Callable[[], bool]) -> None:
         self.ist, self.in_charge = ist, in_charge
         self.may_draw = False
-        self._led_to_gradients = False  # a forward of this step
+        self._led_to_gradients = False  # whether a forward of this step did
         self._inside = False
         self._wanted: list[tuple[nn.Parameter, bool]] = []
         self._devices = sorted({p.device.index for layer in ist.layers for p in layer.parameters if p.is_cuda})
@@ -45,7 +45,7 @@ class Forwards:
             entrance.remove()
 
     def choose(self, active: Sequence[int]) -> None:
-        """What the next forwards, and backwards through them, have in force."""
+        """Have these layers in force in the next forwards, and in backwards through them."""
         self._wanted = [(p, i in active) for i, layer in enumerate(self.ist.layers) for p in layer.parameters]
 
     def next_step(self, may_draw: bool) -> None:
@@ -82,14 +82,14 @@ class Forwards:
         return output
 
     def _run_to_gradients(self, call: Callable, args: tuple, kwargs: dict) -> Any:
-        """Where nothing that was drawn takes part, the first forward of a step runs again with layers that do."""
+        """Run a forward, and the first of a step again with layers that take part where none that was drawn does."""
         ist, participation = self.ist, self.ist.participation
         first, tried = ist.active, set()
         random = self._random_states() if self.may_draw else None
         output = self._run(call, args, kwargs)
         leads = participation.leads_to(ist.active, output)
         while self.may_draw:
-            # Of several processes one is enough: the others' gradients count as zeros.
+            # One of several processes is enough: the others' gradients count as zeros.
             participation.called, somewhere = participation.anywhere(participation.called, [0] if leads else [])
             if somewhere:
                 participation.are_unused(tried)
@@ -112,7 +112,7 @@ class Forwards:
         return output
 
     def _let_backward_pass(self, output: Any, *inputs: Any) -> None:
-        """Other batches of the step lead to gradients, this one does not: a backward from it does nothing."""
+        """Let a backward from this output do nothing: the step's other batches lead to gradients, this one does not."""
         tensors, given = list(tensors_of(output)), {id(tensor) for tensor in tensors_of(inputs)}
         if any(tensor.requires_grad for tensor in tensors):
             return

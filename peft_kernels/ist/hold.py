@@ -1,9 +1,9 @@
-"""Where the choice of a step is in force: inside of the model's forwards and of the backwards that go through them.
+"""Holds the choice of a step in force inside the model's forwards and the backwards through them, and only there.
 
-Everywhere else all adapters require a gradient, as the user set them. So whoever stops in the middle, in whatever way,
-leaves a model of which everything trains: Trainer tells nobody of an interrupt, and torch runs no hook then. And
-nothing that happens between a forward and its backward (PEFT lets every adapter require a gradient again whenever a
-reference pass is over) changes what the backward, or a forward that it recomputes, finds.
+Everywhere else all adapters require a gradient, as the user set them. So an interruption of any kind leaves a model of
+which everything trains: Trainer tells nobody of an interrupt, and torch runs no hook then. And nothing that happens
+between a forward and its backward (PEFT lets every adapter require a gradient again whenever a reference pass is over)
+changes what the backward, or a forward that it recomputes, finds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .layers import tensors_of
 
 @contextlib.contextmanager
 def required(wanted: Sequence[tuple[nn.Parameter, bool]]) -> Iterator[None]:
-    """Each of these parameters requires a gradient, or none, as said here; afterwards as it was."""
+    """Let each of these parameters require a gradient, or none, inside the block; afterwards it is as it was."""
     changed = []
     try:
         for parameter, requires_grad in wanted:
@@ -36,7 +36,7 @@ def required(wanted: Sequence[tuple[nn.Parameter, bool]]) -> Iterator[None]:
 
 
 class InBackward:
-    """A hook of a forward's outputs: every backward through them runs inside of what `context` makes."""
+    """A hook of a forward's outputs that runs every backward through them inside `context()`."""
 
     def __init__(self, context: Callable[[], contextlib.AbstractContextManager]) -> None:
         self.context = context
@@ -58,8 +58,8 @@ class InBackward:
 
 
 class _Ending:
-    """What autograd calls when a backward is over. Where it raised or was interrupted, nothing is called, but autograd
-    lets go of this, and nobody else has it."""
+    """A callback that autograd runs when a backward is over. Where backward raised or was interrupted, nothing is
+    called, but autograd drops the only reference to this."""
 
     def __init__(self) -> None:
         self.stack = contextlib.ExitStack()
@@ -76,8 +76,8 @@ def _new(kind: type, *arguments: Any) -> Any:
 
 
 class Entrance:
-    """Every call of `module` goes through `around`, by a class of the module's own, as FSDP2 does it: hooks do not run
-    when a forward is interrupted. A copy of the module, and one that is pickled, is of the class that it was.
+    """Sends every call of `module` through `around`, by a class of the module's own, as FSDP2 does it: hooks do not run
+    when a forward is interrupted. A copy of the module, and one that is pickled, has the original class.
 
     Args:
         module: left as it was by `remove()`.
@@ -90,7 +90,7 @@ class Entrance:
         kind, entrance = self.kind, self
 
         def __call__(self, *args, **kwargs):
-            # What is compiled as a whole is entered from outside; a replica of nn.DataParallel has other parameters.
+            # A module compiled as a whole is entered from outside; a replica of nn.DataParallel has other parameters.
             if torch.compiler.is_compiling() or entrance._owner is None or getattr(self, "_is_replica", False):
                 return kind.__call__(self, *args, **kwargs)
             return around(types.MethodType(kind.__call__, self), args, kwargs)
@@ -114,6 +114,6 @@ class Entrance:
 
     @staticmethod
     def owners(model: nn.Module) -> list[Any]:
-        """Of the entrances into `model` and its parts, each once."""
+        """Return the owners of the entrances into `model` and its parts, each once."""
         found = (getattr(type(module), "_entrance", None) for module in model.modules())
         return list({id(each._owner): each._owner for each in found if each and each._owner is not None}.values())

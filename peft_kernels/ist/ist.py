@@ -56,14 +56,14 @@ class IST:
         layers: names of the modules to take as layers, instead of finding them.
         is_adapter: says which parameters belong to adapters, as :func:`find_layers` has it.
         loss_of: (model, batch) → the loss of the estimate; by default the model's own, as Trainer finds it.
-        optimizer: if given, it is made sure of that it holds every adapter: a parameter that was frozen when the
-            optimizer was made would never train. `frozen_state` other than "keep" needs it; it can be given later, as
-            the attribute of that name.
+        optimizer: if given, checked to hold every adapter: a parameter that was frozen when the optimizer was made
+            would never train. `frozen_state` other than "keep" needs it; it can be given later, as the attribute of
+            that name.
         process_group: the processes that choose and estimate together, each on a part of the batch; all of them by
             default. DDP's wrapper, or the module in it, then has only what trains reduced, see `ddp.py`; where FSDP2
             shards the model, it does so before.
         in_charge: whether the training that this was made for goes on, asked ahead of every forward with gradients:
-            once it does not, this closes. By default it goes on until somebody closes it.
+            once it does not, this closes. By default it goes on until `close()`.
 
     Attributes:
         layers: the model's :class:`Layer` s, in order.
@@ -72,7 +72,7 @@ class IST:
         active: indices of the layers that train now.
         step: optimizer steps begun.
         updates: how often each layer was chosen.
-        history: (step, importance [L], rewards of the candidates) of every estimate that changed importance.
+        history: (step, importance [L], rewards of the candidates) for every estimate that changed importance.
         left_out: how many estimates did not, by the reason: no label counted, or a loss was not finite.
         estimate_seconds: spent in estimates by this process.
 
@@ -118,7 +118,7 @@ class IST:
         self._check_not_compiled()
         self.estimator = Estimator(model, self.layers, self.config, loss_of, process_group)
         self.backward = Backward(model, self.layers)
-        self._kept_depth: int | None = None
+        self._saved_depth: int | None = None
         count = len(self.layers)
         self._wanted = max(1, int(self.config.update_fraction * count))
         self.unimportance = torch.zeros(count)
@@ -165,7 +165,7 @@ class IST:
 
     @property
     def estimates(self) -> int:
-        """How many there were, with those that changed nothing: what the batch of the next may be drawn by."""
+        """The number of estimates, with those that changed nothing: the batch of the next may be drawn by it."""
         return len(self.history) + sum(self.left_out.values())
 
     @property
@@ -223,7 +223,7 @@ class IST:
         return list(self.active)
 
     def draw_again(self, among: Sequence[int]) -> None:
-        """Of these layers, instead of what was drawn for this step."""
+        """Draw from these layers instead of what was drawn for this step."""
         for _ in range(MOST_DRAWS):
             drawn = self._drawn(among)
             if not set(drawn).isdisjoint(among):
@@ -247,7 +247,7 @@ class IST:
         return [among[index] for index in checked(drawn, len(among))]
 
     def _count(self, times: int) -> None:
-        """The layers that train now, as so many steps."""
+        """Count the layers that train now as having trained in so many steps."""
         for index in self.active:
             self.updates[index] += times
         in_use = self.participation.candidates()
@@ -255,7 +255,7 @@ class IST:
         self._skipped += times * below * len(self.layers)
 
     def estimate(self, batch: Mapping[str, Any]) -> None:
-        """One update of the importance from the losses on `batch`; model, modes and random state stay as they were.
+        """Update the importance once, from the losses on `batch`; model, modes and random state stay as they were.
 
         Where no label of the batch counts, or a loss or exp(−loss) is not finite, importance stays what it was, and
         `left_out` counts the estimate.
@@ -294,13 +294,13 @@ class IST:
             if index not in active:
                 for parameter in layer.parameters:
                     parameter.grad = None
-        self.backward.stop_below(self.active, self.participation.candidates(), self._kept_depth)
+        self.backward.stop_below(self.active, self.participation.candidates(), self._saved_depth)
         if self.optimizer is not None:
             parameters = [(p, i in active) for i, layer in enumerate(self.layers) for p in layer.parameters]
             optimizer_state.place(self.optimizer, parameters, self.config.frozen_state)
 
     def write(self, writer: torch.utils.tensorboard.SummaryWriter) -> None:
-        """The newest estimate to TensorBoard: importance of each layer, its updates so far, the spread of rewards."""
+        """Write the newest estimate to TensorBoard: importance and updates of each layer, and the spread of rewards."""
         step, values, rewards = self.history[-1]
         for layer, value, updates in zip(self.layers, values, self.updates):
             writer.add_scalar(f"ist_importance/{layer.name}", value, step)
@@ -310,7 +310,7 @@ class IST:
         writer.add_scalar("ist/estimates_left_out", sum(self.left_out.values()), step)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to go on as this one would, in lists and tensors."""
+        """Return all that a resumed run needs to go on as this one would, in lists and tensors."""
         return {
             "layers": [layer.name for layer in self.layers],
             "unimportance": self.unimportance.clone(),
@@ -345,7 +345,7 @@ class IST:
         self._agreed = False
 
     def close(self) -> None:
-        """All adapters train again, and nothing of IST is left in the model: DDP reduces gradients as it did."""
+        """Let all adapters train again, and leave nothing of IST in the model: DDP reduces gradients as it did."""
         if self._closed:
             return
         self.set_active(range(len(self.layers)))
@@ -362,7 +362,7 @@ class IST:
             raise ValueError("IST: expected one that is in charge of its model, got one that was closed")
 
     def _anywhere_labelled(self, batch: Mapping[str, Any]) -> bool:
-        """Whether a label counts in any process; a batch without labels [examples, tokens] is taken for labelled."""
+        """Return whether a label counts in any process; one without labels [examples, tokens] counts as labelled."""
         return not parallel.everywhere(weight_of(batch, 0) == 0, self._device(), self._group)
 
     def _device(self) -> torch.device:
@@ -373,7 +373,7 @@ class IST:
         return parameter.requires_grad if index is None else index in self.active
 
     def _arrived(self, parameter: nn.Parameter) -> None:
-        """A gradient has. One that came through no forward, such as a penalty's, may be a frozen layer's."""
+        """Note whose gradient came. One that came through no forward, such as a penalty's, may be a frozen layer's."""
         if self._trains(parameter):
             self.participation.fed.add(self._owner[id(parameter)])
         else:
@@ -409,10 +409,10 @@ class IST:
             )
         if self.config.checkpoint_beyond_budget:
             self.backward.check_can_checkpoint()
-            self._kept_depth = max(1, int(budget * count))
+            self._saved_depth = max(1, int(budget * count))
 
     def _check_not_compiled(self) -> None:
-        """What trains is in a compiled graph: one for each set of layers is too many."""
+        """Raise ValueError if one compiled graph holds several layers: each set of them would be compiled anew."""
         if isinstance(self.sampler, Fixed):
             return
         for module in self._around:
@@ -423,7 +423,7 @@ class IST:
                 )
 
     def __str__(self) -> str:
-        """A table: how often each layer trained, and how important it is."""
+        """Return a table of how often each layer trained, and how important it is."""
         estimates = f"{len(self.history)} estimate{'' if len(self.history) == 1 else 's'}"
         lines = [f"{self.step} steps, {self.skipped:.0%} of backward skipped, {estimates} of importance"]
         if self.history:
@@ -447,7 +447,7 @@ class IST:
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> Path:
-        """Importance over time as a heat map in the data's own range, and how often each layer trained (PNG).
+        """Draw importance over time as a heat map in the data's own range, and how often each layer trained (PNG).
 
         Raises:
             ValueError: before the first estimate.
@@ -456,11 +456,12 @@ class IST:
 
         if not self.history:
             raise ValueError("IST.plot: expected at least one estimate of importance, got none")
-        return draw(self, Path(path))
+        steps, values, _ = zip(*self.history)
+        return draw(steps, values, self.updates, Path(path))
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """The tensors in a batch, however nested, on the device."""
+    """Return the batch with its tensors, however nested, on the device."""
     if isinstance(value, torch.Tensor):
         return value.to(device)
     if isinstance(value, Mapping):

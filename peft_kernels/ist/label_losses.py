@@ -20,7 +20,7 @@ from .layers import models_of_transformers
 
 #: The label of positions without one, as torch's cross_entropy has it.
 IGNORED = -100
-#: Of float32 logits that exist at a time. By rows, smaller pieces are no faster on a CPU either: each reads the weight.
+#: Bytes of float32 logits at a time. By rows, smaller pieces are no faster on a CPU either: each reads the weight.
 PIECE_BYTES = 1 << 28
 #: The same on a CPU by parts of the vocabulary: fits in its cache, and is taken again by the next piece.
 CACHED_BYTES = 1 << 22
@@ -63,7 +63,7 @@ def at_predicting_positions(labels: torch.Tensor, shift: int) -> torch.Tensor:
 
 
 def compute(model: nn.Module, batch: Mapping[str, Any], shift: int, parts: int) -> LabelLosses:
-    """The losses of each of `parts` equal runs of rows with the same labels.
+    """Compute the losses of each of `parts` equal runs of rows with the same labels.
 
     Args:
         batch: with labels [rows, tokens].
@@ -96,7 +96,7 @@ def compute(model: nn.Module, batch: Mapping[str, Any], shift: int, parts: int) 
                 return hidden[:, :0], *others
             except Unsuitable as doubt:
                 doubts.append(str(doubt))
-        return None  # as if nobody had looked: the forward comes to its end
+        return None  # the forward goes on to its end, unchanged
 
     with language_model.get_output_embeddings().register_forward_pre_hook(instead_of_logits):
         model(**inputs)
@@ -106,13 +106,13 @@ def compute(model: nn.Module, batch: Mapping[str, Any], shift: int, parts: int) 
 
 
 def _cross_entropy(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """At every target, in the order of rows: float32 [targets]."""
+    """Compute the cross-entropy at every target, in the order of rows: float32 [targets]."""
     counts = targets != IGNORED
     hidden, targets = hidden[counts], targets[counts]
     if type(head) is nn.Linear and type(head.weight) is nn.Parameter and "forward" not in vars(head):
         _check_vocabulary(targets, len(head.weight))
         return _by_vocabulary(head.weight, head.bias, hidden, targets)
-    vocabulary = getattr(head, "out_features", 1 << 17)  # of a quantised weight the shape does not say
+    vocabulary = getattr(head, "out_features", 1 << 17)  # a quantised weight's shape does not say
     rows = max(1, PIECE_BYTES // (4 * vocabulary))
     losses = []
     for states, labels in zip(hidden.split(rows), targets.split(rows)):
@@ -123,7 +123,7 @@ def _cross_entropy(head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor)
 
 
 def _check_vocabulary(targets: torch.Tensor, vocabulary: int) -> None:
-    """On a GPU an index out of its range would end the process' use of it."""
+    """Raise `Unsuitable` for a target out of range, which would end the process' use of a GPU."""
     if bool(((targets < 0) | (targets >= vocabulary)).any()):
         raise Unsuitable(f"a label is none of the {vocabulary} that its output embeddings tell apart")
 
@@ -131,8 +131,8 @@ def _check_vocabulary(targets: torch.Tensor, vocabulary: int) -> None:
 def _by_vocabulary(
     weight: torch.Tensor, bias: torch.Tensor | None, hidden: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """The same for a plain linear head, its weight [vocabulary, features] read once: some words at a time for all
-    targets, log Σ exp gathered on the way (Milakov and Gimelshein, Online normalizer calculation for softmax, 2018)."""
+    """Compute the same for a plain linear head, whose weight [vocabulary, features] is read once, some words at a time
+    for all targets: a running log Σ exp (Milakov and Gimelshein, Online normalizer calculation for softmax, 2018)."""
     size = CACHED_BYTES if hidden.is_cpu else PIECE_BYTES
     words = max(256, size // (4 * max(1, len(hidden))) // 256 * 256)  # rows of logits begin aligned
     largest, total, at_target = (torch.full_like(targets, value, dtype=torch.float32) for value in (-math.inf, 0, 0))
@@ -149,7 +149,7 @@ def _by_vocabulary(
 
 
 def output_embeddings(model: nn.Module) -> nn.Module:
-    """Of a model that `why_not` has nothing against."""
+    """Return the output embeddings of a model that `why_not` has nothing against."""
     return _language_model(model).get_output_embeddings()
 
 

@@ -1,4 +1,4 @@
-"""The layers of a model: what of each is switched on and off, and what can be damped."""
+"""Finds the layers of a model: which parameters of each are switched on and off, and which scalings are damped."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def find_layers(
 
 
 def scalings(module: nn.Module) -> dict | None:
-    """Where `module` keeps the scalings of its adapters that are active, by adapter; None if it has none. Attention
+    """Return the dictionary in which `module` holds the scalings of its adapters; None if it has none. Attention
     modules have an attribute of that name too: only tuner layers are asked."""
     if isinstance(module, LoRALinear):
         return vars(module)
@@ -98,34 +98,34 @@ def _scaling_keys(module: nn.Module) -> list[str]:
 
 @contextlib.contextmanager
 def rescaled(layers: Sequence[Layer], factors: Sequence[float | torch.Tensor]) -> Iterator[None]:
-    """Every active adapter's scaling multiplied by its layer's factor, and put back after.
+    """Multiply every active adapter's scaling by its layer's factor inside the block, and put it back after.
 
     Args:
-        factors: for each layer a number, a 0-dim tensor, or a tensor that :func:`peft_kernels.lora_linear` takes.
+        factors: one for each layer: a number, a 0-dim tensor, or a tensor that :func:`peft_kernels.lora_linear` takes.
     """
     changed = []
     try:
         for layer, factor in zip(layers, factors):
             products: dict[float, float | torch.Tensor] = {}  # adapters mostly have one scaling: a product a layer
             for module in layer.scaled:
-                kept = scalings(module)
+                held = scalings(module)
                 for key in _scaling_keys(module):
-                    value = kept[key]
-                    changed.append((kept, key, value))
+                    value = held[key]
+                    changed.append((held, key, value))
                     if isinstance(value, torch.Tensor):
-                        kept[key] = value * factor
+                        held[key] = value * factor
                         continue
                     if value not in products:
                         products[value] = value * factor
-                    kept[key] = products[value]
+                    held[key] = products[value]
         yield
     finally:
-        for kept, key, value in reversed(changed):
-            kept[key] = value
+        for held, key, value in reversed(changed):
+            held[key] = value
 
 
 def models_of_transformers(model: nn.Module) -> list[nn.Module]:
-    """The `PreTrainedModel` s in it, outermost first."""
+    """Return the `PreTrainedModel` s in it, outermost first."""
     transformers = sys.modules.get("transformers.modeling_utils")  # not imported: then none is
     return [m for m in model.modules() if transformers is not None and isinstance(m, transformers.PreTrainedModel)]
 
@@ -136,7 +136,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def around(model: nn.Module, layers: Sequence[Layer]) -> list[nn.Module]:
-    """The modules of which layers are parts, from the model down."""
+    """Return the modules of which layers are parts, from the model down."""
     modules = dict(model.named_modules())
     paths = {""}
     for layer in layers:
@@ -185,7 +185,7 @@ def is_sharded(model: nn.Module) -> bool:
 def adapter_parameters(
     model: nn.Module, is_adapter: Callable[[str, nn.Parameter], bool] | None
 ) -> list[tuple[str, nn.Parameter]]:
-    """Names and parameters, a shared one under each of its names."""
+    """Return names and parameters of the adapters, a shared one under each of its names."""
     if is_adapter is None:
         owned = set()
         for name, module in model.named_modules(remove_duplicate=False):

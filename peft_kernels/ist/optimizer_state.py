@@ -1,4 +1,4 @@
-"""The optimizer's state of layers that do not train: kept, moved to the host until they do, or dropped."""
+"""Keeps the optimizer's state of layers that do not train, moves it to CPU memory until they do, or drops it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_holds(optimizer: torch.optim.Optimizer, layers: Sequence[Layer]) -> No
 
 
 def place(optimizer: torch.optim.Optimizer, parameters: Iterable[tuple[nn.Parameter, bool]], frozen_state: str) -> None:
-    """The state of parameters, each with whether it trains, where `frozen_state` of the configuration has it."""
+    """Put the state of parameters, each with whether it trains, where `frozen_state` of the configuration has it."""
     trains, frozen = [], []
     for parameter, required in parameters:
         (trains if required else frozen).append(parameter)
@@ -37,7 +37,7 @@ def drop(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -
 
 
 def offload(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Move their state to the host, into pinned memory; step counts stay where they are. All copies go together, and
+    """Move their state to the CPU, into pinned memory; step counts stay where they are. All copies go together, and
     are done when this returns, so that the state can be saved at any time.
 
     Raises:
@@ -49,8 +49,8 @@ def offload(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]
             if hasattr(value, "device_mesh"):
                 raise ValueError("IST: expected plain tensors for frozen_state='offload', got a DTensor: keep or drop")
             if value.device.type != "cpu" and value.dim() > 0:
-                host = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-                optimizer.state[parameter][name] = host.copy_(value, non_blocking=True)
+                pinned = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+                optimizer.state[parameter][name] = pinned.copy_(value, non_blocking=True)
                 devices.add(value.device)
     for device in devices:
         if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Several processes: all of them choose the same layers, and estimate on one batch that is spread over them."""
+"""Has several processes choose the same layers, and estimate on one batch that is spread over them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def is_initialised() -> bool:
 
 
 def rank_and_world(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
-    """This process' number in the group, and how many there are; (0, 1) without torch.distributed.
+    """Return this process' number in the group, and how many there are; (0, 1) without torch.distributed.
 
     Raises:
         ValueError: if this process is not in the group.
@@ -36,7 +36,7 @@ def rank_and_world(group: dist.ProcessGroup | None = None) -> tuple[int, int]:
 def agreed(
     tensors: Sequence[torch.Tensor], device: torch.device, group: dist.ProcessGroup | None = None
 ) -> list[torch.Tensor]:
-    """What the group's first process has, on the CPU, in every process; the shapes are the same everywhere.
+    """Return the tensors of the group's first process, on the CPU, in every process; shapes are the same everywhere.
 
     Args:
         device: where the group's backend can reach; the parameters' device.
@@ -54,8 +54,8 @@ def agreed(
 def joined_losses(
     losses: Sequence[float], weight: float, device: torch.device, group: dist.ProcessGroup | None = None
 ) -> list[float]:
-    """Each of these mean losses over the batches of all processes, weighted by `weight`, such as the number of labels:
-    what one process would have on the joined batch. NaN where the weights are all 0.
+    """Average each loss over the batches of all processes, weighted by `weight`, such as the number of labels: one
+    process would have the result on the joined batch. NaN where the weights are all 0.
 
     Args:
         losses: as many in every process; not looked at where `weight` is 0.
@@ -76,7 +76,7 @@ def everywhere(condition: bool, device: torch.device, group: dist.ProcessGroup |
 
 
 def anywhere(flags: Sequence[bool], device: torch.device, group: dist.ProcessGroup | None = None) -> list[bool]:
-    """Of each flag, whether it is set in some process; as many in every process."""
+    """Return for each flag whether it is set in some process; every process gives as many."""
     sums = torch.tensor([float(flag) for flag in flags], device=device)
     dist.all_reduce(sums, group=group)
     return [total > 0.0 for total in sums.tolist()]
@@ -132,7 +132,7 @@ class Sharded:
             module.reshard()
 
     def gathered(self, wanted: Sequence[tuple[nn.Parameter, bool]]) -> list[tuple[nn.Parameter, bool]]:
-        """What stands in the place of these parameters while FSDP has gathered them, and whether it is to train."""
+        """Return what stands in place of these parameters while FSDP has gathered them, each with whether it trains."""
         if not self._modules:
             return []
         places = {id(parameter): place for parameter, place in self._places}
@@ -151,7 +151,7 @@ class Sharded:
 
     def _all_require_grad(self, *_) -> None:
         self._restore()
-        # By where they stand: what is gathered in between are other parameters, which have to be switched back as well.
+        # By place: the gathered parameters are other ones, and have to be switched back as well.
         adapters = {id(parameter) for layer in self.layers for parameter in layer.parameters}
         self._chosen = [
             (module, name, parameter, parameter.requires_grad)
@@ -170,7 +170,7 @@ class Sharded:
         self._hooks = []
 
     def _restore(self) -> None:
-        """What was chosen before FSDP looked; also where it was interrupted."""
+        """Put back what was chosen before FSDP looked, also where it was interrupted."""
         for module, name, parameter, required in self._chosen:
             parameter.requires_grad_(required)
             getattr(module, name).requires_grad_(required)

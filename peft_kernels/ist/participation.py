@@ -1,4 +1,4 @@
-"""Which layers take part in the loss: a batch of text alone runs no vision tower, and not every output is used.
+"""Finds which layers take part in the loss: a batch of text alone runs no vision tower, and not every output is used.
 
 A layer takes part if a forward calls it, unless it trained and got no gradient where others did, and never had one.
 Either is forgotten after a while. And it is known afterwards only: a forward in which nothing that was drawn takes part
@@ -22,17 +22,17 @@ FORGOTTEN_AFTER = 100
 
 
 class Participation:
-    """Of each layer, by its number, whether it takes part.
+    """Knows of each layer, by its number, whether it takes part.
 
     Processes that train together have to draw the same. Where the model has several stacks of layers they tell each
     other what they saw; in a single stack all layers are taken to take part.
 
     Attributes:
         step: steps before this one.
-        called: in the newest forward that trains.
-        fed: got a gradient in this step.
-        proven: got a gradient once.
-        unused: were called and trained, and got none, and in which step.
+        called: layers called in the newest forward that trains.
+        fed: layers that got a gradient in this step.
+        proven: layers that ever got a gradient.
+        unused: layers that were called and trained and got none, and in which step.
     """
 
     def __init__(self, layers: Sequence[Layer], group: torch.distributed.ProcessGroup | None) -> None:
@@ -43,7 +43,7 @@ class Participation:
         self.proven: set[int] = set()
         self.unused: dict[int, int] = {}
         self._called_in_step: set[int] = set()
-        self._last_called: dict[int, int] = {}  # in which step
+        self._last_called: dict[int, int] = {}  # the step of each layer's last call
         self._watching = False
         several_stacks = len({layer.name.rpartition(".")[0] for layer in layers}) > 1
         self.is_shared = parallel.rank_and_world(group)[1] > 1
@@ -64,7 +64,7 @@ class Participation:
         return sorted(called - unused) or list(range(len(self.layers)))
 
     def next_step(self, active: Collection[int]) -> None:
-        """A step in which `active` trained is over: remember what took part, in all processes alike."""
+        """End a step in which `active` trained: remember what took part, in all processes alike."""
         if self.is_known:
             called, fed = self.anywhere(self._called_in_step, self.fed)
             self.proven |= fed
@@ -77,8 +77,8 @@ class Participation:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """A forward that trains, from outside of it."""
-        # What is compiled has no hooks that count: it is taken to be called.
+        """Note which layers are called inside the block, a forward that trains."""
+        # Hooks of compiled layers do not run: these layers are taken to be called.
         self.called, self._watching = set(self._compiled()), True
         try:
             yield
@@ -91,30 +91,30 @@ class Participation:
             self.called.add(index)
 
     def leads_to(self, active: Collection[int], output: Any) -> bool:
-        """Whether the newest forward, with this output, leads to a gradient of some of these layers."""
+        """Return whether the newest forward, with this output, leads to a gradient of some of these layers."""
         among = self.called & set(active)
         tensors = list(tensors_of(output))
         connected = not tensors or any(tensor.requires_grad for tensor in tensors)
         return bool(among) and (connected or bool(among & self.proven))
 
     def expects_more(self, active: Collection[int]) -> bool:
-        """Where parts of the model are called one by one: whether a later one may lead to a gradient of some of these
-        layers, since the step before called them. Processes that train together need not call the same parts, and
-        always expect more."""
+        """Return whether a later call may lead to a gradient of some of these layers, where parts of the model are
+        called one by one: the step before called them. Processes that train together need not call the same parts,
+        and always expect more."""
         return self.is_shared or any(self._last_called.get(index, -2) == self.step - 1 for index in active)
 
     def others(self, tried: Collection[int]) -> list[int]:
-        """Layers that the newest forward called beside those that were tried; those that ever got a gradient, if any
-        did."""
+        """Return the layers that the newest forward called beside those that were tried; of them those that ever got a
+        gradient, if any did."""
         left = self.called - set(self.unused) - set(tried)
         return sorted(left & self.proven or left)
 
     def are_unused(self, layers: Collection[int]) -> None:
-        """Those of these layers that never had a gradient got none where others did."""
+        """Note those of these layers that never had a gradient as unused: others had one in this step."""
         self.unused |= dict.fromkeys(set(layers) - self.proven - self._compiled(), self.step)
 
     def anywhere(self, *sets: Collection[int]) -> list[set[int]]:
-        """Each of these sets of numbers below L, joined over the processes."""
+        """Join each of these sets of numbers below L over the processes."""
         if not self.is_shared:
             return [set(each) for each in sets]
         count, device = len(self.layers), self.layers[0].parameters[0].device
@@ -142,7 +142,7 @@ class Participation:
 
 
 class _Called:
-    """The hook of a layer. A copy of the model has one of nobody's."""
+    """The hook of a layer. A copy of the model gets a hook that does nothing."""
 
     def __init__(self, participation: Participation | None = None, index: int = 0) -> None:
         self.participation, self.index = participation, index

@@ -1,11 +1,11 @@
-"""Whether logits at labels alone give the model's own loss: what one plain forward of a few rows shows.
+"""Tests, by one plain forward of a few rows, whether logits at labels alone give the model's own loss.
 
 Losses are compared where rounding is known, not as two numbers that went through two forwards:
 
 - The model's loss with the mean cross-entropy of the logits that it computed itself, in float64. Between these lies the
   rounding of log Σ exp and of a mean, whatever the model.
 - The logits that it returns with what its output embeddings gave: nothing caps or scales them on the way.
-- The cross-entropy at each label, not their mean, with that of a forward of the cheaper way. Between these lies what
+- The cross-entropy at each label, not their mean, with that of a forward of the cheaper path. Between these lies what
   kernels round in a forward, relative to the logits: see `forward_error`.
 """
 
@@ -29,12 +29,12 @@ LIGHTER = {"tf32": 2.0**-11, "bf16": 2.0**-8}
 
 
 class Plain(NamedTuple):
-    """The plain way on a few rows.
+    """The result of the plain path on a few rows.
 
     Attributes:
         shift: how far labels stand after the position that predicts them.
         losses: float64 [labels]: the cross-entropy at each label.
-        error: bound on the root mean square of what another way may differ by at a label.
+        error: bound on the root mean square of what another path may differ by at a label.
     """
 
     shift: int
@@ -42,7 +42,7 @@ class Plain(NamedTuple):
     error: float
 
     def why_not(self, found: torch.Tensor) -> str | None:
-        """Why these losses [labels] of another way are others, in words; None if they differ by rounding only."""
+        """Say why these losses [labels] of another path are others; None if they differ by rounding only."""
         if found.shape != self.losses.shape:
             return f"{len(found)} labels, not {len(self.losses)}"
         difference = (found.double() - self.losses).square().mean().sqrt().item()
@@ -55,7 +55,7 @@ class Plain(NamedTuple):
 
 
 class Calls:
-    """Of the output embeddings in a forward: how many, and what the first one was given and gave."""
+    """Counts the calls of the output embeddings in a forward, and holds what the first was given and gave."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -69,16 +69,16 @@ class Calls:
 
 
 @contextlib.contextmanager
-def watched(model: nn.Module) -> Iterator[Calls]:
-    """The calls of the model's output embeddings inside the block."""
+def recorded_calls(model: nn.Module) -> Iterator[Calls]:
+    """Record the calls of the model's output embeddings inside the block."""
     calls = Calls()
     with output_embeddings(model).register_forward_hook(calls, with_kwargs=True):
         yield calls
 
 
 def loss_in(outputs: Any, source: str = "model(**batch)") -> torch.Tensor:
-    """The loss as transformers' Trainer takes it: `outputs["loss"]`, the first of a tuple; also an attribute `loss`, or
-    a tensor that is the loss itself.
+    """Return the loss as transformers' Trainer takes it: `outputs["loss"]`, the first of a tuple; also an attribute
+    `loss`, or a tensor that is the loss itself.
 
     Raises:
         ValueError: where there is none of one number.
@@ -107,7 +107,7 @@ def loss_in(outputs: Any, source: str = "model(**batch)") -> torch.Tensor:
 
 
 def forward_error(dtype: torch.dtype, device: torch.device) -> float:
-    """How far two forwards of the same may lie apart, relative to the logits, whose kernels sum in another order:
+    """Bound the difference of two forwards whose kernels sum in another order, relative to the logits: it is that of
     roundings to `dtype` one after another, each of a sum that is accumulated in float32 at least."""
     unit = torch.finfo(dtype).eps / 2
     accumulated = min(unit, 2.0**-24)
@@ -118,16 +118,16 @@ def forward_error(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def evaluation_error(vocabulary: int, largest: float) -> float:
-    """Of a cross-entropy in float32 from logits up to ±`largest`: of log Σ exp, a sum of `vocabulary` terms."""
+    """Bound the error of a float32 cross-entropy of logits up to ±`largest`: log Σ exp sums `vocabulary` terms."""
     return 4 * 2.0**-24 * (math.sqrt(vocabulary) + largest + math.log(vocabulary))
 
 
 def examined(model: nn.Module, outputs: Any, calls: Calls, labels: torch.Tensor) -> Plain:
-    """What the plain way showed.
+    """Return what a forward of the plain path shows.
 
     Args:
-        outputs: of the model's forward with `labels` [rows, tokens].
-        calls: of its output embeddings in that forward.
+        outputs: what the model's forward with `labels` [rows, tokens] returned.
+        calls: the calls of its output embeddings in that forward.
 
     Raises:
         Unsuitable: with the reason why the loss is not to be had from logits at labels alone.
@@ -164,13 +164,13 @@ def examined(model: nn.Module, outputs: Any, calls: Calls, labels: torch.Tensor)
 
 class _AtLabels(NamedTuple):
     losses: torch.Tensor  # float64 [labels]
-    size: float  # of the logits there, as a root mean square
-    changed: float  # what they differ by from those that the model returns, likewise
+    size: float  # root mean square of the logits there
+    changed: float  # root mean square of their difference from those that the model returns
     largest: float
 
 
 def _at_labels(logits: torch.Tensor, returned: torch.Tensor | None, labels: torch.Tensor, shift: int) -> _AtLabels:
-    """In float64, a piece of rows at a time."""
+    """Compute the losses at the labels in float64, a piece of rows at a time."""
     targets = at_predicting_positions(labels, shift).flatten().to(logits.device)
     places = (targets != IGNORED).nonzero().squeeze(1)
     vocabulary = logits.shape[2]
@@ -190,10 +190,10 @@ def _at_labels(logits: torch.Tensor, returned: torch.Tensor | None, labels: torc
 
 
 def _logits_in(outputs: Any) -> torch.Tensor | None:
-    """The logits that the model returns, where it says which they are."""
+    """Return the logits that the model returns, where it says which they are."""
     if isinstance(outputs, Mapping):
         found = outputs.get("logits")
-    elif isinstance(outputs, (tuple, list)):  # of transformers, after the loss
+    elif isinstance(outputs, (tuple, list)):  # transformers returns them after the loss
         found = outputs[1] if len(outputs) > 1 else None
     else:
         found = getattr(outputs, "logits", None)
@@ -201,7 +201,7 @@ def _logits_in(outputs: Any) -> torch.Tensor | None:
 
 
 def _coarsest(model: nn.Module, calls: Calls) -> torch.dtype:
-    """That something on the way to the logits is rounded to."""
+    """Return the coarsest dtype that anything on the way to the logits is rounded to."""
     dtypes = {calls.given.dtype, calls.gave.dtype, *(parameter.dtype for parameter in model.parameters())}
     if torch.is_autocast_enabled(calls.gave.device.type):
         dtypes.add(torch.get_autocast_dtype(calls.gave.device.type))

@@ -1,4 +1,4 @@
-"""Which layers train in a step: one small interface, and those of the literature behind it."""
+"""Chooses the layers that train in a step: one small interface, and the samplers of the literature behind it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class LayerSampler:
     #: Whether `unimportance` has to be estimated, which costs forwards.
     needs_importance = False
     #: Whether it knows layers by their unimportance alone, and so can be given some of them: then it draws among those
-    #: that take part in the loss. What others draw is drawn again until some layer of it takes part.
+    #: that take part in the loss. Other samplers draw again until some layer of the set takes part.
     draws_among = False
 
     def sample(self, step: int, count: int, unimportance: torch.Tensor, generator: torch.Generator) -> Sequence[int]:
@@ -32,13 +32,13 @@ class LayerSampler:
         raise NotImplementedError
 
     def odds(self, unimportance: torch.Tensor) -> torch.Tensor | None:
-        """Of each layer, float32 [L], where every step draws without replacement by odds, as a backward budget wants
-        it; None for other samplers."""
+        """Return the odds of each layer, float32 [L], if every step draws without replacement by them, as a backward
+        budget wants it; None for other samplers."""
         return None
 
 
 class ImportanceSampler(LayerSampler):
-    """IST: without replacement, with odds σ(−I)."""
+    """Draws as IST does: without replacement, with odds σ(−I)."""
 
     needs_importance = True
     draws_among = True
@@ -51,7 +51,7 @@ class ImportanceSampler(LayerSampler):
 
 
 class Uniform(LayerSampler):
-    """RST, IST's ablation: every set of layers as likely as any other."""
+    """Draws every set of layers as likely as any other: RST, IST's ablation."""
 
     draws_among = True
 
@@ -74,7 +74,7 @@ class _Periodic(LayerSampler):
 
 
 class Lisa(_Periodic):
-    """LISA (Pan et al., 2024): a uniform set that is drawn anew every `period` steps. What it always trains, embeddings
+    """Draws a uniform set anew every `period` steps: LISA (Pan et al., 2024). What it always trains, embeddings
     and head, is for the user to leave trainable.
 
     Args:
@@ -85,13 +85,13 @@ class Lisa(_Periodic):
         super().__init__(period)
 
     def sample(self, step, count, unimportance, generator):
-        # From the seed and the number of the period alone: nothing to keep, nothing to lose.
+        # Drawn from the seed and the number of the period alone: no state has to be saved.
         own = torch.Generator().manual_seed((generator.initial_seed() + step // self.period) % 2**63)
         return torch.randperm(len(unimportance), generator=own)[:count].tolist()
 
 
 class BlockCyclic(_Periodic):
-    """Blocks of neighbouring layers in turn, from the top down, as BAdam sweeps them (Luo et al., 2024).
+    """Takes blocks of neighbouring layers in turn, from the top down, as BAdam sweeps them (Luo et al., 2024).
 
     Args:
         period: optimizer steps on a block.
@@ -108,7 +108,7 @@ class BlockCyclic(_Periodic):
 
 
 class Fixed(LayerSampler):
-    """Always the same layers.
+    """Takes the same layers always.
 
     Args:
         layers: their indices.
@@ -135,7 +135,7 @@ def make_sampler(sampler: str | LayerSampler) -> LayerSampler:
 
 
 def checked(chosen: Sequence[int], layers: int) -> list[int]:
-    """What a sampler returned, sorted, or one line about it."""
+    """Return what a sampler returned, sorted; raise ValueError unless it is a set of layers."""
     indices = sorted(int(index) for index in chosen)
     if not indices or len(set(indices)) < len(indices) or indices[0] < 0 or indices[-1] >= layers:
         raise ValueError(f"IST: expected at least one layer of 0 … {layers - 1}, none twice, got {list(chosen)}")

@@ -1,5 +1,5 @@
-"""What the linear layers with an adapter share: made around a linear layer, merged into its weight and taken out again,
-saved and loaded."""
+"""The base class of linear layers with an adapter: they are made around a linear layer, merged into its weight and
+taken out again, saved and loaded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class AdaptedLinear(nn.Linear):
 
     @classmethod
     def _around(cls, linear: nn.Linear) -> AdaptedLinear:
-        """A layer with `linear`'s own weight and bias, not copies, and no adapter yet.
+        """Make a layer with `linear`'s own weight and bias, not copies, and no adapter yet.
 
         Raises:
             ValueError: if `linear` is no `nn.Linear`, is of this class already, or has a weight that is no plain
@@ -59,7 +59,7 @@ class AdaptedLinear(nn.Linear):
             self.bias.requires_grad_(False)
 
     def _merged_parameters(self) -> dict[str, torch.Tensor]:
-        """By name, what weight and bias become when the layer is merged: those that change, in float32 or wider.
+        """Return by name what weight and bias become when the layer is merged: those that change, in float32 or wider.
 
         Raises:
             RuntimeError: if this adapter cannot be merged.
@@ -70,9 +70,9 @@ class AdaptedLinear(nn.Linear):
     def merge(self) -> None:
         """Put the adapter into the weight (and the bias, where it changes that), as new Parameters.
 
-        The sum is computed in float32 (float64 for a float64 weight) and rounded once. What was there is kept as it
-        was, and where it was: in the buffers `unmerged_weight` and `unmerged_bias`, on the weight's device, at as many
-        bytes, which `extra_repr` shows; others that share it keep it.
+        The sum is computed in float32 (float64 for a float64 weight) and rounded once. The old values stay, bit for
+        bit, in the buffers `unmerged_weight` and `unmerged_bias` on the weight's device, at as many bytes, which
+        `extra_repr` shows; other layers that share the old Parameter keep it.
 
         Raises:
             RuntimeError: if the layer is merged already, or cannot be merged.
@@ -104,13 +104,13 @@ class AdaptedLinear(nn.Linear):
         return {name: values for name, values in both.items() if values is not None}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """A checkpoint holds the base's parameters and the adapter, merged or not."""
+        """Save the base's parameters and the adapter, merged or not."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, values in self._unmerged().items():
             destination[prefix + name] = values
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *others) -> None:
-        """A checkpoint of a plain `nn.Linear` has no adapter: the layer keeps its own, and nothing is missing."""
+        """Load a checkpoint; one of a plain `nn.Linear` has no adapter: the layer keeps its own and misses nothing."""
         if self.merged:
             self.unmerge()
         missing: list[str] = []
@@ -121,7 +121,7 @@ class AdaptedLinear(nn.Linear):
     def extra_repr(self) -> str:
         text = super().extra_repr()
         if self.merged:
-            kept = self._unmerged().values()
-            size = sum(values.numel() * values.element_size() for values in kept)
+            saved = self._unmerged().values()
+            size = sum(values.numel() * values.element_size() for values in saved)
             text += f", merged (base weight kept on {self.unmerged_weight.device}, {size} bytes)"
         return text

@@ -1,4 +1,4 @@
-"""What the modules and functions that change a model ask of a layer before they change anything."""
+"""Checks of a layer that modules and functions make before they change anything in a model."""
 
 from __future__ import annotations
 

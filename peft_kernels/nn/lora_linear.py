@@ -110,7 +110,7 @@ class LoRALinear(AdaptedLinear):
         """x [..., in_features] → [..., out_features]; dtypes and errors as :func:`peft_kernels.lora_linear`."""
         if self.merged:
             return super().forward(x)
-        own = self._parameters  # a look-up through nn.Module.__getattr__ costs the host half a microsecond
+        own = self._parameters  # a look-up through nn.Module.__getattr__ costs the CPU half a microsecond
         return lora_linear(
             x, own["weight"], own["lora_A"], own["lora_B"], self.scaling, own["bias"],
             dropout_p=self.lora_dropout, training=self.training, adapter_precision=self.adapter_precision,

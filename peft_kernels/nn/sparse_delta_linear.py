@@ -52,7 +52,7 @@ class NamedDelta(nn.Module):
 
     @property
     def layout(self) -> SparseLayout:
-        """Made anew only where the buffers are others, as after a move: it is asked for in every forward."""
+        """The layout of the buffers, made anew only where they are others (after a move): every forward asks for it."""
         held = [self._buffers[name] for name in self.dtypes]
         if self._layout is not None and self._layout[0] is held[0]:
             return self._layout[1]
@@ -71,7 +71,7 @@ class NamedDelta(nn.Module):
             self._buffers[name] = tensor.view(torch.uint8) if tensor.dtype == torch.int16 else tensor
 
     def _apply(self, fn, recurse=True):
-        """Moves with the layer, but stays as wide as it was: half of a master would not be one."""
+        """Move with the layer, but keep the dtype of the values: half of a master would not be one."""
         before = self.values.data
         super()._apply(fn, recurse)
         after, grad = self.values.data, self.values.grad
@@ -82,7 +82,7 @@ class NamedDelta(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args) -> None:
-        """Loading writes in place: not into a layout that somebody else has, too."""
+        """Load into new buffers: loading writes in place, and others may have the layout too."""
         self._buffers.update({name: self._buffers[name].clone() for name in self.dtypes})
         super()._load_from_state_dict(*args)
 
@@ -178,7 +178,7 @@ class SparseDeltaLinear(nn.Linear):
         """x [..., in_features] → [..., out_features], as `F.linear`, also under autocast."""
         if x.is_nested:
             return over_values("SparseDeltaLinear", self.forward, x)
-        own = self._parameters  # a look-up through nn.Module.__getattr__ costs the host half a microsecond
+        own = self._parameters  # a look-up through nn.Module.__getattr__ costs the CPU half a microsecond
         weight, bias = own["weight"], own["bias"]
         if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # once, for the product and for what is saved
@@ -192,14 +192,14 @@ class SparseDeltaLinear(nn.Linear):
         if not (torch.is_grad_enabled() and values.requires_grad):
             return self.product(x, weight, bias)
         self._trained = True  # a step may follow, and one of torch's fused optimizers leaves no trace
-        # As rows: with leading dims y would be a view, whose gradient torch copies to follow a change in place.
+        # The product takes rows: with leading dims y would be a view, whose gradient torch copies, to see writes to it.
         rows = flatten(x)
         y = with_sparse_gradient_(self.product(rows, weight, bias), rows, values, delta.layout)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
     def _written_apart(self, weight: torch.Tensor, delta: NamedDelta) -> torch.Tensor:
-        """W₀ + Δ where torch differentiates, batches or traces what makes it, in a copy: what a transform wraps cannot
-        be written into the weight. A traced graph of values that are frozen reads the weight itself."""
+        """Return W₀ + Δ in a copy where torch differentiates, batches or traces its values: what a transform wraps
+        cannot be written into the weight. A traced graph of values that are frozen reads the weight itself."""
         values = delta._parameters["values"]
         if torch.jit.is_tracing() and not values.requires_grad:  # torch checks a trace without gradients
             with untraced():
@@ -208,7 +208,7 @@ class SparseDeltaLinear(nn.Linear):
         return written(weight, delta._buffers["base"], values, delta.layout)
 
     def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """y [..., N] of x [..., K] and the weight with Δ in it, for subclasses that add to it; no view of x."""
+        """Return y [..., N] of x [..., K] and the weight with Δ in it, for subclasses that add to it; no view of x."""
         return F.linear(x, weight, bias)
 
     @torch.no_grad()
@@ -267,7 +267,7 @@ class SparseDeltaLinear(nn.Linear):
         return delta
 
     def delta(self, name: str | None = None) -> SparseDelta:
-        """The delta of that name, or the active one: its layout and its values as they are now, detached, not copied.
+        """Return the delta of that name, or the active one: its layout and its present values, detached, not copied.
 
         Raises:
             ValueError: there is no such delta.
@@ -319,7 +319,7 @@ class SparseDeltaLinear(nn.Linear):
         self.apply_delta(name)
 
     def merge(self) -> nn.Linear:
-        """A plain `nn.Linear` with W₀ + Δ: this layer's weight and bias, not copies."""
+        """Return a plain `nn.Linear` with W₀ + Δ: this layer's weight and bias, not copies."""
         self.write()
         linear = nn.Linear(1, 1, bias=False, device="meta")
         linear.in_features, linear.out_features = self.in_features, self.out_features
@@ -338,17 +338,17 @@ class SparseDeltaLinear(nn.Linear):
         return self.deltas[self.active]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """A checkpoint's weight holds Δ: a plain `nn.Linear` that loads it is the trained layer."""
+        """Save a weight that holds Δ: a plain `nn.Linear` that loads it is the trained layer."""
         self.write()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     @torch.no_grad()
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, *others) -> None:
-        """A checkpoint of this layer brings its weight with the delta that was in it; one of a plain `nn.Linear` brings
-        W₀, beside which the deltas stay as they are."""
+        """Load a checkpoint of this layer, its weight with the delta that was in it, or one of a plain `nn.Linear`: W₀,
+        beside which the deltas stay as they are."""
         own = f"{prefix}deltas."
         active = self.active
-        if f"{prefix}weight" not in state_dict:  # of what trains only: the next forward writes it
+        if f"{prefix}weight" not in state_dict:  # it holds only what trains: the next forward writes the weight
             self._written = None
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *others)
             return
@@ -372,5 +372,5 @@ class SparseDeltaLinear(nn.Linear):
 
 
 def _capturing(tensor: torch.Tensor) -> bool:
-    """Whether a CUDA graph is captured, which has to hold what later replays need."""
+    """Return whether a CUDA graph is captured, which has to hold what later replays need."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -17,10 +17,10 @@ Params = nn.Module | Iterable[nn.Parameter] | Iterable[nn.Module] | Iterable[dic
 
 
 class _WritesWeights:
-    """What both optimizers add to torch's: layers as parameters, decay of the whole weight, the weight written."""
+    """Adds to torch's optimizers: layers as parameters, decay of the whole weight, a step that writes the weight."""
 
     def _begin(self, params: Params, decay: str) -> Iterable:
-        """What torch's optimizer takes as parameters: values in place of layers."""
+        """Return the parameters for torch's optimizer: values in place of layers."""
         if decay not in ("delta", "weight"):
             raise ValueError(f"expected decay 'delta' or 'weight', got {decay!r}")
         self._decays_weight = decay == "weight"
@@ -51,7 +51,7 @@ class _WritesWeights:
         return found
 
     def _written(self) -> Iterator[tuple[dict[str, Any], SparseDeltaLinear]]:
-        """Layers whose values this step changes, each with its group."""
+        """Yield the layers whose values this step changes, each with its group."""
         for group in self.param_groups:
             for values in group["params"]:
                 layer = self._layers.get(values)
@@ -60,7 +60,7 @@ class _WritesWeights:
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step, after which the weights hold the new values. Returns what `closure` returns, or None."""
+        """Make one step, after which the weights hold the new values. Returns what `closure` returns, or None."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -85,13 +85,13 @@ class _WritesWeights:
         return False
 
     def _step_kernel(self, stepped: list[tuple[dict[str, Any], SparseDeltaLinear]]) -> None:
-        """Of layers whose optimizer has a kernel."""
+        """Step the layers for which this optimizer has a kernel."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of this optimizer, or of torch's own: what it was told about its kernels is left out.
+        """Load a state of this optimizer or of torch's own, without its choice of torch's kernels.
 
         Raises:
-            ValueError: of an AdamW with amsgrad, or of other groups; nothing is loaded then.
+            ValueError: for the state of an AdamW with amsgrad, or of other groups; nothing is loaded then.
         """
         mine, theirs = len(self.param_groups), len(state_dict["param_groups"])
         if mine != theirs:

@@ -73,7 +73,7 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseDeltaLinear]:
 
 
 def deltas(model: nn.Module, name: str | None = None) -> dict[str, SparseDelta]:
-    """The deltas that are in the weights, or those of that name, by name of the module: detached, not copied."""
+    """Return the deltas that are in the weights, or those of that name, by name of the module: detached, not copied."""
     found = sparse_layers(model)
     if name is None:
         return {path: layer.delta() for path, layer in found.items() if layer.active is not None}

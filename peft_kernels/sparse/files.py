@@ -14,7 +14,7 @@ import torch
 from ..ops.sparse_delta import SparseDelta, SparseLayout
 from ..ops.sparse_delta.layout import INDEX_TENSORS
 
-#: In a file's metadata, so that no other file is mistaken for one of these.
+#: A mark in a file's metadata, so that no other file is mistaken for one of these.
 FORMAT = "peft_kernels.SparseDeltas"
 LT_SFT_FILE = "pytorch_diff.bin"
 SHIRA_FILE = "adapter_model.safetensors"
@@ -83,8 +83,8 @@ def export_lt_sft(deltas: Mapping[str, SparseDelta], folder: str | PathLike) -> 
 
 
 def import_lt_sft(folder: str | PathLike, device: torch.device | str = "cpu") -> dict[str, SparseDelta]:
-    """The differences of matrices in a folder with `pytorch_diff.bin`, by name without ".weight". Nothing in the file
-    is executed.
+    """Read the differences of matrices in a folder with `pytorch_diff.bin`, by name without ".weight". Nothing in the
+    file is executed.
 
     Raises:
         ValueError: the file is another one, or damaged; it has differences of what is no matrix, or whole parameters,
@@ -147,7 +147,7 @@ def export_shira(
 
 
 def import_shira(folder: str | PathLike, model_shapes: Mapping[str, tuple[int, int]]) -> dict[str, SparseDelta]:
-    """The deltas of a SHiRA adapter that PEFT saved.
+    """Read the deltas of a SHiRA adapter that PEFT saved.
 
     Args:
         model_shapes: (N, K) of the weights by name of the module, which the file does not hold; tensors will do.
@@ -193,5 +193,5 @@ def _filled(delta: SparseDelta, count: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _line(error: Exception) -> str:
-    """Of a message of many lines the first."""
+    """Return the first line of a message."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -14,7 +14,7 @@ from .select import largest
 
 
 class Regrown(NamedTuple):
-    """What `drop_grow` gives.
+    """The result of `drop_grow`.
 
     Attributes:
         layout: the new one, with as many entries as the old.
@@ -26,7 +26,7 @@ class Regrown(NamedTuple):
     source: torch.Tensor
 
     def carry(self, old: torch.Tensor, grown: torch.Tensor | float = 0.0) -> torch.Tensor:
-        """Values, moments or the like for the new layout.
+        """Return values, moments or the like for the new layout.
 
         Args:
             old: [nnz] in the order of the old layout.
@@ -107,7 +107,7 @@ def drop_grow(
 
 @torch.no_grad()
 def candidates(gradient: torch.Tensor, layout: SparseLayout, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest |gradient| outside of a layout; of equals the first. What may grow in `drop_grow`.
+    """Find the largest |gradient| outside of a layout, of equals the first: what may grow in `drop_grow`.
 
     Args:
         gradient: [N, K].
@@ -167,7 +167,7 @@ def regrow(
 
 
 def _first(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """The places of the `count` largest, ascending; of equals the first."""
+    """Return the places of the `count` largest, ascending; of equals the first."""
     return scores.sort(descending=True, stable=True).indices[:count].sort().values
 
 
@@ -176,7 +176,7 @@ def _ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _contains(ordered: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """bool like `wanted`: which of them are in `ordered`, which ascends."""
+    """Return, bool like `wanted`, which of them are in `ordered`, which ascends."""
     if not len(ordered):
         return torch.zeros_like(wanted, dtype=torch.bool)
     return ordered[torch.searchsorted(ordered, wanted).clamp(max=len(ordered) - 1)] == wanted

@@ -1,4 +1,4 @@
-"""Scores of the entries of weights: how much they are worth to a sparse delta."""
+"""Scores the entries of weights by how much they are worth to a sparse delta."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PIECE = 1 << 22
 
 
 def linear_weights(model: nn.Module, targets: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
-    """The weight of every nn.Linear of a model, by the module's name; of that class, not of one derived from it.
+    """Return the weight of every nn.Linear of a model, by the module's name; of that class, not of one derived from it.
 
     Args:
         targets: ends of names, as "q_proj" or "mlp.up_proj"; None for all but an output embedding that shares the
@@ -137,7 +137,7 @@ def fisher(
 def _accumulated(
     model, weights, loss, batches, add: Callable[[torch.Tensor, torch.Tensor], Any], in_parts: bool, what: str, progress
 ) -> tuple[dict[str, torch.Tensor], int]:
-    """What `add` makes of zeros and the gradients of all batches, float32 by name, and the number of batches.
+    """Return the sums that `add` makes of the gradients of all batches, float32 by name, and the number of batches.
 
     Args:
         add: (sums, gradient), both float32, changes the sums in place; is given rows at a time.
@@ -192,10 +192,10 @@ def _accumulated(
 def _gradients_go_to(
     take: Callable[[nn.Parameter], None], model: nn.Module, weights: Iterable[torch.Tensor]
 ) -> Iterator[None]:
-    """Inside the block the weights require gradients, and every gradient of a parameter is handed to `take` as soon as
-    it is there. Afterwards all is as before.
+    """Let the weights require gradients inside the block, and hand every parameter to `take` as soon as its gradient is
+    there. Afterwards all is as before.
 
-    What else of the model requires a gradient still does: with reentrant checkpointing the weights may get theirs only
+    Other parameters that require a gradient still do: with reentrant checkpointing the weights may get theirs only
     because the embeddings do.
     """
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]

@@ -1,4 +1,4 @@
-"""From scores to the layouts of the best, and layouts drawn at random.
+"""Makes layouts of the entries with the best scores, and layouts drawn at random.
 
 The best of a billion entries are found without sorting them. The bits of a float32, read as an integer, are in the
 order of the numbers once those of negative ones are turned around. Two histograms, of the upper 16 bits and of the
@@ -33,11 +33,11 @@ def select(
     structure: str = "entries",
     block: tuple[int, int] | None = None,
 ) -> dict[str, SparseLayout]:
-    """The entries with the largest scores, or the rows, columns or blocks with the largest mean score.
+    """Select the entries with the largest scores, or the rows, columns or blocks with the largest mean score.
 
     Of equal scores the first are taken, by the order of the tensors, then by flat position. Scores are compared in
-    float32, means too; they may be negative or infinite. On a GPU the host waits once, for what each piece of the
-    scores holds, before the results are allocated.
+    float32, means too; they may be negative or infinite. On a GPU the CPU waits once, for the counts of each
+    piece of the scores, before the results are allocated.
 
     Args:
         scores: by name, floating point [N, K], on one device or several.
@@ -63,7 +63,7 @@ def select(
     sizes = [1 if count is not None else max(1, math.prod(tile)) for tile in tiles]
     groups, targets = [], []
     for group, where in _groups(list(scores), scope):
-        # In multiples of what all units in it have in common: where they are equal, in units.
+        # Sizes count in their greatest common divisor: where they are equal, in units.
         common = math.gcd(*(sizes[i] for i in group if units[i])) or 1
         for i in group:
             sizes[i] //= common
@@ -89,7 +89,7 @@ def random(
     block: tuple[int, int] | None = None,
     device: torch.device | str | None = None,
 ) -> dict[str, SparseLayout]:
-    """Entries, rows, columns or blocks drawn without replacement, each as likely as any other.
+    """Draw entries, rows, columns or blocks without replacement, each as likely as any other.
 
     Everything is drawn on the CPU, from the seed and the number of the tensor: the same on every device. Memory goes by
     what is drawn, not by the weights: up to 64 bytes for each.
@@ -138,7 +138,7 @@ def largest(
     names: Sequence[str],
     absolute: bool = False,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The largest of some tensors [N, K], or the largest by absolute value; of equals the first.
+    """Find the largest of some tensors [N, K], or the largest by absolute value; of equals the first.
 
     Args:
         groups: which tensors compete with each other, by their numbers; each tensor is in one group.
@@ -158,7 +158,7 @@ def largest(
     for tensor, threshold in zip(scores, thresholds):
         for _, _, piece in _pieces(tensor):
             next(place).copy_(_facts(piece, threshold, absolute))
-    # The one transfer to the host, of three numbers a piece: from here on every size is known.
+    # The one transfer to the CPU, of three numbers a piece: from here on every size is known.
     of_pieces = iter(facts.tolist())
     pieces = [[next(of_pieces) for _ in range(number)] for number in numbers]
     for name, of_tensor in zip(names, pieces):
@@ -174,7 +174,7 @@ def largest(
 
 
 def _thresholds(scores, groups, targets, sizes, absolute: bool) -> list[torch.Tensor]:
-    """For each tensor the key of the last entry that its group takes, int32 [1] on its device."""
+    """Return for each tensor the key of the last entry that its group takes, int32 [1] on its device."""
     thresholds = {}
     for group, target in zip(groups, targets):
         if not group:
@@ -190,8 +190,8 @@ def _thresholds(scores, groups, targets, sizes, absolute: bool) -> list[torch.Te
 
 
 def _histogram(members: Sequence[tuple[torch.Tensor, int]], absolute: bool, high: torch.Tensor | None) -> torch.Tensor:
-    """int64 [BINS]: the sizes of all entries by the upper 16 bits of their keys, or, of those whose upper bits are
-    `high`, by the lower."""
+    """Sum the sizes of all entries by the upper 16 bits of their keys, or, of those whose upper bits are `high`, by the
+    lower: int64 [BINS]."""
     total = 0
     for tensor, size in members:
         bins = torch.zeros(BINS, dtype=torch.int64, device=tensor.device)
@@ -207,8 +207,8 @@ def _histogram(members: Sequence[tuple[torch.Tensor, int]], absolute: bool, high
 
 
 def _locate(histogram: torch.Tensor, need: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where, counted from the last bin downwards, `need` [1] is reached: the bin, and what is in those above it; int64
-    [1] each. Indexed by a tensor [1], not a scalar: that would make the host wait."""
+    """Find the bin in which `need` [1] is reached, counted from the last bin downwards, and the sum of those above it;
+    int64 [1] each. The index is a tensor [1], not a scalar, which would make the CPU wait."""
     downwards = histogram.flip(0)
     reached = downwards.cumsum(0)
     place = torch.searchsorted(reached, need)
@@ -216,7 +216,7 @@ def _locate(histogram: torch.Tensor, need: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def _ties_taken(group, target: int, sizes, pieces) -> dict[int, list[int]]:
-    """How many of those equal to the threshold are taken in each piece: the first, until the target is reached."""
+    """Return how many entries equal to the threshold each piece gives: the first ones, until the target is reached."""
     left = target - sum(sizes[i] * above for i in group for above, _, _ in pieces[i])
     taken: dict[int, list[int]] = {}
     for i in group:
@@ -233,8 +233,8 @@ def _ties_taken(group, target: int, sizes, pieces) -> dict[int, list[int]]:
 
 
 def _positions(tensor, threshold, above: list[int], ties: list[int], absolute: bool):
-    """What `largest` gives for a tensor of which `above` and the first `ties` of those equal to the threshold are taken
-    in each piece."""
+    """Return what `largest` gives for a tensor: from each piece the `above` entries beyond the threshold, and the first
+    `ties` that equal it."""
     counts = torch.zeros(tensor.shape[0], dtype=torch.int64, device=tensor.device)
     columns = torch.empty(sum(above) + sum(ties), dtype=torch.int32, device=tensor.device)
     end = 0
@@ -248,13 +248,13 @@ def _positions(tensor, threshold, above: list[int], ties: list[int], absolute: b
 
 
 def _facts(piece: torch.Tensor, threshold: torch.Tensor, absolute: bool) -> torch.Tensor:
-    """How many are above the threshold, equal to it, and NaN: int64 [3]."""
+    """Count the entries above the threshold, equal to it, and NaN: int64 [3]."""
     keys = _keys(piece, absolute)
     return torch.stack([fact.count_nonzero() for fact in (keys > threshold, keys == threshold, piece.isnan())])
 
 
 def _chosen(piece: torch.Tensor, threshold: torch.Tensor, ties: int, absolute: bool) -> torch.Tensor:
-    """bool like the piece: what is above the threshold, and the first `ties` of those that equal it."""
+    """Choose what is above the threshold, and the first `ties` of those that equal it: bool like the piece."""
     keys = _keys(piece, absolute)
     chosen = keys > threshold
     if ties:
@@ -264,15 +264,15 @@ def _chosen(piece: torch.Tensor, threshold: torch.Tensor, ties: int, absolute: b
 
 
 def _keys(piece: torch.Tensor, absolute: bool) -> torch.Tensor:
-    """int32 in the order of the numbers, or of their absolute values."""
+    """Map numbers to int32 keys in their order, or in that of their absolute values."""
     numbers = piece.abs() if absolute else piece
     bits = (numbers.float() + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0, so that they are equal
     return bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))
 
 
 def _pieces(tensor: torch.Tensor, tile: tuple[int, int] = (1, 1)) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """Pieces of whole tiles, each with its first row and column, of at most PIECE entries unless a tile has more. Where
-    a tile is an entry, they are whole rows or parts of one: positions ascend from piece to piece."""
+    """Yield pieces of whole tiles, each with its first row and column, of at most PIECE entries unless a tile has more.
+    Where a tile is an entry, they are whole rows or parts of one: positions ascend from piece to piece."""
     (N, K), (height, width) = tensor.shape, tile
     rows = max(height, PIECE // max(1, K) // max(1, height) * height, 1)
     columns = max(width, PIECE // rows // max(1, width) * width, 1)
@@ -282,8 +282,8 @@ def _pieces(tensor: torch.Tensor, tile: tuple[int, int] = (1, 1)) -> Iterator[tu
 
 
 def _unit_means(scores: torch.Tensor, tile: tuple[int, int]) -> torch.Tensor:
-    """float32 [1, units]: the mean score of each tile, row by row. Summed in float64: in which order a device adds is
-    mostly gone after rounding."""
+    """Return the mean score of each tile, row by row: float32 [1, units]. It is summed in float64, so that the order in
+    which a device adds mostly vanishes in rounding."""
     height, width = tile
     units = _units(scores.shape, tile)
     means = torch.empty(units and len(scores) // height, units and scores.shape[1] // width, device=scores.device)
@@ -295,7 +295,7 @@ def _unit_means(scores: torch.Tensor, tile: tuple[int, int]) -> torch.Tensor:
 
 
 def _tiles(shapes: Mapping[str, tuple[int, int]], structure: str, block) -> list[tuple[int, int]]:
-    """(rows, columns) of what is taken as a whole in each weight."""
+    """Return (rows, columns) of what is taken as a whole in each weight."""
     if structure not in ("entries", "rows", "columns", "blocks"):
         raise ValueError(f"expected a structure among entries, rows, columns, blocks, got {structure!r}")
     if (block is not None) != (structure == "blocks"):
@@ -314,7 +314,7 @@ def _units(shape: Sequence[int], tile: tuple[int, int]) -> int:
 
 
 def _groups(names: Sequence[str], scope: str) -> list[tuple[list[int], str]]:
-    """The numbers of the tensors that compete with each other, and what a message calls them."""
+    """Return the numbers of the tensors that compete with each other, and what a message calls them."""
     if scope not in ("global", "tensor"):
         raise ValueError(f"expected the scope global or tensor, got {scope!r}")
     if scope == "global":
@@ -323,7 +323,7 @@ def _groups(names: Sequence[str], scope: str) -> list[tuple[list[int], str]]:
 
 
 def _target(total: int, density: float | None, count: int | None, what: str) -> int:
-    """How many of `total` are taken."""
+    """Return how many of `total` are taken."""
     if (density is None) == (count is None):
         raise ValueError(f"expected either a density or a count, got {'both' if count is not None else 'neither'}")
     if count is not None:
@@ -336,28 +336,28 @@ def _target(total: int, density: float | None, count: int | None, what: str) -> 
 
 
 def _layout(shape: tuple[int, int], structure: str, block, flat: torch.Tensor) -> SparseLayout:
-    """Of the numbers of the units, int64, which ascend and are in range."""
+    """Make a layout of the numbers of its units, int64, which ascend and are in range."""
     if structure == "entries":
         return SparseLayout._of_sorted(shape, flat)
     return SparseLayout(structure, shape, {"index": flat}, tuple(block or ()))
 
 
 def _distinct(end: int, count: int, generator: torch.Generator) -> torch.Tensor:
-    """`count` numbers of [0, end), ascending: any set of so many is as likely as any other."""
+    """Draw `count` numbers of [0, end), ascending: any set of so many is as likely as any other."""
     if count > end // 2:
-        # The others. The i-th number that is not among them stands behind as many of them as have at most i such
-        # numbers before them.
+        # Draw the others instead. The i-th number that is not among them stands behind as many of them as have at most
+        # i such numbers before them.
         others = _distinct(end, end - count, generator) if count < end else torch.empty(0, dtype=torch.int64)
         i = torch.arange(count)
         return i + torch.searchsorted(others - torch.arange(len(others)), i, right=True)
     found = torch.empty(0, dtype=torch.int64)
     while len(found) < count:
-        # What brings as many different ones as are missing, on average, and three standard deviations. Of 63 bits:
+        # So many bring the missing different ones on average, and three standard deviations more. They have 63 bits:
         # `randint` takes 32 for small ranges, and their remainder would favour the first numbers by up to 6 %.
         draws = end * math.log((end - len(found)) / (end - count)) + 3 * math.sqrt(count) + 1
         numbers = torch.empty(int(draws), dtype=torch.int64).random_(generator=generator) % end
         found = torch.cat([found, numbers]).unique()
-    # Which of the surplus goes is drawn too: the largest would leave the end of the weight thinner.
+    # The surplus to drop is drawn too: dropping the largest would leave the end of the weight thinner.
     keep = torch.ones(len(found), dtype=torch.bool)
     keep[torch.randperm(len(found), generator=generator)[count:]] = False
     return found[keep]

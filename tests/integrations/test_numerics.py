@@ -36,8 +36,8 @@ PRECISIONS = {
 }
 
 
-def layer_of(base: nn.Module, dtype, adapters, p=0.0, r=5) -> lora.Linear:
-    layer = lora.Linear(base.to(dtype), "default", LoraConfig(r=r, lora_dropout=p), r=r, lora_alpha=7)
+def layer_of(base: nn.Module, dtype, adapters, p=0.0) -> lora.Linear:
+    layer = lora.Linear(base.to(dtype), "default", LoraConfig(r=5, lora_dropout=p), r=5, lora_alpha=7)
     torch.manual_seed(0)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -75,8 +75,8 @@ def test_any_leading_dimensions(leading):
     torch.testing.assert_close(run_layer(layer, x, grad), expected)
 
 
-def runs(model, autocast=None, count=24):
-    return [run(model, batch_for(model, seed=seed), autocast, seed) for seed in range(count)]
+def runs(model, autocast=None):
+    return [run(model, batch_for(model, seed=seed), autocast, seed) for seed in range(24)]
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])

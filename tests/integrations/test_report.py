@@ -193,7 +193,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("case", CHANGES)
-def test_a_layer_that_keeps_peft_s_forward_and_why(case, taken):
+def test_a_layer_that_keeps_peft_s_forward_and_why(case):
     change, reason = CHANGES[case]
     model = make()
     model = change(model) or model

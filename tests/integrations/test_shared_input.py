@@ -174,7 +174,7 @@ def test_a_tensor_changed_in_place_is_read_again(cls):
     assert nothing_left(ours)
 
 
-def test_grad_mode_and_autocast_of_each_member(taken):
+def test_grad_mode_and_autocast_of_each_member():
     class Mixed(Together):
         def forward(self, x):
             q = self.q(x)
@@ -331,7 +331,7 @@ def test_inference_mode(taken):
     assert taken == ["alone"] * 3  # an inference tensor does not tell when it is changed
 
 
-def test_an_input_that_is_not_a_leaf_of_this_layer(taken):
+def test_an_input_that_is_not_a_leaf_of_this_layer():
     """A replica of the parent (as DataParallel makes) uses its own children."""
     ours, plain, _ = make_pair(cls=Together)
     replica = ours._replicate_for_data_parallel()
@@ -369,7 +369,7 @@ def test_threads_do_not_meet(taken):
     assert taken == [3, 3] and nothing_left(ours)
 
 
-def test_x_is_saved_once(taken):
+def test_x_is_saved_once():
     ours, plain, _ = make_pair(cls=Together)
     x = X.clone().requires_grad_()
     with saved_tensors(ignore=(*ours.parameters(), x)) as saved:

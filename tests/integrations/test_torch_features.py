@@ -32,7 +32,7 @@ def pair(kind="llama", **lora):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_compile_the_whole_model(kind, taken):
+def test_compile_the_whole_model(kind):
     ours, plain = pair(kind)
     expected = run(plain)
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")

@@ -34,12 +34,12 @@ class Case(NamedTuple):
     alone: str
 
 
-def model_of(case: Case, targets: list[str] = NAMES) -> PeftModel:
+def model_of(case: Case) -> PeftModel:
     """A tiny Llama with one adapter, in train mode."""
     torch.manual_seed(0)
     base = KINDS["llama"]()
     base.loss_type = base.loss_type or "ForCausalLM"  # or else a warning, which torch.compile cannot trace
-    return case.with_adapter(base, "default", targets).train()
+    return case.with_adapter(base, "default", NAMES).train()
 
 
 def _with_adapter(owned: str, config_of: Callable) -> Callable:

@@ -301,7 +301,7 @@ def test_sft_trainer(tmp_path):
     callback = Recorder(pk.ist.ISTConfig(interval=5, examples=8))
     trainer = trl.SFTTrainer(
         model=llama(), args=arguments, train_dataset=Dataset.from_list(rows), callbacks=[callback],
-        processing_class=tokenizer(tmp_path),
+        processing_class=tokenizer(),
     )  # fmt: skip
     pk.integrations.peft.accelerate(trainer.model)
     everything = trainable(trainer.model)
@@ -310,8 +310,8 @@ def test_sft_trainer(tmp_path):
     assert len(callback.ist.history) == 2 and callback.ist.estimator.shift == 1, callback.ist.estimator.why
 
 
-def tokenizer(folder):
-    """Of numbers, made here: nothing is downloaded."""
+def tokenizer():
+    """Make a tokenizer of numbers here: nothing is downloaded."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

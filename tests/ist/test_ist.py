@@ -1,4 +1,4 @@
-"""IST against its straight transcription, and each fault of the authors' code, which ours must not have."""
+"""IST against its authors' algorithm, and each fault of the authors' code, which ours must not have."""
 
 import copy
 import math
@@ -10,9 +10,9 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 
 import peft_kernels as pk
+from benchmarks.authors_ist import AuthorsIST
 from peft_kernels.ist import IST, BlockCyclic, ISTConfig, LayerSampler, Lisa, Uniform, find_layers
 from peft_kernels.ist.importance import draw_suppress_sets
-from tests.ist.transcription import ist as transcribed
 
 VOCABULARY = 40
 SIZES = dict(vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1)
@@ -36,11 +36,11 @@ def trainable(model) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def trains_inside(model, batch=None) -> set[str]:
-    """What requires a gradient inside of a forward."""
+def trains_inside(model) -> set[str]:
+    """Return the names of what requires a gradient inside of a forward."""
     found = []
     hook = model.register_forward_hook(lambda *_: found.append(trainable(model)))
-    model(**(batch or batch_for(0)))
+    model(**batch_for(0))
     hook.remove()
     return found[0]
 
@@ -56,25 +56,19 @@ def train(model, steps: int, config: ISTConfig | None = None, ist: IST | None = 
     return ist, optimizer
 
 
-def test_200_steps_equal_the_transcription():
+def test_200_steps_equal_the_authors():
     ours, theirs = llama(), llama()
-    layers = theirs.base_model.model.model.layers
-    scalings = [[m.scaling for m in layer.modules() if hasattr(m, "lora_A")] for layer in layers]
-    ist = IST(ours, ISTConfig(seed=5, estimator="one-by-one"))
+    ist, authors = IST(ours, ISTConfig(seed=5, estimator="one-by-one")), AuthorsIST(theirs, seed=5)
     optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in (ours, theirs)]
     batches = [batch_for(1000 + number) for number in range(20)]
-    parameters = [[p for n, p in theirs.named_parameters() if f"layers.{i}." in n and "lora" in n] for i in range(6)]
     moved = False
-    for step, (update, sets, unimportance) in enumerate(transcribed(theirs, scalings, batches, 200, seed=5)):
-        estimates = len(ist.history)
+    for step in range(200):
+        authors.before_step(batches[authors.estimates])
         chosen = ist.before_step(lambda: batches[len(ist.history)])
-        assert set(chosen) == update
-        torch.testing.assert_close(ist.unimportance, unimportance, rtol=1e-5, atol=1e-7)
-        assert len(ist.history) == estimates + bool(sets)
-        moved |= bool(unimportance.abs().max() > 1e-3)
-        for index, of_layer in enumerate(parameters):
-            for parameter in of_layer:
-                parameter.requires_grad_(index in update)
+        assert set(chosen) == set(authors.active)
+        torch.testing.assert_close(ist.unimportance, authors.unimportance, rtol=1e-5, atol=1e-7)
+        assert len(ist.history) == authors.estimates
+        moved |= bool(authors.unimportance.abs().max() > 1e-3)
         for model, optimizer in zip((ours, theirs), optimizers):
             model(**batch_for(step)).loss.backward()
             optimizer.step()
@@ -84,7 +78,7 @@ def test_200_steps_equal_the_transcription():
         assert torch.equal(mine, other)
 
 
-def test_suppress_sets_are_those_of_the_transcription():
+def test_suppress_sets_are_those_of_the_algorithm():
     unimportance = torch.tensor([0.3, -1.0, 2.0, 0.0, 0.5, -0.2])
     one, other = (torch.Generator().manual_seed(9) for _ in range(2))
     expected: list[list[int]] = []
@@ -309,9 +303,9 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    def __init__(self, layers=4):
+    def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(layers))
+        self.blocks = nn.ModuleList(Block() for _ in range(4))
 
     def forward(self, x):
         for block in self.blocks:

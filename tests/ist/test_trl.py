@@ -71,7 +71,7 @@ def test_trains_the_chosen_layers(tmp_path, trainer, reentrant):
     callback = pk.ist.ISTCallback(ISTConfig(sampler="rst", update_fraction=0.34))
     looks = Looks(callback)
     torch.manual_seed(0)
-    made = trainer(llama(), arguments, processing_class=tokenizer(tmp_path), callbacks=[callback, looks])
+    made = trainer(llama(), arguments, processing_class=tokenizer(), callbacks=[callback, looks])
     model = made.model
     everything, before = trainable(model), {name: value.clone() for name, value in model.state_dict().items()}
     made.train()

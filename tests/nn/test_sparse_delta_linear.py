@@ -22,12 +22,12 @@ KINDS = ["entries", "rows", "columns", "blocks", "n_of_m"]
 N, K = 48, 64
 
 
-def make_layer(kind="entries", dtype=torch.float32, bias=True, seed=0, density=0.1):
+def make_layer(kind="entries", dtype=torch.float32, bias=True, seed=0):
     """A layer, and the weight that it began with."""
     torch.manual_seed(seed)
     linear = torch.nn.Linear(K, N, bias=bias, dtype=dtype)
     base = linear.weight.detach().clone()
-    return pk.nn.SparseDeltaLinear.from_linear(linear, make_layout(kind, N, K, density, seed)), base
+    return pk.nn.SparseDeltaLinear.from_linear(linear, make_layout(kind, N, K, 0.1, seed)), base
 
 
 def train(layer, optimizer, steps=3, seed=1):

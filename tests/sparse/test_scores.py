@@ -28,14 +28,14 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Of tokens, with output embeddings that are tied to the input's."""
+    """A model of tokens, with output embeddings that are tied to the input's."""
 
-    def __init__(self, width: int = 6, vocabulary: int = 11, layers: int = 2) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Embedding(vocabulary, width)
-        self.layers = nn.ModuleList(Block(width) for _ in range(layers))
+        self.embed = nn.Embedding(11, 6)
+        self.layers = nn.ModuleList(Block(6) for _ in range(2))
         self.dropout = nn.Dropout(0.1)
-        self.lm_head = nn.Linear(width, vocabulary, bias=False)
+        self.lm_head = nn.Linear(6, 11, bias=False)
         self.lm_head.weight = self.embed.weight
 
     def forward(self, tokens):
@@ -49,9 +49,9 @@ def next_token(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(model(tokens)[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
-def model_and_tokens(dtype=torch.float32, rows: int = 1, batches: int = 3):
+def model_and_tokens(dtype=torch.float32, batches: int = 3):
     torch.manual_seed(0)
-    return Model().to(dtype).eval(), [torch.randint(11, (rows, 7)) for _ in range(batches)]
+    return Model().to(dtype).eval(), [torch.randint(11, (1, 7)) for _ in range(batches)]
 
 
 NAMES = ["layers.0.q_proj", "layers.0.up_proj", "layers.1.q_proj", "layers.1.up_proj"]

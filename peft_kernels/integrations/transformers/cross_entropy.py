@@ -1,4 +1,4 @@
-"""Cross-entropy that keeps nothing beside the logits, and the loss of causal language models by it."""
+"""Cross-entropy that saves nothing beside the logits, and the loss of causal language models by it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ...ops.core.transforms import backward_of, is_transformed
 
-#: Of float32 values in use at a time beside logits and gradient; on a CPU they fit in its cache.
+#: Bytes of float32 values in use at a time beside logits and gradient; on a CPU they fit in its cache.
 PIECE_BYTES, CACHED_BYTES = 1 << 28, 1 << 22
 
 
@@ -60,7 +60,7 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def _rows(logits: torch.Tensor) -> int:
-    """Of a piece."""
+    """Return how many rows a piece has."""
     return max(1, (CACHED_BYTES if logits.is_cpu else PIECE_BYTES) // (4 * logits.shape[1]))
 
 
@@ -73,8 +73,8 @@ def causal_lm_loss(
     shift_labels: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """ForCausalLMLoss of transformers, through `CrossEntropy` where that saves memory. torch.compile does as well with
-    the former."""
+    """Compute transformers' ForCausalLMLoss, through `CrossEntropy` where that takes less memory: not under
+    torch.compile, which does as well by itself."""
     plain = type(logits) is torch.Tensor and not (torch.compiler.is_compiling() or is_transformed())
     if not (plain and logits.requires_grad):
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)

@@ -1,4 +1,4 @@
-"""Logits at labels alone: what of lm_head, softmax and their backward belongs to ignored positions is left out."""
+"""Computes logits at labels alone: lm_head, softmax and their backward leave out ignored positions."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ OWN_CHOICE = ("logits_to_keep", "shift_labels", "ignore_index", "fused_lm_head")
 
 
 class _Positions(NamedTuple):
-    """Where a forward wants logits. It ends with that forward, however that ends (torch runs no hook after a
-    KeyboardInterrupt): the labels are an argument that was made for it, and are referred to weakly."""
+    """The positions at which a forward wants logits. They are valid during that forward only, however it ends (torch
+    runs no hook after a KeyboardInterrupt): they refer weakly to labels that were made for it as an argument."""
 
-    flat: torch.Tensor  # in a batch of one row after the other
+    flat: torch.Tensor  # positions in the batch, one row after the other
     batch: torch.Size  # [examples, tokens]
     labels: weakref.ref[torch.Tensor]
 
 
 class Handle:
-    """Of `logits_at_labels`: `remove()` undoes it, and so does leaving a `with` block of the handle.
+    """Undoes `logits_at_labels` by `remove()`, or when its `with` block is left.
 
-    Its bound methods are the hooks. Of what it holds nothing is copied with the model, so that a copy has hooks that
-    work by themselves.
+    Its bound methods are the hooks. Nothing that it holds is copied with the model, so that a copy has hooks that work
+    by themselves.
     """
 
     def __init__(self) -> None:
         self._model: PreTrainedModel | None = None
-        self._forwards: dict[int, _Positions] = {}  # of the forward that a thread is in
+        self._forwards: dict[int, _Positions] = {}  # by thread, of the forward that it is in
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __reduce__(self):
@@ -67,7 +67,7 @@ class Handle:
         self.remove()
 
     def _before_forward(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
-        self._forwards.pop(threading.get_ident(), None)  # of one that never came to its output embeddings
+        self._forwards.pop(threading.get_ident(), None)  # left by a forward that never came to its output embeddings
         labels = kwargs.get("labels")
         if not (model.training and torch.is_grad_enabled()) or any(name in kwargs for name in OWN_CHOICE):
             return None
@@ -86,7 +86,7 @@ class Handle:
         return args, kwargs | {"shift_labels": labels_there}
 
     def _select(self, head: nn.Module, args: tuple) -> tuple | None:
-        """[examples, tokens, features] → [1, labels, features], once in a forward."""
+        """Select rows, [examples, tokens, features] → [1, labels, features], once in a forward."""
         positions = self._forwards.pop(threading.get_ident(), None)
         if positions is None or positions.labels() is None:
             return None
@@ -104,7 +104,7 @@ def logits_at_labels(model: nn.Module) -> Handle:
     """Lets `model`, in training, compute logits only at the positions whose next token has a label.
 
     The loss and all gradients are as before to rounding, and so is whatever `num_items_in_batch` divides by. The loss
-    keeps these logits alone, in their own dtype, and can be differentiated once (see `CrossEntropy`). `logits` of the
+    saves these logits alone, in their own dtype, and can be differentiated once (see `CrossEntropy`). `logits` of the
     output become [1, labels, vocabulary], in the order of the batch: nothing in training may expect another shape of
     them. Older releases of TRL's SFTTrainer do, for their token accuracy; newer ones bring a loss of their own.
 
@@ -139,7 +139,8 @@ def _head(model: PreTrainedModel) -> nn.Module | None:
 
 
 def _why_not(model: PreTrainedModel) -> str | None:
-    """Of the class's forward: on the instance accelerate and others put wrappers that take and hand on anything."""
+    """Say why the model's loss cannot be replaced, or None. The class's forward is read: on the instance accelerate and
+    others put wrappers that take and hand on anything."""
     if model.config.is_encoder_decoder:
         return "it is an encoder and a decoder"
     forward = inspect.unwrap(type(model).forward)

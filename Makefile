@@ -42,7 +42,7 @@ help:
 	@echo "make aot-all       compile every configuration of every kernel, for every architecture"
 	@echo "make resources     write docs/kernels.md: registers, spills, shared memory and blocks an SM of every kernel"
 	@echo "make gpu MINUTES=9 the GPU suite, then the GPU benchmarks, with the python3 on PATH as it is; what comes back is"
-	@echo "                   in OUT (build/gpu): the log, junit.xml, the failures by cause, results of each op"
+	@echo "                   in OUT (build/gpu): the log with the failures by cause, junit.xml, results of each op"
 
 # --- Set-up --------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,5 @@
-"""Ops with one x and one y: what an op needs here is its entry in `OPS`, and a file in `peft_kernels/testing` whose
-`make_case`, `ours` and `eager_expression` are what its tests run.
+"""The op `linear_ops`: every op with one x and one y. What such an op needs here is its entry in `OPS`, and a file in
+`peft_kernels/testing` whose `make_case`, `ours` and `eager_expression` are what its tests run.
 
 The roofline is the larger of FLOPs over the machine's measured matmul rate and bytes over its measured copy bandwidth:
 x, W and dy are read, y and dx written, once each, and beside these what the op's entry says.
@@ -36,7 +36,6 @@ class LinearOp(NamedTuple):
     """An op.
 
     Attributes:
-        what: a line for `list`.
         testing: the module with its cases.
         options: name → what `make_case` is given beside sizes and dtype: the kinds of calls that are measured.
         frozen: the operands that take no gradient.
@@ -44,7 +43,6 @@ class LinearOp(NamedTuple):
         elements: of (M, K, N, options), the elements read or written in forward and in backward beside x, W, y, dy, dx.
     """
 
-    what: str
     testing: ModuleType
     options: Mapping[str, dict[str, Any]]
     frozen: tuple[str, ...]
@@ -54,7 +52,6 @@ class LinearOp(NamedTuple):
 
 OPS = {
     "masked_linear": LinearOp(
-        "a linear layer whose weight is masked by trained scores: forward, dx, dS",
         masked_linear,
         {"": {}},
         frozen=("weight", "bias"),
@@ -62,7 +59,6 @@ OPS = {
         elements=lambda M, K, N, options: (N * K, M * K + 2 * N * K),  # S; x, S again, and dS written
     ),
     "scaled_linear": LinearOp(
-        "(IA)³: a linear layer whose output or input is scaled by a trained vector: forward, dx, dl",
         scaled_linear,
         {"output": {}, "input": {"scale_input": True}},
         frozen=("weight", "bias"),
@@ -73,29 +69,33 @@ OPS = {
 
 
 class Shape(NamedTuple):
+    """M tokens, K in_features, N out_features of an op, and which kind of call."""
+
     M: int
     K: int
     N: int
     dtype: torch.dtype
+    op: str
     kind: str
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "f")
-        return f"M={self.M} {self.K}→{self.N} {dtype}{', ' * bool(self.kind)}{self.kind}"
+        return f"M={self.M} {self.K}→{self.N} {dtype}, {self.op}{', ' * bool(self.kind)}{self.kind}"
 
 
-def cases(op: LinearOp, device: str) -> list[Shape]:
+def cases(device: str) -> list[Shape]:
     if device == "cpu":
         sizes = [(512, 576, 1536), (512, 1536, 576), (512, 2048, 2048), (8, 576, 1536)]
         dtypes = (torch.float32, torch.bfloat16)
     else:
         sizes = [(8192, 4096, 4096), (8192, 4096, 14336), (8192, 14336, 4096), (256, 4096, 4096), (16, 4096, 4096)]
         dtypes = (torch.bfloat16,)
-    return [Shape(*size, dtype, kind) for dtype in dtypes for size in sizes for kind in op.options]
+    calls = [(name, kind) for name, op in OPS.items() for kind in op.options]
+    return [Shape(*size, dtype, *call) for dtype in dtypes for size in sizes for call in calls]
 
 
-def roofline_us(op: LinearOp, shape: Shape, mode: str, ceilings: dict[str, float]) -> float:
-    M, K, N, dtype, kind = shape
+def roofline_us(shape: Shape, mode: str, ceilings: dict[str, float]) -> float:
+    (M, K, N, dtype, _, kind), op = shape, OPS[shape.op]
     forward, backward = op.elements(M, K, N, op.options[kind])
     product, moved = 2 * M * N * K, M * K + N * K + M * N
     flops = {FORWARD: product, BACKWARD: product * (1 + op.products), BOTH: product * (2 + op.products)}[mode]
@@ -103,8 +103,8 @@ def roofline_us(op: LinearOp, shape: Shape, mode: str, ceilings: dict[str, float
     return 1e6 * max(flops / ceilings[str(dtype)], elements * dtype.itemsize / ceilings["bytes"])
 
 
-def make_case(op: LinearOp, shape: Shape, device: str) -> LinearCase:
-    M, K, N, dtype, kind = shape
+def make_case(shape: Shape, device: str) -> LinearCase:
+    (M, K, N, dtype, _, kind), op = shape, OPS[shape.op]
     return op.testing.make_case((M,), K, N, dtype, bias=False, device=device, frozen=op.frozen, **op.options[kind])
 
 
@@ -131,8 +131,9 @@ def check(op: LinearOp, case: LinearCase) -> str | None:
     return None
 
 
-def measure(op: LinearOp, shape: Shape, request: Request) -> list[Row]:
-    began, case, guard = time.perf_counter(), make_case(op, shape, request.device), request.guard
+def measure(shape: Shape, request: Request) -> list[Row]:
+    op, guard = OPS[shape.op], request.guard
+    began, case = time.perf_counter(), make_case(shape, request.device)
     makers = {BARE: bare, EAGER: partial(ready, expression=op.testing.eager_expression),
               OURS: partial(ready, expression=op.testing.ours)}  # fmt: skip
     facts = shape._asdict() | {"dtype": str(shape.dtype).removeprefix("torch.")}
@@ -153,7 +154,7 @@ def measure(op: LinearOp, shape: Shape, request: Request) -> list[Row]:
         lane, mode = lanes[row["provider"]], row["mode"]
         if request.modes and mode not in request.modes:
             continue
-        row["of_floor"] = row["p50_us"] / roofline_us(op, shape, mode, request.ceilings)
+        row["of_floor"] = row["p50_us"] / roofline_us(shape, mode, request.ceilings)
         if mode == BOTH:
             with guard(row["provider"]):
                 row["saved_bytes"] = saved_bytes(lane.forward, lane.kept)
@@ -168,14 +169,12 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def _spec(name: str, op: LinearOp) -> OpSpec:
-    def plot(rows: list[Row], device: str, path: Path) -> Path:
-        return plots.draw_ratios(rows, f"{name}, forward + backward\n{device}", path)
-
-    return OpSpec(
-        name, op.what, (FORWARD, BACKWARD, BOTH), partial(cases, op), lambda device: dict.fromkeys((BARE, EAGER, OURS)),
-        partial(measure, op), COLUMNS, summary, plot, share=0.5,
-    )  # fmt: skip
+def plot(rows: list[Row], device: str, path: Path) -> Path:
+    return plots.draw_ratios(rows, f"ops with one x and one y, forward + backward\n{device}", path)
 
 
-SPECS = tuple(_spec(name, op) for name, op in OPS.items())
+SPEC = OpSpec(
+    "linear_ops", "a linear layer whose weight is masked by scores, or whose features are scaled: (IA)³",
+    (FORWARD, BACKWARD, BOTH), cases, lambda device: dict.fromkeys((BARE, EAGER, OURS)), measure, COLUMNS, summary,
+    plot,
+)  # fmt: skip

@@ -8,17 +8,17 @@ STABLE_TORCH_LIBRARY(peft_kernels_native, m) {
       "lora_forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? row_scale, float scale, "
       "Tensor? bias) -> (Tensor, Tensor)");
   m.def(
-      "lora_gemm(Tensor[] left, Tensor[] right, Tensor[] low_left, Tensor[] low_right, Tensor[] keep, Tensor? bias, "
+      "lora_gemm(Tensor[] left, Tensor[] right, Tensor[] low_left, Tensor[] low_right, Tensor[] dropout_mask, "
+      "Tensor? bias, bool by_feature) -> Tensor");
+  m.def(
+      "lora_shrink(Tensor activation, Tensor rank_factor, Tensor? seed, int threshold, int streams, Tensor(a!)? mask, "
       "bool by_feature) -> Tensor");
   m.def(
-      "lora_shrink(Tensor wide, Tensor narrow, Tensor? seed, int threshold, int streams, Tensor(a!)? mask, "
-      "bool by_feature) -> Tensor");
+      "lora_grads(Tensor[] left, Tensor[] right, Tensor[] low_left, Tensor[] low_right, Tensor[] dropout_mask, "
+      "bool by_feature, Tensor activation, Tensor rank_factor, Tensor? activation_mask, int streams) -> (Tensor, Tensor)");
   m.def(
-      "lora_grads(Tensor[] left, Tensor[] right, Tensor[] low_left, Tensor[] low_right, Tensor[] keep, "
-      "bool by_feature, Tensor wide, Tensor narrow, Tensor? wide_keep, int streams) -> (Tensor, Tensor)");
-  m.def(
-      "lora_outer(Tensor wide, Tensor narrow, Tensor? right, Tensor? keep, int streams, bool transposed) "
-      "-> (Tensor, Tensor)");
+      "lora_outer(Tensor activation, Tensor rank_factor, Tensor? lora_B, Tensor? dropout_mask, int streams, "
+      "bool transposed) -> (Tensor, Tensor)");
   m.def("cuda_version() -> int");
   m.def("has_boxes(int device) -> bool");
   m.def("draw_mask(Tensor seed, int rows, int columns, int threshold, int streams) -> Tensor");

@@ -3,8 +3,9 @@
 #
 #   scripts/gpu.sh MINUTES OUT [BENCHMARK ARGUMENTS…]
 #
-# OUT gets all that there is to know, at most eight files, each whole whenever this is ended: log.txt, junit.xml,
-# failures.txt (by cause), and a file of results for each op of the benchmark. Minutes by stage stand at the log's end.
+# OUT gets all that there is to know, at most eight files, each whole whenever this is ended: log.txt, junit.xml, and a
+# file of results for each op of the benchmark. The failures by cause are in failures.txt until the suite has ended, then
+# in the log, at whose end stand the minutes by stage.
 #
 # The suite may take 60 % of the budget and is stopped there; the benchmarks get what is left, and run also where the
 # suite failed. Before them the CUDA sources' self-test, where it was built. The exit status is the first's that failed.
@@ -67,6 +68,7 @@ everything() {
     suite=$?
     echo "== failures by cause"
     cat "$out/failures.txt"
+    rm -f "$out/failures.txt"
 
     # The benchmarks plan by --minutes; the limit is for one that does not come back. Status 3: a provider took the
     # process with it; the same command goes on without that one.

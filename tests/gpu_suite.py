@@ -8,7 +8,8 @@ evidence, whatever a kernel does to the process that launches it.
   ends the process once the test is reported. pytest-xdist starts a fresh worker for what is left.
 - A test and backend that took `FATAL` processes with it is skipped from then on: a minute for each case of a kernel
   that never ends would leave no time for the others.
-- `junit.xml` and `failures.txt`, the failures by cause, are up to date after every test.
+- `junit.xml` and `failures.txt`, the failures by cause, are up to date after every test; `scripts/gpu.sh` puts the
+  second into the log.
 
 The plugin is in the controller, which writes the files, and in each worker, which runs tests; without xdist it is both,
 and the first process that is lost ends the suite.

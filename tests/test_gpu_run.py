@@ -132,16 +132,16 @@ def test_what_comes_back(finished):
     """At most eight files with all ops of the benchmark, no pictures; the log is what was printed, with the minutes."""
     done, out = finished
     assert {path.name for path in out.rglob("*")} == {
-        "log.txt", "junit.xml", "failures.txt", "lora_linear_Stub_GPU.jsonl",
+        "log.txt", "junit.xml", "lora_linear_Stub_GPU.jsonl",
     }  # fmt: skip
-    assert 3 + len(SPECS) <= 8
+    assert 2 + len(SPECS) <= 8
     log = (out / "log.txt").read_text()
     assert log == done.stdout
     assert done.returncode != 0
     assert "no pytest-xdist" not in log
     table = log[log.index("== minutes by stage") :]
     for words in ("min  what is here: passed", "min  the GPU suite: STOPPED", "min  the GPU benchmarks: FAILED (3)",
-                  "min  the GPU benchmarks: passed", "4 files in"):  # fmt: skip
+                  "min  the GPU benchmarks: passed", "3 files in"):  # fmt: skip
         assert words in table, table
     assert ("BUILDS" in log) == (not (ROOT / "peft_kernels" / "_lib" / "libpeft_kernels.so").exists())
 
@@ -208,9 +208,9 @@ def test_the_order(finished):
 
 
 def test_failures_by_cause(finished):
-    done, out = finished
-    text = (out / "failures.txt").read_text()
-    assert text in done.stdout
+    _, out = finished
+    log = (out / "log.txt").read_text()
+    text = log[log.index("== failures by cause") :]
     assert "native unit tests: 2 passed, from minute" in text
     assert "the grid: " in text and "one case of each: " in text
     assert "× it did not end within #:#:#" in text

@@ -202,9 +202,9 @@ def test_runs_on_the_current_stream():
         (lambda t: t | {"left": t["left"].mT}, r"expected rows of left that start on 16 bytes, got strides \(1, 64\)"),
         (lambda t: t | {"left": torch.randn(64, 65, device="cuda").bfloat16()[:, 1:]}, "start on 16 bytes"),
         (lambda t: t | {"low_left": t["low_left"].cpu()}, "expected low_left on CUDA device 0"),
-        (lambda t: t | {"keep": t["keep"][:, :4]}, r"expected a contiguous keep, uint8 \[64, 8\]"),
+        (lambda t: t | {"dropout_mask": t["dropout_mask"][:, :4]}, "expected a contiguous dropout_mask, uint8"),
         (lambda t: t | {"bias": t["bias"][:3]}, r"expected a contiguous bias \[64\]"),
-        (lambda t: t | {"keep": [t["keep"]] * 2}, "expected no mask, one, or 1, got 2"),
+        (lambda t: t | {"dropout_mask": [t["dropout_mask"]] * 2}, "expected no mask, one, or 1, got 2"),
         (lambda t: t | {"right": [t["right"]] * 2}, "expected 1 to 3 operands of each kind, got 1, 2, 1 and 1"),
     ],
 )
@@ -212,7 +212,7 @@ def test_says_what_it_expected(change, message):
     names = ("left", "right", "low_left", "low_right")
     given = dict(zip(names, operands(64, 64, 64, 8, True)))
     given |= {
-        "keep": torch.zeros(64, 8, dtype=torch.uint8, device="cuda"),
+        "dropout_mask": torch.zeros(64, 8, dtype=torch.uint8, device="cuda"),
         "bias": torch.zeros(64, dtype=torch.bfloat16, device="cuda"),
     }
     with pytest.raises(RuntimeError, match=message) as caught:
@@ -342,9 +342,9 @@ def test_shrink_of_nothing(shape):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (((8, 16), (4, 8), None, 1, True), r"expected narrow \[4, 16\], got \[4, 8\]"),
-        (((8, 16), (4, 16), None, 3, True), "expected streams that divide the columns of narrow"),
-        (((8, 16), (16, 4), 1, 1, False), r"expected seed int64 \[1\], and narrow by feature"),
+        (((8, 16), (4, 8), None, 1, True), r"expected rank_factor \[4, 16\], got \[4, 8\]"),
+        (((8, 16), (4, 16), None, 3, True), "expected streams that divide the columns of rank_factor"),
+        (((8, 16), (16, 4), 1, 1, False), r"expected seed int64 \[1\], and rank_factor by feature"),
     ],
 )
 def test_shrink_says_what_it_expected(arguments, message):
@@ -414,12 +414,12 @@ def test_outer_of_nothing(shape):
 def test_outer_says_what_it_expected():
     with pytest.raises(RuntimeError, match="lora_outer: expected a rank of at most 64, got 72"):
         lora_outer(matrix(8, 16), matrix(8, 72), None, None, 1, False)
-    with pytest.raises(RuntimeError, match="lora_outer: expected a rank of at most 32 with right, got 40"):
+    with pytest.raises(RuntimeError, match="lora_outer: expected a rank of at most 32 with lora_B, got 40"):
         lora_outer(matrix(8, 16), matrix(8, 40), matrix(16, 40), None, 1, False)
-    with pytest.raises(RuntimeError, match=r"lora_outer: expected narrow \[8, 8\], got \[4, 8\]"):
+    with pytest.raises(RuntimeError, match=r"lora_outer: expected rank_factor \[8, 8\], got \[4, 8\]"):
         lora_outer(matrix(8, 16), matrix(4, 8), None, None, 1, False)
     keep = torch.zeros(2, 8, 2, dtype=torch.uint8, device="cuda")
-    with pytest.raises(RuntimeError, match="expected one stream, or of several a multiple of 8 columns of narrow each"):
+    with pytest.raises(RuntimeError, match="expected one stream, or of several a multiple of 8 columns of rank_factor"):
         lora_outer(matrix(8, 16), matrix(8, 8), None, keep, 2, True)
     with pytest.raises(RuntimeError, match="expected masks that divide the 3 streams, got 2"):
         lora_outer(matrix(8, 16), matrix(8, 24), None, keep, 3, True)
@@ -470,13 +470,13 @@ def test_grads_of_nothing():
 @pytest.mark.gpu
 def test_grads_say_what_they_expected():
     given = operands(8, 16, 16, 8, False)
-    with pytest.raises(RuntimeError, match=r"lora_outer: expected narrow \[8, 8\], got \[4, 8\]"):
+    with pytest.raises(RuntimeError, match=r"lora_outer: expected rank_factor \[8, 8\], got \[4, 8\]"):
         lora_grads(*given, None, False, matrix(8, 16), matrix(4, 8), None, 1)
     with pytest.raises(RuntimeError, match="lora_gemm: expected every operand in one dtype"):
         lora_grads(given[0], given[1].half(), *given[2:], None, False, matrix(8, 16), matrix(8, 8), None, 1)
-    with pytest.raises(RuntimeError, match=r"lora_grads: expected wide \[8, 16\], as out, got \[8, 24\]"):
+    with pytest.raises(RuntimeError, match=r"lora_grads: expected activation \[8, 16\], as out, got \[8, 24\]"):
         lora_grads(*given, None, False, matrix(8, 24), matrix(8, 8), None, 1)
-    with pytest.raises(RuntimeError, match="expected wide on CUDA device 0, got a tensor that is not on CUDA"):
+    with pytest.raises(RuntimeError, match="expected activation on CUDA device 0, got a tensor that is not on CUDA"):
         lora_grads(*given, None, False, matrix(8, 16, device="cpu"), matrix(8, 8), None, 1)
 
 

@@ -93,7 +93,7 @@ void box_load(void* to, const TensorMap& map, int row, int column, uint64_t* loa
 void box_store(const TensorMap& map, int row, int column, const void* from);
 void stores_wait(int pending);
 
-// Two rows of an operand in registers, 16 of depth.
+// Two rows of an operand in registers, 16 of K.
 using Rows = std::array<std::array<float, 16>, 2>;
 
 // One thread's share of a wgmma: descriptors a and b, sums of [64, 2·count].

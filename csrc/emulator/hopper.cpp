@@ -40,12 +40,12 @@ void each_element(const TensorMap& map, int row, int column, const Of& of) {
   }
 }
 
-// The element of an operand at (feature, depth), as PTX ISA 9.7.15.5.1.2 lays it out.
-uint16_t operand(const char* shared, uint64_t descriptor, bool by_feature, int feature, int depth) {
+// The element of an operand at (feature, k), as PTX ISA 9.7.15.5.1.2 lays it out.
+uint16_t operand(const char* shared, uint64_t descriptor, bool by_feature, int feature, int k) {
   const int64_t start = (descriptor & 0x3FFF) << 4, leading = (descriptor >> 16 & 0x3FFF) << 4;
   const int64_t stride = (descriptor >> 32 & 0x3FFF) << 4;
-  const int64_t offset = by_feature ? feature / 8 * stride + feature % 8 * kRowBytes + 2 * depth
-                                    : feature / 64 * leading + feature % 64 * 2 + depth / 8 * stride + depth % 8 * kRowBytes;
+  const int64_t offset = by_feature ? feature / 8 * stride + feature % 8 * kRowBytes + 2 * k
+                                    : feature / 64 * leading + feature % 64 * 2 + k / 8 * stride + k % 8 * kRowBytes;
   uint16_t bits;
   std::memcpy(&bits, shared + swizzled(start + offset), sizeof(bits));
   return bits;

@@ -1,5 +1,5 @@
 // A tile of a product of two matrices by a block, for sm_80 and later: cp.async in several stages, ldmatrix, mma, and the
-// sums in registers. Of shared memory a stage holds Tile::kRows + Tile::kColumns times Tile::kDepth elements.
+// sums in registers. Of shared memory a stage holds Tile::kRows + Tile::kColumns times Tile::kBlockK elements.
 #pragma once
 
 #include "ptx/copy_async.cuh"
@@ -13,24 +13,24 @@
 
 namespace peft_kernels {
 
-// Two matrices of 16-bit elements whose rows start on 16 bytes. By feature they are [rows, depth] and [columns, depth], depth
-// by depth in a row; by depth [depth, rows] and [depth, columns]. Pitches in elements.
+// Two matrices of 16-bit elements whose rows start on 16 bytes. By feature they are [rows, K] and [columns, K], K
+// by K in a row; by K [K, rows] and [K, columns]. Pitches in elements.
 struct Operands {
   const void* left;
   int64_t left_pitch;
   const void* right;
   int64_t right_pitch;
-  int rows, columns, depth;
+  int rows, columns, K;
 };
 
 template <typename T, typename Tile, bool kLeftByFeature, bool kRightByFeature>
 struct WarpProduct {
   static constexpr int kThreads = Tile::kThreads;
-  static constexpr int kSteps = Tile::kDepth / kFragment;  // of a stage
+  static constexpr int kSteps = Tile::kBlockK / kFragment;  // of a stage
   static constexpr int kFragmentRows = Tile::kWarpRows / 16, kFragmentColumns = Tile::kWarpColumns / 8;
-  using Left = SharedTile<kLeftByFeature ? Tile::kRows : Tile::kDepth, kLeftByFeature ? Tile::kDepth : Tile::kRows>;
+  using Left = SharedTile<kLeftByFeature ? Tile::kRows : Tile::kBlockK, kLeftByFeature ? Tile::kBlockK : Tile::kRows>;
   using Right =
-      SharedTile<kRightByFeature ? Tile::kColumns : Tile::kDepth, kRightByFeature ? Tile::kDepth : Tile::kColumns>;
+      SharedTile<kRightByFeature ? Tile::kColumns : Tile::kBlockK, kRightByFeature ? Tile::kBlockK : Tile::kColumns>;
   static constexpr int kStageBytes = Left::kBytes + Right::kBytes;
   static constexpr int kStagesBytes = Tile::kStages * kStageBytes;
 
@@ -68,22 +68,22 @@ struct WarpProduct {
     sync_block();
   }
 
-  // Starts the copies of a stage: the tile at (row_0, column_0), from depth_0 on.
-  PEFT_KERNELS_DEVICE static void fetch(char* place, const Operands& of, int row_0, int column_0, int depth_0) {
+  // Starts the copies of a stage: the tile at (row_0, column_0), from k_0 on.
+  PEFT_KERNELS_DEVICE static void fetch(char* place, const Operands& of, int row_0, int column_0, int k_0) {
     if constexpr (kLeftByFeature) {
-      Left::template copy<kThreads>(place, of.left, of.left_pitch, row_0, of.rows, depth_0, of.depth);
+      Left::template copy<kThreads>(place, of.left, of.left_pitch, row_0, of.rows, k_0, of.K);
     } else {
-      Left::template copy<kThreads>(place, of.left, of.left_pitch, depth_0, of.depth, row_0, of.rows);
+      Left::template copy<kThreads>(place, of.left, of.left_pitch, k_0, of.K, row_0, of.rows);
     }
     place += Left::kBytes;
     if constexpr (kRightByFeature) {
-      Right::template copy<kThreads>(place, of.right, of.right_pitch, column_0, of.columns, depth_0, of.depth);
+      Right::template copy<kThreads>(place, of.right, of.right_pitch, column_0, of.columns, k_0, of.K);
     } else {
-      Right::template copy<kThreads>(place, of.right, of.right_pitch, depth_0, of.depth, column_0, of.columns);
+      Right::template copy<kThreads>(place, of.right, of.right_pitch, k_0, of.K, column_0, of.columns);
     }
   }
 
-  // sums += 16 of a stage's depth, from element 16·step on.
+  // sums += 16 of a stage's K, from element 16·step on.
   PEFT_KERNELS_DEVICE static void multiply(const char* place, int step, Sums& sums) {
     uint32_t a[kFragmentRows][4], b[kFragmentColumns / 2][4];
     PEFT_KERNELS_UNROLL
@@ -122,14 +122,14 @@ struct WarpProduct {
   }
 
  private:
-  // The fragment of sums[i], from element 16·step of a stage's depth on.
+  // The fragment of sums[i], from element 16·step of a stage's K on.
   PEFT_KERNELS_DEVICE static void load_rows(uint32_t (&a)[4], const char* place, int step, int i) {
     const int row = warp_row() + 16 * i;
     if constexpr (kLeftByFeature) {
       load_matrices<false>(a, place + Left::offset(row + lane() % 16, 2 * step + lane() / 16));
     } else {
-      const int depth = 16 * step + lane() % 8 + lane() / 16 * 8;
-      load_matrices<true>(a, place + Left::offset(depth, row / kChunk + lane() / 8 % 2));
+      const int k = 16 * step + lane() % 8 + lane() / 16 * 8;
+      load_matrices<true>(a, place + Left::offset(k, row / kChunk + lane() / 8 % 2));
     }
   }
 
@@ -140,8 +140,8 @@ struct WarpProduct {
       const int row = column + lane() % 8 + lane() / 16 * 8;
       load_matrices<false>(b, place + Left::kBytes + Right::offset(row, 2 * step + lane() / 8 % 2));
     } else {
-      const int depth = 16 * step + lane() % 16;
-      load_matrices<true>(b, place + Left::kBytes + Right::offset(depth, column / kChunk + lane() / 16));
+      const int k = 16 * step + lane() % 16;
+      load_matrices<true>(b, place + Left::kBytes + Right::offset(k, column / kChunk + lane() / 16));
     }
   }
 };

@@ -8,10 +8,10 @@
 
 namespace peft_kernels {
 
-// kRows x kColumns of out by warps of kWarpRows x kWarpColumns, kDepth elements of the reduction a stage.
-template <int kRows_, int kColumns_, int kDepth_, int kWarpRows_, int kWarpColumns_, int kStages_>
+// kRows x kColumns of out by warps of kWarpRows x kWarpColumns, kBlockK elements of the reduction a stage.
+template <int kRows_, int kColumns_, int kBlockK_, int kWarpRows_, int kWarpColumns_, int kStages_>
 struct Tile {
-  static constexpr int kRows = kRows_, kColumns = kColumns_, kDepth = kDepth_;
+  static constexpr int kRows = kRows_, kColumns = kColumns_, kBlockK = kBlockK_;
   static constexpr int kWarpRows = kWarpRows_, kWarpColumns = kWarpColumns_, kStages = kStages_;
   static constexpr int kThreads = kRows / kWarpRows * (kColumns / kWarpColumns) * 32;
 };
@@ -44,29 +44,29 @@ PEFT_KERNELS_HOST_DEVICE int64_t clusters_of(int64_t rows, int64_t columns) {
 }
 
 // Of a length that several blocks share: one's part, a multiple of `stage`.
-PEFT_KERNELS_HOST_DEVICE int part_of(int64_t length, int parts, int stage) {
+PEFT_KERNELS_HOST_DEVICE int slice_of(int64_t length, int parts, int stage) {
   return tiles_of(length, parts * stage) * stage;
 }
 
 // In how many parts: for up to two blocks an SM, at most 32, of four stages and more but for the last.
-PEFT_KERNELS_HOST_DEVICE int parts_of(int64_t length, int stage, int64_t blocks, int processors) {
+PEFT_KERNELS_HOST_DEVICE int splits_of(int64_t length, int stage, int64_t blocks, int processors) {
   const int64_t wanted = blocks > 0 ? 2 * static_cast<int64_t>(processors) / blocks : 1;
   const int64_t most = length / (4 * stage) < 32 ? length / (4 * stage) : 32;
   const int64_t taken = wanted < most ? wanted : most;
-  return taken > 1 ? tiles_of(length, part_of(length, static_cast<int>(taken), stage)) : 1;
+  return taken > 1 ? tiles_of(length, slice_of(length, static_cast<int>(taken), stage)) : 1;
 }
 
-struct Position {
+struct TileCoordinate {
   int row, column;  // in tiles
 };
 
 // Neighbouring blocks share rows and columns, which the L2 cache then holds: eight rows of tiles, column by column.
-PEFT_KERNELS_HOST_DEVICE Position position(int block, int rows, int columns, int tile_rows, int tile_columns) {
-  constexpr int kBand = 8;
+PEFT_KERNELS_HOST_DEVICE TileCoordinate swizzled_tile(int block, int rows, int columns, int tile_rows, int tile_columns) {
+  constexpr int kGroupM = 8;
   const int down = tiles_of(rows, tile_rows), across = tiles_of(columns, tile_columns);
-  const int band = block / (kBand * across), first = band * kBand;
-  const int height = down - first < kBand ? down - first : kBand;
-  const int inside = block - band * kBand * across;
+  const int group = block / (kGroupM * across), first = group * kGroupM;
+  const int height = down - first < kGroupM ? down - first : kGroupM;
+  const int inside = block - group * kGroupM * across;
   return {first + inside % height, inside / height};
 }
 
@@ -80,11 +80,11 @@ struct Candidate {
   int rows, columns;
   int down, across;  // tiles that run together
   int blocks;        // an SM, by shared memory
-  int step;          // cycles for 16 of depth
-  bool splits;       // the depth, where there are few tiles
+  int step;          // cycles for 16 of K
+  bool splits;       // K, where there are few tiles
 };
 
-// A step of 16 in depth costs the tensor cores rows·columns·16 / 1024 cycles (sm_80), and shared memory the bytes that all
+// A step of 16 of K costs the tensor cores rows·columns·16 / 1024 cycles (sm_80), and shared memory the bytes that all
 // warps read / 128; both are added, as if nothing overlapped.
 template <typename Tile>
 constexpr Candidate warps_candidate(TileName name, int blocks, bool splits) {
@@ -107,7 +107,7 @@ constexpr Candidate boxes_candidate(TileName name, bool splits) {
 }
 
 // The tile of the least estimated time on a GPU of `processors` SMs: waves of blocks, times what a block's step costs, of a
-// depth that can be split as often as there are blocks too few. No measurement is behind it yet, so that a sixteenth decides
+// K that can be split as often as there are blocks too few. No measurement is behind it yet, so that a sixteenth decides
 // nothing: of two as good as each other the larger is taken, which moves fewer bytes. `boxes`: whether the tiles for sm_90a
 // can be taken.
 inline TileName choose(int64_t rows, int64_t columns, int processors, bool boxes) {

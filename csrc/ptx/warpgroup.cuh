@@ -29,7 +29,7 @@ PEFT_KERNELS_DEVICE void sync_named(int name, int threads) {
 
 // Gives registers back, down to kRegisters a thread. By all warps of a warpgroup.
 template <int kRegisters>
-PEFT_KERNELS_DEVICE void give_registers() {
+PEFT_KERNELS_DEVICE void dealloc_registers() {
 #ifdef __CUDACC__
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
 #endif
@@ -37,7 +37,7 @@ PEFT_KERNELS_DEVICE void give_registers() {
 
 // Waits for registers that others give, up to kRegisters a thread. By all warps of a warpgroup.
 template <int kRegisters>
-PEFT_KERNELS_DEVICE void take_registers() {
+PEFT_KERNELS_DEVICE void alloc_registers() {
 #ifdef __CUDACC__
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;\n" ::"n"(kRegisters));
 #endif

@@ -13,8 +13,8 @@
 namespace peft_kernels {
 
 // Where an operand lies (PTX ISA 9.7.15.5.1.2): boxes of 128 bytes a row, swizzled as `tensor_copy.cuh` has them. An operand by
-// feature has 16 of depth side by side in a row, and 8 features every 1024 bytes; by depth it has 64 features side by side in
-// a row, the next 64 `group_bytes` on, and 8 of depth every 1024 bytes. A descriptor counts in 16 bytes, and so can be moved
+// feature has 16 of K side by side in a row, and 8 features every 1024 bytes; by K it has 64 features side by side in
+// a row, the next 64 `group_bytes` on, and 8 of K every 1024 bytes. A descriptor counts in 16 bytes, and so can be moved
 // by adding to it.
 template <bool kByFeature>
 PEFT_KERNELS_DEVICE uint64_t operand_at(const void* start, int group_bytes) {
@@ -24,7 +24,7 @@ PEFT_KERNELS_DEVICE uint64_t operand_at(const void* start, int group_bytes) {
   return address | leading << 16 | kStride << 32 | kSwizzled128 << 62;
 }
 
-// What to add for the next 16 of depth.
+// What to add for the next 16 of K.
 template <bool kByFeature>
 constexpr uint64_t kOperandStep = kByFeature ? 16 * 2 >> 4 : 16 * 128 >> 4;
 
@@ -131,8 +131,8 @@ PEFT_KERNELS_DEVICE void wgmma(float (&d)[kSums], uint64_t a, uint64_t b, bool o
 #endif
 }
 
-// The same of an a in registers: of a, thread t holds two neighbours in each, of the row and of row + 8 at depth 2·(t % 4), and
-// of both at depth 2·(t % 4) + 8. Sums of two times eight columns, rounded pair by pair, are such an a of depth 16.
+// The same of an a in registers: of a, thread t holds two neighbours in each, of the row and of row + 8 at k = 2·(t % 4), and
+// of both at k = 2·(t % 4) + 8. Sums of two times eight columns, rounded pair by pair, are such an a of K 16.
 template <typename T, bool kBByFeature>
 PEFT_KERNELS_DEVICE void wgmma(float (&d)[128], const uint32_t (&a)[4], uint64_t b, bool onto) {
   static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);

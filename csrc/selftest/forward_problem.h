@@ -17,13 +17,13 @@ namespace peft_kernels::selftest {
 template <typename T>
 class ForwardProblem {
  public:
-  const int rows, columns, depth, rank;
+  const int rows, columns, K, rank;
   const bool with_bias, scaled_by_row;
 
-  ForwardProblem(int rows, int columns, int depth, int rank, bool with_bias, bool scaled_by_row)
-      : rows(rows), columns(columns), depth(depth), rank(rank), with_bias(with_bias), scaled_by_row(scaled_by_row),
-        random_(rows * 31 + columns * 17 + depth + rank), x_(rows, depth, random_, 1.0),
-        weight_(columns, depth, random_, 0.1), lora_A_(rank, depth, random_, 0.1), lora_B_(columns, rank, random_, 0.3),
+  ForwardProblem(int rows, int columns, int K, int rank, bool with_bias, bool scaled_by_row)
+      : rows(rows), columns(columns), K(K), rank(rank), with_bias(with_bias), scaled_by_row(scaled_by_row),
+        random_(rows * 31 + columns * 17 + K + rank), x_(rows, K, random_, 1.0),
+        weight_(columns, K, random_, 0.1), lora_A_(rank, K, random_, 0.1), lora_B_(columns, rank, random_, 0.3),
         bias_(1, kBiasStart + columns, random_, 1.0) {
     std::normal_distribution<float> normal;
     for (int row = 0; row < rows; ++row) row_scale_.push_back(normal(random_));
@@ -31,7 +31,7 @@ class ForwardProblem {
   }
 
   std::string text() const {
-    return std::to_string(rows) + " x " + std::to_string(columns) + " x " + std::to_string(depth) + " + " +
+    return std::to_string(rows) + " x " + std::to_string(columns) + " x " + std::to_string(K) + " + " +
            std::to_string(rank) + (with_bias ? ", bias" : "") + (scaled_by_row ? ", a scale a row" : "");
   }
 
@@ -49,7 +49,7 @@ class ForwardProblem {
   lora_forward::Arguments arguments(const T* x, const T* weight, const T* lora_A, const T* lora_B, const T* bias,
                                     const float* row_scale, T* y, T* s) const {
     return {{x, x_.pitch}, {weight, weight_.pitch}, {lora_A, lora_A_.pitch}, {lora_B, lora_B_.pitch},
-            with_bias ? bias + kBiasStart : nullptr, scaled_by_row ? row_scale : nullptr, kScale, y, s, rows, columns, depth, rank};
+            with_bias ? bias + kBiasStart : nullptr, scaled_by_row ? row_scale : nullptr, kScale, y, s, rows, columns, K, rank};
   }
 
   // "" where both are right: S but for float32's rounding of its sums and one rounding to T, y by the S that was found.
@@ -60,7 +60,7 @@ class ForwardProblem {
         double sum = 0.0, size = 0.0;
         if (k < rank) add(x_, row, lora_A_, k, sum, size);
         const double factor = static_cast<double>(kScale) * (scaled_by_row ? row_scale_[row] : 1.0f);
-        const std::string off = compare(wide(found[k]), factor * sum, std::abs(factor) * size, depth);
+        const std::string off = compare(wide(found[k]), factor * sum, std::abs(factor) * size, K);
         if (!off.empty()) return "S at (" + std::to_string(row) + ", " + std::to_string(k) + ")" + off;
       }
       for (int column = 0; column < columns; ++column) {
@@ -75,7 +75,7 @@ class ForwardProblem {
           sum += bias, size += std::abs(bias);
         }
         const double at = wide(y[static_cast<size_t>(row) * columns + column]);
-        const std::string off = compare(at, sum, size, depth + rank);
+        const std::string off = compare(at, sum, size, K + rank);
         if (!off.empty()) return "y at (" + std::to_string(row) + ", " + std::to_string(column) + ")" + off;
       }
     }

@@ -91,7 +91,7 @@ class GatheredProblem {
   }
 
  private:
-  int part() const { return part_of(tokens, parts, 64); }
+  int part() const { return slice_of(tokens, parts, 64); }
   int chunks() const { return tiles_of(width, sparse_gathered::kChunkColumns); }
 
   std::mt19937 random_;

@@ -14,18 +14,18 @@
 namespace peft_kernels::selftest {
 
 struct Shape {
-  int rows, columns, depth, rank;
+  int rows, columns, K, rank;
   bool by_feature;
   int masks;  // none, one, or one a pair
   bool with_bias;
   int pairs = 1;
 
   // Each pair has its own, the first those above.
-  int depth_of(int pair) const { return depth + 24 * pair; }
+  int K_of(int pair) const { return K + 24 * pair; }
   int rank_of(int pair) const { return rank + 5 * pair; }
   std::string text() const {
-    return std::to_string(rows) + " x " + std::to_string(columns) + " x " + std::to_string(depth) + " + " +
-           std::to_string(rank) + (by_feature ? ", by feature" : ", by depth") + (masks ? ", masked" + std::string(masks > 1 ? " apart" : "") : "") +
+    return std::to_string(rows) + " x " + std::to_string(columns) + " x " + std::to_string(K) + " + " +
+           std::to_string(rank) + (by_feature ? ", by feature" : ", by K") + (masks ? ", masked" + std::string(masks > 1 ? " apart" : "") : "") +
            (with_bias ? ", bias" : "") + (pairs > 1 ? ", " + std::to_string(pairs) + " pairs" : "");
   }
 };
@@ -59,7 +59,7 @@ inline std::vector<Shape> shapes(bool large) {
   return found;
 }
 
-// What the tiles for sm_90a take: rows of out that start on 16 bytes, and a depth. Of less than a box, several clusters of
+// What the tiles for sm_90a take: rows of out that start on 16 bytes, and a K. Of less than a box, several clusters of
 // tiles each way, tiles beyond the last row, more stages than the ring has.
 inline std::vector<Shape> box_shapes(bool large) {
   std::vector<Shape> found;
@@ -85,9 +85,9 @@ class Problem {
   struct Operands {
     Matrix<T> left, right;
 
-    Operands(const Shape& s, int depth, double scale, std::mt19937& random)
-        : left(s.rows, depth, random, 1.0),
-          right(s.by_feature ? s.columns : depth, s.by_feature ? depth : s.columns, random, scale) {}
+    Operands(const Shape& s, int K, double scale, std::mt19937& random)
+        : left(s.rows, K, random, 1.0),
+          right(s.by_feature ? s.columns : K, s.by_feature ? K : s.columns, random, scale) {}
     lora_gemm::Pair at(const T* on_left, const T* on_right) const {
       return {on_left, left.pitch, on_right, right.pitch, left.width};
     }
@@ -100,19 +100,19 @@ class Problem {
   // four bytes, as every allocation does.
   const int start;
   const Matrix<T> bias;
-  std::vector<std::vector<uint8_t>> keep;
+  std::vector<std::vector<uint8_t>> dropout_mask;
 
   explicit Problem(const Shape& s)
       : shape(s),
-        random(s.rows * 31 + s.columns * 17 + s.depth),
+        random(s.rows * 31 + s.columns * 17 + s.K),
         start(s.rows % 7),
         bias(1, start + s.columns, random, 1.0),
-        keep(s.masks, std::vector<uint8_t>((start + static_cast<size_t>(s.rows) * ((s.columns + 7) / 8) + 3) / 4 * 4)) {
+        dropout_mask(s.masks, std::vector<uint8_t>((start + static_cast<size_t>(s.rows) * ((s.columns + 7) / 8) + 3) / 4 * 4)) {
     for (int pair = 0; pair < s.pairs; ++pair) {
-      base.emplace_back(s, s.depth_of(pair), 0.1, random);
+      base.emplace_back(s, s.K_of(pair), 0.1, random);
       low.emplace_back(s, s.rank_of(pair), 0.3, random);
     }
-    for (std::vector<uint8_t>& mask : keep) {
+    for (std::vector<uint8_t>& mask : dropout_mask) {
       for (uint8_t& byte : mask) byte = static_cast<uint8_t>(random());
     }
     expect();
@@ -126,12 +126,12 @@ class Problem {
       args.low[j] = low[j].at(low[j].left.values.data(), low[j].right.values.data());
     }
     args.pairs = shape.pairs;
-    for (const std::vector<uint8_t>& mask : keep) args.keep[args.masks++] = mask.data() + start;
+    for (const std::vector<uint8_t>& mask : dropout_mask) args.dropout_mask[args.masks++] = mask.data() + start;
     args.bias = shape.with_bias ? bias.values.data() + start : nullptr;
     args.out = out;
     args.rows = shape.rows, args.columns = shape.columns;
     args.partials = partials;
-    args.parts = parts, args.part = part_of(stages(), parts, 1);
+    args.parts = parts, args.part = slice_of(stages(), parts, 1);
     return args;
   }
 
@@ -167,7 +167,7 @@ class Problem {
 
   int stages() const {
     int stages = 0;
-    for (int pair = 0; pair < shape.pairs; ++pair) stages += tiles_of(shape.depth_of(pair), Small::kDepth);
+    for (int pair = 0; pair < shape.pairs; ++pair) stages += tiles_of(shape.K_of(pair), Small::kBlockK);
     return stages;
   }
 
@@ -175,7 +175,7 @@ class Problem {
   void expect() {
     constexpr double kRounding = std::is_same_v<T, __half> ? 0x1p-11 : 0x1p-8;
     int terms = 0;
-    for (int pair = 0; pair < shape.pairs; ++pair) terms += shape.depth_of(pair) + shape.rank_of(pair);
+    for (int pair = 0; pair < shape.pairs; ++pair) terms += shape.K_of(pair) + shape.rank_of(pair);
     const auto add = [this](const Operands& operands, int row, int column, double& sum, double& size) {
       const auto& [left, right] = operands;
       for (int k = 0; k < left.width; ++k) {
@@ -188,7 +188,7 @@ class Problem {
         double sum = 0.0, size = 0.0;
         for (int pair = 0; pair < shape.pairs; ++pair) {
           const size_t byte = start + static_cast<size_t>(row) * ((shape.columns + 7) / 8) + column / 8;
-          const bool kept = !shape.masks || keep[lora_gemm::mask_of(shape.masks, pair)][byte] >> column % 8 & 1;
+          const bool kept = !shape.masks || dropout_mask[lora_gemm::mask_of(shape.masks, pair)][byte] >> column % 8 & 1;
           if (kept) add(low[pair], row, column, sum, size);
           add(base[pair], row, column, sum, size);
         }

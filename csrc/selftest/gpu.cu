@@ -70,7 +70,7 @@ void gemm(const Problem<T>& problem, const std::string& name, const Launch& laun
   lora_gemm::Pair base[lora_gemm::kMostPairs], low[lora_gemm::kMostPairs];
   for (int j = 0; j < shape.pairs; ++j) base[j] = on_device(problem.base[j]), low[j] = on_device(problem.low[j]);
   const OnDevice<T> bias(problem.bias.values);
-  std::deque<OnDevice<uint8_t>> keep(problem.keep.begin(), problem.keep.end());
+  std::deque<OnDevice<uint8_t>> dropout_mask(problem.dropout_mask.begin(), problem.dropout_mask.end());
   std::vector<T> first;
   std::string complaint;
   for (int repeat = 0; repeat < 3 && complaint.empty(); ++repeat) {
@@ -79,7 +79,7 @@ void gemm(const Problem<T>& problem, const std::string& name, const Launch& laun
     lora_gemm::Arguments args = problem.arguments(out.get(), partials.get(), parts);
     std::copy_n(base, shape.pairs, args.base);
     std::copy_n(low, shape.pairs, args.low);
-    for (int mask = 0; mask < args.masks; ++mask) args.keep[mask] = keep[mask].get() + problem.start;
+    for (int mask = 0; mask < args.masks; ++mask) args.dropout_mask[mask] = dropout_mask[mask].get() + problem.start;
     args.bias = args.bias ? bias.get() + problem.start : nullptr;
     check(launch(args), ("launching " + name).c_str());
     check(cudaDeviceSynchronize(), name.c_str());
@@ -166,12 +166,12 @@ void forward(const std::string& dtype, int all_processors, bool large) {
 template <typename T>
 void shrink(const std::string& dtype) {
   for (const ShrinkProblem<T>& problem : shrinks<T>()) {
-    const OnDevice<T> wide(problem.wide_values()), narrow(problem.narrow_values());
+    const OnDevice<T> activation(problem.activation_values()), rank_factor(problem.rank_factor_values());
     const OnDevice<float> partials(poisoned<float>(problem.results()));
     const OnDevice<int64_t> seed(std::vector<int64_t>{MaskProblem::kSeed});
     const OnDevice<uint8_t> mask(poisoned<uint8_t>(problem.mask_bytes()));
     const lora_shrink::Arguments args =
-        problem.arguments(wide.get(), narrow.get(), partials.get(), seed.get(), mask.get());
+        problem.arguments(activation.get(), rank_factor.get(), partials.get(), seed.get(), mask.get());
     check(problem.by_feature ? lora_shrink::launch_sm80<T, true>(args, nullptr)
                              : lora_shrink::launch_sm80<T, false>(args, nullptr),
           "launching shrink_sm80");
@@ -184,11 +184,12 @@ template <typename T>
 void outer(const std::string& dtype) {
   for (const int width : {16, 32, 64}) {
     for (const OuterProblem<T>& problem : outers<T>(width)) {
-      const OnDevice<T> wide(problem.wide_values()), narrow(problem.narrow_values()), right(problem.right_values());
-      const OnDevice<uint8_t> keep(problem.keep());
+      const OnDevice<T> activation(problem.activation_values()), rank_factor(problem.rank_factor_values());
+      const OnDevice<T> lora_B(problem.lora_B_values());
+      const OnDevice<uint8_t> dropout_mask(problem.dropout_mask());
       const OnDevice<float> sums(poisoned<float>(problem.sums())), shrunk(poisoned<float>(problem.shrunk()));
       const lora_outer::Arguments args =
-          problem.arguments(wide.get(), narrow.get(), right.get(), keep.get(), sums.get(), shrunk.get());
+          problem.arguments(activation.get(), rank_factor.get(), lora_B.get(), dropout_mask.get(), sums.get(), shrunk.get());
       check(problem.shrinks ? lora_outer::launch_sm80<T, true>(args, nullptr)
                             : lora_outer::launch_sm80<T, false>(args, nullptr),
             "launching outer_sm80");
@@ -203,15 +204,15 @@ template <typename T>
 void beside(const std::string& dtype, int processors) {
   const Problem<T> problem({300, 520, 2000, 100, false, true, false});
   const OuterProblem<T> pass(1000, 264, 16, 3, false, 2, true, 4);
-  const OnDevice<T> wide(pass.wide_values()), narrow(pass.narrow_values());
-  const OnDevice<uint8_t> keep(pass.keep());
+  const OnDevice<T> activation(pass.activation_values()), rank_factor(pass.rank_factor_values());
+  const OnDevice<uint8_t> dropout_mask(pass.dropout_mask());
   const auto with_pass = [&](const std::string& name, const auto& launch) {
     const OnDevice<float> sums(poisoned<float>(pass.sums()));
     const OnDevice<T> copy(poisoned<T>(problem.size()));
     gemm(problem, name + ", with a pass beside it", [&](const lora_gemm::Arguments& args) {
       check(launch(args), name.c_str());
       check(lora_outer::launch_sm80<T, false>(
-                pass.arguments(wide.get(), narrow.get(), nullptr, keep.get(), sums.get(), nullptr), nullptr, true),
+                pass.arguments(activation.get(), rank_factor.get(), nullptr, dropout_mask.get(), sums.get(), nullptr), nullptr, true),
             "launching outer_sm80 beside it");
       return cudaMemcpyAsync(copy.get(), args.out, problem.size() * sizeof(T), cudaMemcpyDeviceToDevice, nullptr);
     });

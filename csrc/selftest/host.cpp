@@ -37,7 +37,7 @@ TensorMap map_of(const void* start, int64_t pitch, int height, int width, int bo
   return {static_cast<char*>(const_cast<void*>(start)), pitch, height, width, box_height};
 }
 
-// In several `parts` only where the tile splits the depth.
+// In several `parts` only where the tile splits K.
 template <typename T, typename Tile, bool kByFeature>
 std::string gemm(const Problem<T>& problem, unsigned order, int parts = 1) {
   using Gemm = lora_gemm::Gemm<T, Tile, kByFeature>;
@@ -70,15 +70,15 @@ std::string box_gemm(const Problem<T>& problem, unsigned order, int parts = 1) {
   const lora_gemm::Arguments args = problem.arguments(out.data(), partials.data(), parts);
   lora_gemm::BoxArguments boxes{};
   const auto add = [&](lora_gemm::BoxPair& to, const lora_gemm::Pair& pair) {
-    to.left = map_of(pair.left, pair.left_pitch, args.rows, pair.depth, Product::kLeftBox);
-    to.right = map_of(pair.right, pair.right_pitch, kByFeature ? args.columns : pair.depth,
-                      kByFeature ? pair.depth : args.columns, Product::kRightBox);
-    to.depth = pair.depth;
+    to.left = map_of(pair.left, pair.left_pitch, args.rows, pair.K, Product::kLeftBox);
+    to.right = map_of(pair.right, pair.right_pitch, kByFeature ? args.columns : pair.K,
+                      kByFeature ? pair.K : args.columns, Product::kRightBox);
+    to.K = pair.K;
   };
   for (int j = 0; j < args.pairs; ++j) add(boxes.base[j], args.base[j]), add(boxes.low[j], args.low[j]);
   boxes.pairs = args.pairs;
   boxes.out = map_of(args.out, args.columns, args.rows, args.columns, Product::kGroupRows);
-  std::copy_n(args.keep, lora_gemm::kMostPairs, boxes.keep);
+  std::copy_n(args.dropout_mask, lora_gemm::kMostPairs, boxes.dropout_mask);
   boxes.masks = args.masks, boxes.bias = args.bias;
   boxes.rows = args.rows, boxes.columns = args.columns;
   boxes.partials = args.partials, boxes.parts = args.parts, boxes.part = args.part;
@@ -137,13 +137,13 @@ std::string forward(const ForwardProblem<T>& problem, unsigned order, int per_cl
   const auto map = [](const lora_forward::Operand& operand, int height, int width, int box_height) {
     return map_of(operand.start, operand.pitch, height, width, box_height);
   };
-  const lora_forward::BoxArguments boxes{map(args.x, args.rows, args.depth, Product::kLeftBox),
-                                         map(args.weight, args.columns, args.depth, Product::kRightBox),
-                                         map(args.lora_A, args.rank, args.depth, kRanks),
+  const lora_forward::BoxArguments boxes{map(args.x, args.rows, args.K, Product::kLeftBox),
+                                         map(args.weight, args.columns, args.K, Product::kRightBox),
+                                         map(args.lora_A, args.rank, args.K, kRanks),
                                          map(args.lora_B, args.columns, args.rank, Product::kRightBox),
                                          map_of(args.y, args.columns, args.rows, args.columns, Product::kGroupRows),
                                          args.bias, args.row_scale, args.scale, args.s,
-                                         args.rows, args.columns, args.depth, args.rank, per_cluster};
+                                         args.rows, args.columns, args.K, args.rank, per_cluster};
   const int clusters = tiles_of(Product::clusters_of(args.rows, args.columns), per_cluster);
   emulator::launch(clusters * Product::kCluster, Forward::kThreads, Forward::kSharedBytes, order,
                    [&](char* shared) { Forward::run(boxes, shared); }, Product::kCluster);
@@ -169,7 +169,7 @@ std::string shrink(const ShrinkProblem<T>& problem, unsigned order) {
   std::vector<float> partials = poisoned<float>(problem.results() + kMargin);
   std::vector<uint8_t> mask = poisoned<uint8_t>(problem.mask_bytes() + kMargin);
   const int64_t seed = MaskProblem::kSeed;
-  const lora_shrink::Arguments args = problem.arguments(problem.wide_values().data(), problem.narrow_values().data(),
+  const lora_shrink::Arguments args = problem.arguments(problem.activation_values().data(), problem.rank_factor_values().data(),
                                                         partials.data(), &seed, mask.data());
   const emulator::Report report =
       emulator::launch(static_cast<int>(lora_shrink::blocks_of<kColumns>(args)), lora_shrink::kThreads,
@@ -195,8 +195,8 @@ std::string outer(const OuterProblem<T>& problem, unsigned order) {
   std::vector<float> sums = poisoned<float>(problem.sums() + kMargin);
   std::vector<float> shrunk = poisoned<float>(problem.shrunk() + kMargin);
   const lora_outer::Arguments args =
-      problem.arguments(problem.wide_values().data(), problem.narrow_values().data(), problem.right_values().data(),
-                        problem.keep().data(), sums.data(), shrunk.data());
+      problem.arguments(problem.activation_values().data(), problem.rank_factor_values().data(), problem.lora_B_values().data(),
+                        problem.dropout_mask().data(), sums.data(), shrunk.data());
   const emulator::Report report =
       emulator::launch(static_cast<int>(lora_outer::blocks_of(args)), lora_outer::kThreads,
                        Outer::shared_bytes(args), order,

@@ -48,44 +48,44 @@ inline std::vector<MaskProblem> mask_problems() { return {{1, 1, 1}, {33, 9, 2},
 template <typename T>
 class ShrinkProblem {
  public:
-  const int rows, depth, width, streams, splits;
+  const int rows, K, width, streams, splits;
   const bool by_feature, dropping;
 
-  ShrinkProblem(int rows, int depth, int width, int streams, int splits, bool by_feature, bool dropping)
+  ShrinkProblem(int rows, int K, int width, int streams, int splits, bool by_feature, bool dropping)
       : rows(rows),
-        depth(depth),
+        K(K),
         width(width),
         streams(streams),
         splits(splits),
         by_feature(by_feature),
         dropping(dropping),
-        random_(rows + depth * 3),
-        wide_(rows, depth, random_, 1.0),
-        narrow_(by_feature ? streams * width : depth, by_feature ? depth : width, random_, 1.0) {}
+        random_(rows + K * 3),
+        activation_(rows, K, random_, 1.0),
+        rank_factor_(by_feature ? streams * width : K, by_feature ? K : width, random_, 1.0) {}
 
   std::string text() const {
     return std::to_string(rows) + " x " + std::to_string(streams) + " * " + std::to_string(width) + " x " +
-           std::to_string(depth) + " in " + std::to_string(splits) + (by_feature ? ", by feature" : ", by depth") +
+           std::to_string(K) + " in " + std::to_string(splits) + (by_feature ? ", by feature" : ", by K") +
            (dropping ? ", dropout" : "");
   }
-  const std::vector<T>& wide_values() const { return wide_.values; }
-  const std::vector<T>& narrow_values() const { return narrow_.values; }
+  const std::vector<T>& activation_values() const { return activation_.values; }
+  const std::vector<T>& rank_factor_values() const { return rank_factor_.values; }
   size_t results() const { return static_cast<size_t>(splits) * rows * streams * width; }
-  size_t mask_bytes() const { return static_cast<size_t>(streams) * rows * ((depth + 7) / 8); }
-  int part() const { return part_of(depth, splits, lora_shrink::kDepth); }
+  size_t mask_bytes() const { return static_cast<size_t>(streams) * rows * ((K + 7) / 8); }
+  int part() const { return slice_of(K, splits, lora_shrink::kBlockK); }
 
-  lora_shrink::Arguments arguments(const T* wide, const T* narrow, float* partials, const int64_t* seed,
+  lora_shrink::Arguments arguments(const T* activation, const T* rank_factor, float* partials, const int64_t* seed,
                                    uint8_t* mask) const {
-    return {wide,
-            wide_.pitch,
-            narrow,
-            narrow_.pitch,
+    return {activation,
+            activation_.pitch,
+            rank_factor,
+            rank_factor_.pitch,
             partials,
             dropping ? seed : nullptr,
             dropping ? mask : nullptr,
             MaskProblem::kThreshold,
             rows,
-            depth,
+            K,
             width,
             streams,
             splits,
@@ -93,17 +93,17 @@ class ShrinkProblem {
   }
 
   std::string complaint(const std::vector<float>& partials, const std::vector<uint8_t>& mask) const {
-    const std::vector<uint8_t> bits = MaskProblem{rows, (depth + 7) / 8, streams}.expected();
+    const std::vector<uint8_t> bits = MaskProblem{rows, (K + 7) / 8, streams}.expected();
     if (dropping && !std::equal(bits.begin(), bits.end(), mask.begin())) return "another mask";
     for (int split = 0; split < splits; ++split) {
       for (int row = 0; row < rows; ++row) {
         for (int column = 0; column < streams * width; ++column) {
           double sum = 0.0, size = 0.0;
-          for (int k = split * part(); k < std::min(depth, (split + 1) * part()); ++k) {
-            const size_t byte = (static_cast<size_t>(column / width) * rows + row) * ((depth + 7) / 8) + k / 8;
+          for (int k = split * part(); k < std::min(K, (split + 1) * part()); ++k) {
+            const size_t byte = (static_cast<size_t>(column / width) * rows + row) * ((K + 7) / 8) + k / 8;
             if (dropping && !(bits[byte] >> k % 8 & 1)) continue;
-            const double term = selftest::wide(wide_.at(row, k)) *
-                                selftest::wide(by_feature ? narrow_.at(column, k) : narrow_.at(k, column));
+            const double term = selftest::wide(activation_.at(row, k)) *
+                                selftest::wide(by_feature ? rank_factor_.at(column, k) : rank_factor_.at(k, column));
             sum += term, size += std::abs(term);
           }
           const float found = partials[(static_cast<size_t>(split) * rows + row) * streams * width + column];
@@ -118,7 +118,7 @@ class ShrinkProblem {
 
  private:
   std::mt19937 random_;
-  const Matrix<T> wide_, narrow_;
+  const Matrix<T> activation_, rank_factor_;
 };
 
 // One element, sizes off the tile, several blocks each way, parts that end within a tile.
@@ -161,9 +161,9 @@ class OuterProblem {
         streams(streams),
         start(start),
         random_(rows + columns * 3),
-        wide_(rows, columns, random_, 1.0),
-        narrow_(rows, streams * width, random_, 1.0),
-        right_(columns, width, random_, 1.0),
+        activation_(rows, columns, random_, 1.0),
+        rank_factor_(rows, streams * width, random_, 1.0),
+        lora_B_(columns, width, random_, 1.0),
         keep_(start + static_cast<size_t>(masks) * rows * pitch()) {
     for (uint8_t& byte : keep_) byte = static_cast<uint8_t>(random_());
   }
@@ -174,24 +174,24 @@ class OuterProblem {
            (transposed ? ", transposed" : "") + (streams > 1 ? ", " + std::to_string(streams) + " streams" : "") +
            (start ? ", from byte " + std::to_string(start) : "");
   }
-  const std::vector<T>& wide_values() const { return wide_.values; }
-  const std::vector<T>& narrow_values() const { return narrow_.values; }
-  const std::vector<T>& right_values() const { return right_.values; }
-  const std::vector<uint8_t>& keep() const { return keep_; }
+  const std::vector<T>& activation_values() const { return activation_.values; }
+  const std::vector<T>& rank_factor_values() const { return rank_factor_.values; }
+  const std::vector<T>& lora_B_values() const { return lora_B_.values; }
+  const std::vector<uint8_t>& dropout_mask() const { return keep_; }
   size_t sums() const { return static_cast<size_t>(parts) * streams * columns * width; }
   size_t shrunk() const {
     return shrinks ? static_cast<size_t>(tiles_of(columns, lora_outer::kSlice)) * rows * width : 0;
   }
 
-  lora_outer::Arguments arguments(const T* wide, const T* narrow, const T* right, const uint8_t* keep, float* sums,
+  lora_outer::Arguments arguments(const T* activation, const T* rank_factor, const T* right, const uint8_t* dropout_mask, float* sums,
                                   float* shrunk) const {
-    return {wide,
-            wide_.pitch,
-            narrow,
-            narrow_.pitch,
+    return {activation,
+            activation_.pitch,
+            rank_factor,
+            rank_factor_.pitch,
             shrinks ? right : nullptr,
-            right_.pitch,
-            masks ? keep + start : nullptr,
+            lora_B_.pitch,
+            masks ? dropout_mask + start : nullptr,
             sums,
             shrunk,
             rows,
@@ -214,7 +214,7 @@ class OuterProblem {
             const size_t mask = static_cast<size_t>(stream) * masks / streams;
             if (masks && !(keep_[start + (mask * rows + row) * pitch() + column / 8] >> column % 8 & 1)) continue;
             const double term =
-                selftest::wide(wide_.at(row, column)) * selftest::wide(narrow_.at(row, stream * width + rank));
+                selftest::wide(activation_.at(row, column)) * selftest::wide(rank_factor_.at(row, stream * width + rank));
             sum += term, size += std::abs(term);
           }
           const int at = transposed ? rank * columns + column : column * width + rank;
@@ -229,7 +229,7 @@ class OuterProblem {
       const int first = static_cast<int>(at / width / rows) * lora_outer::kSlice;
       double sum = 0.0, size = 0.0;
       for (int column = first; column < std::min(columns, first + lora_outer::kSlice); ++column) {
-        const double term = selftest::wide(wide_.at(row, column)) * selftest::wide(right_.at(column, rank));
+        const double term = selftest::wide(activation_.at(row, column)) * selftest::wide(lora_B_.at(column, rank));
         sum += term, size += std::abs(term);
       }
       const std::string wrong = differs(shrunk[at], sum, size, lora_outer::kSlice);
@@ -239,11 +239,11 @@ class OuterProblem {
   }
 
  private:
-  int part() const { return part_of(rows, parts, lora_outer::kRows); }
+  int part() const { return slice_of(rows, parts, lora_outer::kRows); }
   int pitch() const { return (columns + 7) / 8; }
 
   std::mt19937 random_;
-  const Matrix<T> wide_, narrow_, right_;
+  const Matrix<T> activation_, rank_factor_, lora_B_;
   std::vector<uint8_t> keep_;
 };
 

@@ -19,7 +19,7 @@ class Call {
   // As the op `lora_gemm` (gemm.cu).
   Call(const std::vector<torch::stable::Tensor>& left, const std::vector<torch::stable::Tensor>& right,
        const std::vector<torch::stable::Tensor>& low_left, const std::vector<torch::stable::Tensor>& low_right,
-       const std::vector<torch::stable::Tensor>& keep, const std::optional<torch::stable::Tensor>& bias,
+       const std::vector<torch::stable::Tensor>& dropout_mask, const std::optional<torch::stable::Tensor>& bias,
        bool by_feature);
   void launch() const;
   torch::stable::Tensor result() const;  // once it is launched
@@ -41,8 +41,8 @@ namespace peft_kernels::lora_outer {
 class Call {
  public:
   // As the op `lora_outer` (outer.cu).
-  Call(const torch::stable::Tensor& wide, const torch::stable::Tensor& narrow,
-       const std::optional<torch::stable::Tensor>& right, const std::optional<torch::stable::Tensor>& keep,
+  Call(const torch::stable::Tensor& activation, const torch::stable::Tensor& rank_factor,
+       const std::optional<torch::stable::Tensor>& right, const std::optional<torch::stable::Tensor>& dropout_mask,
        int64_t streams, bool transposed);
   // `beside`: it may start before the kernel launched last has ended. That one has to be a launch as always, after all that
   // this one reads was there, and made after this object: what it reads is then none of the results' memory.

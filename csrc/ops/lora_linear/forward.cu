@@ -46,14 +46,14 @@ std::tuple<Tensor, Tensor> lora_forward(const Tensor& x, const Tensor& weight, c
   check_16_bit(kOp, x, "x");
   STD_TORCH_CHECK(weight.dim() == 2 && lora_A.dim() == 2, kOp, ": expected weight and lora_A of two dimensions, got ",
                   shape_of(weight), " and ", shape_of(lora_A));
-  const int64_t rows = x.size(0), depth = x.size(1), columns = weight.size(0), rank = lora_A.size(0);
-  check_sizes(kOp, {rows, depth, columns});
-  STD_TORCH_CHECK(depth >= 1 && columns >= 1 && columns % 8 == 0 && 1 <= rank && rank <= kMostRanks, kOp,
-                  ": expected K of at least 1, N a positive multiple of 8 and R from 1 to ", kMostRanks, ", got K ", depth,
+  const int64_t rows = x.size(0), K = x.size(1), columns = weight.size(0), rank = lora_A.size(0);
+  check_sizes(kOp, {rows, K, columns});
+  STD_TORCH_CHECK(K >= 1 && columns >= 1 && columns % 8 == 0 && 1 <= rank && rank <= kMostRanks, kOp,
+                  ": expected K of at least 1, N a positive multiple of 8 and R from 1 to ", kMostRanks, ", got K ", K,
                   ", N ", columns, ", R ", rank);
-  check_operand(kOp, x, "x", rows, depth, x);
-  check_operand(kOp, weight, "weight", columns, depth, x);
-  check_operand(kOp, lora_A, "lora_A", rank, depth, x);
+  check_operand(kOp, x, "x", rows, K, x);
+  check_operand(kOp, weight, "weight", columns, K, x);
+  check_operand(kOp, lora_A, "lora_A", rank, K, x);
   check_operand(kOp, lora_B, "lora_B", columns, rank, x);
   if (row_scale) {
     STD_TORCH_CHECK(row_scale->dim() == 1 && row_scale->size(0) == rows && row_scale->is_contiguous() &&
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor> lora_forward(const Tensor& x, const Tensor& weight, c
       bias ? bias->const_data_ptr() : nullptr,
       row_scale ? static_cast<const float*>(row_scale->const_data_ptr()) : nullptr, static_cast<float>(scale),
       y.mutable_data_ptr(), s.mutable_data_ptr(), static_cast<int>(rows), static_cast<int>(columns),
-      static_cast<int>(depth), static_cast<int>(rank),
+      static_cast<int>(K), static_cast<int>(rank),
   };
   const auto launch = x.scalar_type() == ScalarType::Half ? &launch_sm90<__half> : &launch_sm90<__nv_bfloat16>;
   check_cuda(launch(args, processors_of(device), current_stream(device)), "launching lora_forward");

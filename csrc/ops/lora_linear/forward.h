@@ -15,7 +15,7 @@ namespace peft_kernels::lora_forward {
 
 constexpr int kMostRanks = 64;
 
-// Sizes in elements: M rows, N columns, K depth, R rank. Operands are of 16 bits, their rows of unit stride, start and pitch
+// Sizes in elements: M rows, N columns, K K, R rank. Operands are of 16 bits, their rows of unit stride, start and pitch
 // multiples of 8 elements.
 struct Operand {
   const void* start;
@@ -29,7 +29,7 @@ struct Arguments {
   float scale;
   void* y;  // [M, N], contiguous, starting on 16 bytes
   void* s;  // [M, R filled up to a multiple of 8 by zeros], contiguous
-  int rows, columns, depth, rank;
+  int rows, columns, K, rank;
 };
 
 // On the current device, of `processors` SMs: compute capability 9.0 and a library built for it. All sizes are at least 1,

@@ -20,15 +20,15 @@ struct BoxArguments {
   const float* row_scale;
   float scale;
   void* s;
-  int rows, columns, depth, rank;
+  int rows, columns, K, rank;
   int per_cluster;  // tiles
 };
 
 template <typename T, int kRanks>
-struct BoxForward : private BoxProduct<T, BoxWide, true, true> {
-  using Product = BoxProduct<T, BoxWide, true, true>;
+struct BoxForward : private WarpSpecialisedMainloop<T, BoxWide, true, true> {
+  using Product = WarpSpecialisedMainloop<T, BoxWide, true, true>;
   using Product::group, Product::is_first, Product::lane, Product::row_of_group;
-  using Product::kCluster, Product::kDepth, Product::kGroups, Product::kGroupRows, Product::kSums, Product::kThreads;
+  using Product::kCluster, Product::kBlockK, Product::kGroups, Product::kGroupRows, Product::kSums, Product::kThreads;
   static constexpr int kRankBytes = kRanks * kBoxRowBytes;                   // of a stage's box of A
   static constexpr int kRankStride = kOutBytes<Product> / BoxWide::kStages;  // they lie where tiles of y go later
   static constexpr int kOut = Product::kStagesBytes, kBarriers = kOut + kOutBytes<Product>;
@@ -41,26 +41,26 @@ struct BoxForward : private BoxProduct<T, BoxWide, true, true> {
     const typename Product::Ring ring(shared, shared + kBarriers);
     Mbarrier* stored = reinterpret_cast<Mbarrier*>(shared + kStored);  // the engine has read the tile before new rows
     if (thread_index() == 0) mbarrier_init(stored, kGroups);
-    const int stages = tiles_of(args.depth, kDepth);
+    const int stages = tiles_of(args.K, kBlockK);
     const auto load = [&] {
       prefetch(args.x), prefetch(args.weight), prefetch(args.lora_A);
-      typename Product::Slot slot;
+      typename Product::PipelineState state;
       int parity = 0;
       each_tile(args, [&](int row_0, int column_0, bool new_rows, bool first) {
         if (new_rows && !first) mbarrier_wait(stored, parity), parity ^= 1;
-        for (int depth_0 = 0; depth_0 < args.depth; depth_0 += kDepth) {
-          const auto stage = Product::open(ring, slot, Product::kStageBytes + (new_rows ? kRankBytes : 0));
-          Product::load_left(stage, args.x, row_0, depth_0);
-          Product::load_right(stage, args.weight, column_0, depth_0);
+        for (int k_0 = 0; k_0 < args.K; k_0 += kBlockK) {
+          const auto stage = Product::open(ring, state, Product::kStageBytes + (new_rows ? kRankBytes : 0));
+          Product::load_left(stage, args.x, row_0, k_0);
+          Product::load_right(stage, args.weight, column_0, k_0);
           if (new_rows) {
-            load_box<false>(shared + kOut + stage.index * kRankStride, args.lora_A, 0, depth_0, stage.loaded, 0);
+            load_box<false>(shared + kOut + stage.index * kRankStride, args.lora_A, 0, k_0, stage.full, 0);
           }
         }
-        Product::load_right(Product::open(ring, slot, Product::kRightBytes), args.lora_B, column_0, 0);
+        Product::load_right(Product::open(ring, state, Product::kRightBytes), args.lora_B, column_0, 0);
       });
     };
     const auto multiply = [&] {
-      typename Product::Slot slot;
+      typename Product::PipelineState state;
       uint32_t s[kSteps][4] = {};  // this thread's two rows, as wgmma takes them
       each_tile(args, [&](int row_0, int column_0, bool new_rows, bool first) {
         row_0 += group() * kGroupRows;
@@ -77,15 +77,15 @@ struct BoxForward : private BoxProduct<T, BoxWide, true, true> {
             const uint64_t ranks = operand_at<true>(shared + kOut + at * kRankStride, 0);
             wgmma<T, true, true>(low, rows, ranks + step * kOperandStep<true>, onto);
           };
-          flow = Product::multiply_stages(ring, slot, stages, also, sums, low);
+          flow = Product::multiply_stages(ring, state, stages, also, sums, low);
           Product::finish(flow, sums, low);
           round(args, factors, low, s);
           if (column_0 == 0) store_s(args, row_0 + row_of_group(), s);
           sync_named(1 + kGroups, kGroups * kWarpgroup);  // both have read A's boxes, where y goes now
         } else {
-          flow = Product::multiply_stages(ring, slot, stages, sums);
+          flow = Product::multiply_stages(ring, state, stages, sums);
         }
-        Product::multiply_registers(ring, slot, flow, s, sums);
+        Product::multiply_registers(ring, state, flow, s, sums);
         const BiasPairs<T, kSums> bias(args.bias, args.columns, column_0 + 2 * (lane() % 4));
         Product::finish(flow, sums);
         bias.add_to(sums);

@@ -28,14 +28,14 @@ Status launch_ranks(const Arguments& args, int processors, cudaStream_t stream) 
   using Product = typename Forward::Product;
   BoxArguments boxes{};
   boxes.bias = args.bias, boxes.row_scale = args.row_scale, boxes.scale = args.scale, boxes.s = args.s;
-  boxes.rows = args.rows, boxes.columns = args.columns, boxes.depth = args.depth, boxes.rank = args.rank;
+  boxes.rows = args.rows, boxes.columns = args.columns, boxes.K = args.K, boxes.rank = args.rank;
   Status status = encode(&boxes.y, args.y, args.columns, args.rows, args.columns, Product::kGroupRows);
   const auto add = [&](CUtensorMap& map, const Operand& operand, int height, int width, int box) {
     if (status.ok()) status = encode(&map, operand.start, operand.pitch, height, width, box);
   };
-  add(boxes.x, args.x, args.rows, args.depth, Product::kLeftBox);
-  add(boxes.weight, args.weight, args.columns, args.depth, Product::kRightBox);
-  add(boxes.lora_A, args.lora_A, args.rank, args.depth, kRanks);
+  add(boxes.x, args.x, args.rows, args.K, Product::kLeftBox);
+  add(boxes.weight, args.weight, args.columns, args.K, Product::kRightBox);
+  add(boxes.lora_A, args.lora_A, args.rank, args.K, kRanks);
   add(boxes.lora_B, args.lora_B, args.columns, args.rank, Product::kRightBox);
   if (!status.ok()) return status;
   const int64_t tiles = Product::clusters_of(args.rows, args.columns);

@@ -1,11 +1,11 @@
 // A GEMM with a low-rank product added in the same accumulators ("K-extension"), over one pair of operands or several:
 //
-//   out = Σ_j left_j·right_j + Σ_j keep_j∘(low_left_j·low_right_j) + bias
+//   out = Σ_j left_j·right_j + Σ_j mask_j∘(low_left_j·low_right_j) + bias
 //
 // forward  y  = x·Wᵀ + S·Bᵀ + bias                    right and low_right by feature: W [N, K], B [N, R]
-// backward dx = Σ_j dy_j·W_j + Σ_j D_j(dH_j·A_j)      right and low_right by depth:   W [N, K], A [R, K]
+// backward dx = Σ_j dy_j·W_j + Σ_j D_j(dH_j·A_j)      right and low_right by K:   W [N, K], A [R, K]
 //
-// `keep_j` masks the low-rank products in registers: a few columns at a time, before they are added.
+// `mask_j` masks the low-rank products in registers: a few columns at a time, before they are added.
 #pragma once
 
 #include "common/kernel_source.cuh"
@@ -22,11 +22,11 @@ constexpr int kMostPairs = 3;  // of projections that share an input: q, k and v
 
 // Sizes in elements. Operands are of 16 bits, their rows of unit stride, start and pitch multiples of 8 elements.
 struct Pair {
-  const void* left;   // [rows, depth]
+  const void* left;   // [rows, K]
   int64_t left_pitch;  // from one row to the next
-  const void* right;  // [columns, depth], or [depth, columns]
+  const void* right;  // [columns, K], or [K, columns]
   int64_t right_pitch;
-  int depth;
+  int K;
 };
 
 struct Arguments {
@@ -34,7 +34,7 @@ struct Arguments {
   int pairs;
   // [rows, ceil(columns / 8)], a bit an element as dropout's mask has it: none, one for all pairs, or one a pair. They start on
   // any byte, as the bias does on any element; the four bytes that their last one is in are read, as memory is allocated.
-  const uint8_t* keep[kMostPairs];
+  const uint8_t* dropout_mask[kMostPairs];
   int masks;
   const void* bias;     // [columns], or null
   void* out;            // [rows, columns], contiguous, starting on 16 bytes
@@ -51,12 +51,12 @@ PEFT_KERNELS_HOST_DEVICE int mask_of(int masks, int pair) { return masks > 1 ? p
 // Stages of `stage` elements that all of `pairs` take.
 PEFT_KERNELS_HOST_DEVICE int stages_of(const Pair* pairs, int count, int stage) {
   int stages = 0;
-  for (int j = 0; j < count; ++j) stages += tiles_of(pairs[j].depth, stage);
+  for (int j = 0; j < count; ++j) stages += tiles_of(pairs[j].K, stage);
   return stages;
 }
 
 // By the kernels for sm_90a, on the current device of `processors` SMs: compute capability 9.0 and a library built for it. rows,
-// columns and the first pair's depth are at least 1, columns a multiple of 8 (gemm_sm90_launch.h).
+// columns and the first pair's K are at least 1, columns a multiple of 8 (gemm_sm90_launch.h).
 template <typename T, bool kByFeature>
 Status launch_sm90(const Arguments& args, TileName tile, int processors, cudaStream_t stream);
 

@@ -12,7 +12,7 @@
 
 namespace peft_kernels::lora_gemm {
 
-// kByFeature: right and low_right are [columns, …], depth by depth in a row; otherwise […, columns].
+// kByFeature: right and low_right are [columns, …], K by K in a row; otherwise […, columns].
 template <typename T, typename Tile, bool kByFeature>
 struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
   using Product = WarpProduct<T, Tile, true, kByFeature>;
@@ -21,7 +21,7 @@ struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
   using Product::kFragmentColumns, Product::kFragmentRows, Product::kSteps;
   static constexpr int kThreads = Tile::kThreads;
   static constexpr bool kSplits = std::is_same_v<Tile, Small>;  // the others are taken where they fill the GPU
-  static_assert(!kSplits || Tile::kDepth == 64);
+  static_assert(!kSplits || Tile::kBlockK == 64);
   static constexpr int kOutPitch = Tile::kColumns + kChunk;  // so that neighbouring rows lie in different banks
   static constexpr int kOutBytes = Tile::kRows * kOutPitch * 2;
   // Behind the stages, in whose place `out` goes: masks and bias, which come with the first stage.
@@ -35,43 +35,44 @@ struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
     let_next_grid_start();  // if it was launched beside this one: the pass over x
     const int tiles = tiles_of(args.rows, Tile::kRows) * tiles_of(args.columns, Tile::kColumns);
     const int part = kSplits ? block_index() / tiles : 0;
-    const Position tile = position(block_index() - part * tiles, args.rows, args.columns, Tile::kRows, Tile::kColumns);
+    const TileCoordinate tile =
+        swizzled_tile(block_index() - part * tiles, args.rows, args.columns, Tile::kRows, Tile::kColumns);
     const int row_0 = tile.row * Tile::kRows, column_0 = tile.column * Tile::kColumns;
-    const int low_stages = part == 0 ? stages_of(args.low, args.pairs, Tile::kDepth) : 0;
+    const int low_stages = part == 0 ? stages_of(args.low, args.pairs, Tile::kBlockK) : 0;
     const int first = kSplits ? part * args.part : 0;  // of the base's stages
-    int stages = stages_of(args.base, args.pairs, Tile::kDepth) - first;
+    int stages = stages_of(args.base, args.pairs, Tile::kBlockK) - first;
     if (kSplits && stages > args.part) stages = args.part;
     Sums sums = {};
 
     for (int mask = 0; low_stages > 0 && mask < args.masks; ++mask) {
       Keep::template copy<kThreads>(shared + kKeep + mask * Keep::kBytes, keep_of(args, mask, row_0, column_0),
-                                    keep_pitch(args), args.rows - row_0, keep_pitch(args) - column_0 / 8);
+                                    mask_pitch(args), args.rows - row_0, mask_pitch(args) - column_0 / 8);
     }
     if (args.bias != nullptr) {
       Bias::template copy<kThreads>(shared + kBias, bias_of(args, column_0), 0, 1, 2 * (args.columns - column_0));
     }
     const auto fetch = [&](int stage, char* place) {  // operands are chosen by the stage and copied by the same code
       const bool low = stage < low_stages;
-      int depth_0 = low ? stage : first + stage - low_stages;
+      int k_0 = low ? stage : first + stage - low_stages;
       const Pair* pairs = low ? args.low : args.base;
-      const Pair& pair = pairs[pair_of(pairs, args.pairs, depth_0)];
+      const Pair& pair = pairs[pair_of(pairs, args.pairs, k_0)];
       const Operands operands{pair.left, pair.left_pitch, pair.right,  pair.right_pitch,
-                              args.rows, args.columns,    pair.depth};
-      Product::fetch(place, operands, row_0, column_0, depth_0);
+                              args.rows, args.columns,    pair.K};
+      Product::fetch(place, operands, row_0, column_0, k_0);
     };
     const auto use = [&](int stage, const char* place) {
       if (stage >= low_stages) {
         PEFT_KERNELS_UNROLL
         for (int step = 0; step < kSteps; ++step) Product::multiply(place, step, sums);
       } else {  // few steps where the rank is small
-        int depth_0 = stage;
-        const int pair = pair_of(args.low, args.pairs, depth_0);
-        const int left_over = tiles_of(args.low[pair].depth - depth_0, kFragment);
+        int k_0 = stage;
+        const int pair = pair_of(args.low, args.pairs, k_0);
+        const int left_over = tiles_of(args.low[pair].K - k_0, kFragment);
         const int steps = left_over < kSteps ? left_over : kSteps;
         if (args.masks > 0) {
           const int mask = mask_of(args.masks, pair);
           multiply_kept(place, steps, shared + kKeep + mask * Keep::kBytes, keep_of(args, mask, row_0, column_0),
-                        keep_pitch(args), sums);
+                        mask_pitch(args), sums);
         } else {
           for (int step = 0; step < steps; ++step) Product::multiply(place, step, sums);
         }
@@ -86,29 +87,29 @@ struct Gemm : private WarpProduct<T, Tile, true, kByFeature> {
   }
 
  private:
-  // Whose stage it is; `stage`, counted over all pairs, becomes the pair's first element of depth.
+  // Whose stage it is; `stage`, counted over all pairs, becomes the pair's first element of K.
   PEFT_KERNELS_DEVICE static int pair_of(const Pair* pairs, int count, int& stage) {
     int j = 0;
-    for (; j < count - 1 && stage >= tiles_of(pairs[j].depth, Tile::kDepth); ++j) {
-      stage -= tiles_of(pairs[j].depth, Tile::kDepth);
+    for (; j < count - 1 && stage >= tiles_of(pairs[j].K, Tile::kBlockK); ++j) {
+      stage -= tiles_of(pairs[j].K, Tile::kBlockK);
     }
-    stage *= Tile::kDepth;
+    stage *= Tile::kBlockK;
     return j;
   }
 
   // Of a mask, the tile's first byte.
-  PEFT_KERNELS_DEVICE static int keep_pitch(const Arguments& args) { return (args.columns + 7) / 8; }
+  PEFT_KERNELS_DEVICE static int mask_pitch(const Arguments& args) { return (args.columns + 7) / 8; }
   PEFT_KERNELS_DEVICE static const uint8_t* keep_of(const Arguments& args, int mask, int row_0, int column_0) {
-    return args.keep[mask] + static_cast<int64_t>(row_0) * keep_pitch(args) + column_0 / 8;
+    return args.dropout_mask[mask] + static_cast<int64_t>(row_0) * mask_pitch(args) + column_0 / 8;
   }
 
   // sums += a stage's product where there is a bit.
-  PEFT_KERNELS_DEVICE static void multiply_kept(const char* place, int steps, const char* bits, const uint8_t* keep,
-                                                int keep_pitch, Sums& sums) {
+  PEFT_KERNELS_DEVICE static void multiply_kept(const char* place, int steps, const char* bits, const uint8_t* dropout_mask,
+                                                int mask_pitch, Sums& sums) {
     Product::multiply_by_fragments(place, steps, [&](int i, int j, const float (&product)[4]) {
       PEFT_KERNELS_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const char* row = Keep::row(bits, keep, keep_pitch, row_of(i, half)) + warp_column() / 8;
+        const char* row = Keep::row(bits, dropout_mask, mask_pitch, row_of(i, half)) + warp_column() / 8;
         const int pair = static_cast<uint8_t>(row[j]) >> lane() % 4 * 2;
         if (pair & 1) sums[i][j][2 * half] += product[2 * half];
         if (pair & 2) sums[i][j][2 * half + 1] += product[2 * half + 1];

@@ -15,17 +15,18 @@
 
 namespace peft_kernels::lora_gemm {
 
-// As Arguments, with operands in boxes as BoxProduct has them; of a depth of 0 no map is read. `out` in boxes of 64 rows.
+// As Arguments, with operands in boxes as WarpSpecialisedMainloop has them; of a K of 0 no map is read. `out` in boxes of 64
+// rows.
 struct BoxPair {
   TensorMap left, right;
-  int depth;
+  int K;
 };
 
 struct BoxArguments {
   BoxPair low[kMostPairs], base[kMostPairs];
   int pairs;
   TensorMap out;
-  const uint8_t* keep[kMostPairs];
+  const uint8_t* dropout_mask[kMostPairs];
   int masks;
   const void* bias;
   int rows, columns;
@@ -34,10 +35,10 @@ struct BoxArguments {
 };
 
 template <typename T, typename Tile, bool kByFeature>
-struct BoxGemm : private BoxProduct<T, Tile, true, kByFeature> {
-  using Product = BoxProduct<T, Tile, true, kByFeature>;
+struct BoxGemm : private WarpSpecialisedMainloop<T, Tile, true, kByFeature> {
+  using Product = WarpSpecialisedMainloop<T, Tile, true, kByFeature>;
   using Product::group, Product::is_first, Product::lane, Product::row_of_group;
-  using Product::kDepth, Product::kGroupRows, Product::kSums, Product::kThreads;
+  using Product::kBlockK, Product::kGroupRows, Product::kSums, Product::kThreads;
   static constexpr int kOut = Product::kStagesBytes, kBarriers = kOut + kOutBytes<Product>;
   static constexpr int kSharedBytes = kBarriers + Product::kBarrierBytes;
   static constexpr bool kSplits = std::is_same_v<Tile, BoxSquare>;  // the other is taken where it fills the GPU
@@ -48,21 +49,21 @@ struct BoxGemm : private BoxProduct<T, Tile, true, kByFeature> {
     let_next_grid_start();  // if it was launched beside this one: the pass over x
     const typename Product::Ring ring(shared, shared + kBarriers);
     int all_stages = 0;
-    for (int j = 0; j < args.pairs; ++j) all_stages += tiles_of(args.base[j].depth, kDepth);
+    for (int j = 0; j < args.pairs; ++j) all_stages += tiles_of(args.base[j].K, kBlockK);
     const auto stages_of = [&](int part) {
       const int rest = all_stages - part * args.part;
       return rest < args.part ? rest : args.part;
     };
     const auto load = [&] {
       prefetch(args.base[0].left), prefetch(args.base[0].right);
-      typename Product::Slot slot;
+      typename Product::PipelineState state;
       Product::each_tile(args.rows, args.columns, args.parts, [&](int row_0, int column_0, int part) {
         // `stages` of the pairs', from the `first` on.
         const auto load_some = [&](const BoxPair* pairs, int first, int stages) {
           for (int j = 0; j < args.pairs && stages > 0; ++j) {
-            const int there = tiles_of(pairs[j].depth, kDepth);
+            const int there = tiles_of(pairs[j].K, kBlockK);
             for (int stage = first; stage < there && stages > 0; ++stage, --stages) {
-              Product::load(ring, slot, pairs[j].left, pairs[j].right, row_0, column_0, stage * kDepth);
+              Product::load(ring, state, pairs[j].left, pairs[j].right, row_0, column_0, stage * kBlockK);
             }
             first = first > there ? first - there : 0;
           }
@@ -72,26 +73,26 @@ struct BoxGemm : private BoxProduct<T, Tile, true, kByFeature> {
       });
     };
     const auto multiply = [&] {
-      typename Product::Slot slot;
+      typename Product::PipelineState state;
       Product::each_tile(args.rows, args.columns, args.parts, [&](int row_0, int column_0, int part) {
         row_0 += group() * kGroupRows;
         const int row = row_0 + row_of_group();
         const bool masked = part == 0 && args.masks > 0;
         Bits bits;
-        if (masked) load_bits(args, args.keep[0], row, column_0, bits);  // of which nothing is asked before the end
+        if (masked) load_bits(args, args.dropout_mask[0], row, column_0, bits);  // of which nothing is asked before the end
         float sums[kSums];
-        typename Product::Flow flow = Product::multiply_stages(ring, slot, stages_of(part), sums);
+        typename Product::Flow flow = Product::multiply_stages(ring, state, stages_of(part), sums);
         if (part == 0 && !masked) {
           for (int j = 0; j < args.pairs; ++j) {
-            for (int depth = 0; depth < args.low[j].depth; depth += kDepth) {
-              Product::multiply_part(ring, slot, flow, args.low[j].depth - depth, sums);
+            for (int k = 0; k < args.low[j].K; k += kBlockK) {
+              Product::multiply_part(ring, state, flow, args.low[j].K - k, sums);
             }
           }
         }
         const BiasPairs<T, kSums> bias(part == 0 ? args.bias : nullptr, args.columns, column_0 + 2 * (lane() % 4));
         Product::finish(flow, sums);
         bias.add_to(sums);
-        if (masked) add_kept(args, ring, slot, row, column_0, bits, sums);
+        if (masked) add_kept(args, ring, state, row, column_0, bits, sums);
         if (kSplits && args.parts > 1) {
           store_part(args, part, row, column_0, sums);
         } else {
@@ -116,10 +117,10 @@ struct BoxGemm : private BoxProduct<T, Tile, true, kByFeature> {
     }
   };
 
-  PEFT_KERNELS_DEVICE static void load_bits(const BoxArguments& args, const uint8_t* keep, int row, int column_0,
+  PEFT_KERNELS_DEVICE static void load_bits(const BoxArguments& args, const uint8_t* dropout_mask, int row, int column_0,
                                             Bits& bits) {
     const int pitch = args.columns / 8;
-    const uint8_t* from = keep + static_cast<int64_t>(row) * pitch + column_0 / 8;
+    const uint8_t* from = dropout_mask + static_cast<int64_t>(row) * pitch + column_0 / 8;
     const int before = static_cast<int>(reinterpret_cast<uintptr_t>(from) % 4);
     bits.shift = 8 * before;
     PEFT_KERNELS_UNROLL
@@ -136,11 +137,11 @@ struct BoxGemm : private BoxProduct<T, Tile, true, kByFeature> {
 
   // sums += the low-rank products, each where its mask has a bit; `bits` are the first mask's.
   PEFT_KERNELS_DEVICE static void add_kept(const BoxArguments& args, const typename Product::Ring& ring,
-                                           typename Product::Slot& slot, int row, int column_0, Bits& bits,
+                                           typename Product::PipelineState& state, int row, int column_0, Bits& bits,
                                            float (&sums)[kSums]) {
     for (int j = 0; j < args.pairs; ++j) {
-      for (int depth = 0; depth < args.low[j].depth; depth += kDepth) {
-        Product::multiply_by_columns(ring, slot, args.low[j].depth - depth, [&](int part, const float (&product)[32]) {
+      for (int k = 0; k < args.low[j].K; k += kBlockK) {
+        Product::multiply_by_columns(ring, state, args.low[j].K - k, [&](int part, const float (&product)[32]) {
           PEFT_KERNELS_UNROLL
           for (int at = 0; at < 32; ++at) {
             const int fragment = at / 4, bit = fragment % 4 * 8 + lane() % 4 * 2 + at % 2;
@@ -149,7 +150,7 @@ struct BoxGemm : private BoxProduct<T, Tile, true, kByFeature> {
         });
       }
       // All at once, and waited for once a pair: to hold two masks' bits at a time spills registers.
-      if (args.masks > 1 && j + 1 < args.pairs) load_bits(args, args.keep[j + 1], row, column_0, bits);
+      if (args.masks > 1 && j + 1 < args.pairs) load_bits(args, args.dropout_mask[j + 1], row, column_0, bits);
     }
   }
 

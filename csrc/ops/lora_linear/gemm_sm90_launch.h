@@ -28,18 +28,18 @@ Status launch_sm90(const Arguments& args, int processors, cudaStream_t stream) {
   using Product = typename Gemm::Product;
   BoxArguments boxes{};
   boxes.pairs = args.pairs, boxes.masks = args.masks, boxes.bias = args.bias;
-  std::copy_n(args.keep, kMostPairs, boxes.keep);
+  std::copy_n(args.dropout_mask, kMostPairs, boxes.dropout_mask);
   boxes.rows = args.rows, boxes.columns = args.columns;
   boxes.partials = args.partials, boxes.parts = args.parts, boxes.part = args.part;
   Status status = cudaSuccess;
   if (args.out != nullptr) status = encode(&boxes.out, args.out, args.columns, args.rows, args.columns, Product::kGroupRows);
   const auto add = [&](BoxPair& to, const Pair& pair) {
-    to.depth = pair.depth;
-    if (pair.depth == 0 || !status.ok()) return;
-    status = encode(&to.left, pair.left, pair.left_pitch, args.rows, pair.depth, Product::kLeftBox);
+    to.K = pair.K;
+    if (pair.K == 0 || !status.ok()) return;
+    status = encode(&to.left, pair.left, pair.left_pitch, args.rows, pair.K, Product::kLeftBox);
     if (!status.ok()) return;
-    status = encode(&to.right, pair.right, pair.right_pitch, kByFeature ? args.columns : pair.depth,
-                    kByFeature ? pair.depth : args.columns, Product::kRightBox);
+    status = encode(&to.right, pair.right, pair.right_pitch, kByFeature ? args.columns : pair.K,
+                    kByFeature ? pair.K : args.columns, Product::kRightBox);
   };
   for (int j = 0; j < args.pairs; ++j) add(boxes.low[j], args.low[j]), add(boxes.base[j], args.base[j]);
   if (!status.ok()) return status;

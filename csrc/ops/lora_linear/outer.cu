@@ -1,11 +1,12 @@
 // The outer products (outer.h) as an op: what it takes, then in how many parts, then the launch.
 //
-//   lora_outer(wide [M, F], narrow [M, R], right? [F, R], keep? uint8 [masks, M, ceil(F / 8)], streams, transposed)
-//     -> sums float32 [P, F, R], or [P, R, F] where transposed; shrunk float32 [ceil(F / 128), M, R], empty without right
-//   of several streams narrow has R / streams columns each, a multiple of 8, and sums are transposed; a mask is for the next
+//   lora_outer(activation [M, F], rank_factor [M, R], lora_B? [F, R], dropout_mask? uint8 [masks, M, ceil(F / 8)], streams,
+//              transposed)
+//     -> sums float32 [P, F, R], or [P, R, F] where transposed; shrunk float32 [ceil(F / 128), M, R], empty without lora_B
+//   of several streams rank_factor has R / streams columns each, a multiple of 8, and sums are transposed; a mask is for the next
 //   streams / masks of them
 //
-// bfloat16 or float16 on sm_80 and later, R up to 64 a stream, up to 32 with right; rows of unit stride that start on 16 bytes. P is at most 32. The
+// bfloat16 or float16 on sm_80 and later, R up to 64 a stream, up to 32 with lora_B; rows of unit stride that start on 16 bytes. P is at most 32. The
 // results are all that is allocated.
 
 #include "common/checks.h"
@@ -43,59 +44,60 @@ constexpr const char* kOp = "lora_outer";
 
 }  // namespace
 
-Call::Call(const Tensor& wide, const Tensor& narrow, const std::optional<Tensor>& right,
-           const std::optional<Tensor>& keep, int64_t streams, bool transposed) {
-  check_16_bit(kOp, wide, "wide");
-  STD_TORCH_CHECK(narrow.dim() == 2, kOp, ": expected narrow of two dimensions, got ", shape_of(narrow));
-  const int64_t rows = wide.size(0), columns = wide.size(1), all = narrow.size(1);
+Call::Call(const Tensor& activation, const Tensor& rank_factor, const std::optional<Tensor>& lora_B,
+           const std::optional<Tensor>& dropout_mask, int64_t streams, bool transposed) {
+  check_16_bit(kOp, activation, "activation");
+  STD_TORCH_CHECK(rank_factor.dim() == 2, kOp, ": expected rank_factor of two dimensions, got ", shape_of(rank_factor));
+  const int64_t rows = activation.size(0), columns = activation.size(1), all = rank_factor.size(1);
   check_sizes(kOp, {rows, columns});
-  STD_TORCH_CHECK(!keep || keep->dim() == 3, kOp, ": expected keep of three dimensions, got ", shape_of(*keep));
-  STD_TORCH_CHECK(streams == 1 || (streams > 1 && transposed && !right && all % (8 * streams) == 0), kOp,
-                  ": expected one stream, or of several a multiple of 8 columns of narrow each, transposed sums and no right, "
+  STD_TORCH_CHECK(!dropout_mask || dropout_mask->dim() == 3, kOp, ": expected a dropout_mask of three dimensions, got ",
+                  shape_of(*dropout_mask));
+  STD_TORCH_CHECK(streams == 1 || (streams > 1 && transposed && !lora_B && all % (8 * streams) == 0), kOp,
+                  ": expected one stream, or of several a multiple of 8 columns of rank_factor each, transposed sums and no lora_B, "
                   "got ", streams, " of ", all);
-  const int64_t masks = keep ? keep->size(0) : 1;
+  const int64_t masks = dropout_mask ? dropout_mask->size(0) : 1;
   STD_TORCH_CHECK(masks > 0 && streams % masks == 0, kOp, ": expected masks that divide the ", streams, " streams, got ",
                   masks);
   const int64_t width = all / streams;
-  const int64_t most = right ? kLargestWidthToShrink : kLargestWidth;
-  STD_TORCH_CHECK(width <= most, kOp, ": expected a rank of at most ", most, right ? " with right" : "", ", got ", width);
-  check_operand(kOp, wide, "wide", rows, columns, wide);
-  check_operand(kOp, narrow, "narrow", rows, all, wide);
-  if (right) check_operand(kOp, *right, "right", columns, width, wide);
-  if (keep) {
-    STD_TORCH_CHECK(!right && keep->size(1) == rows && keep->size(2) == (columns + 7) / 8 &&
-                        keep->scalar_type() == ScalarType::Byte && keep->is_contiguous(),
-                    kOp, ": expected a contiguous keep, uint8 [", masks, ", ", rows, ", ", (columns + 7) / 8,
-                    "], and no right, got ", shape_of(*keep));
-    check_same_device(*keep, "keep", wide);
+  const int64_t most = lora_B ? kLargestWidthToShrink : kLargestWidth;
+  STD_TORCH_CHECK(width <= most, kOp, ": expected a rank of at most ", most, lora_B ? " with lora_B" : "", ", got ", width);
+  check_operand(kOp, activation, "activation", rows, columns, activation);
+  check_operand(kOp, rank_factor, "rank_factor", rows, all, activation);
+  if (lora_B) check_operand(kOp, *lora_B, "lora_B", columns, width, activation);
+  if (dropout_mask) {
+    STD_TORCH_CHECK(!lora_B && dropout_mask->size(1) == rows && dropout_mask->size(2) == (columns + 7) / 8 &&
+                        dropout_mask->scalar_type() == ScalarType::Byte && dropout_mask->is_contiguous(),
+                    kOp, ": expected a contiguous dropout_mask, uint8 [", masks, ", ", rows, ", ", (columns + 7) / 8,
+                    "], and no lora_B, got ", shape_of(*dropout_mask));
+    check_same_device(*dropout_mask, "dropout_mask", activation);
   }
 
-  dtype_ = wide.scalar_type(), device_ = wide.get_device_index();
+  dtype_ = activation.scalar_type(), device_ = activation.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device_);
   const bool empty = rows == 0 || columns == 0 || width == 0;
   const int slices = tiles_of(columns, kSlice);
   // No parts add up to zeros.
-  const int parts = empty ? 0 : parts_of(rows, kRows, slices * streams, processors_of(device_));
-  sums_ = torch::stable::new_empty(wide, {parts, transposed ? all : columns, transposed ? columns : all},
+  const int parts = empty ? 0 : splits_of(rows, kRows, slices * streams, processors_of(device_));
+  sums_ = torch::stable::new_empty(activation, {parts, transposed ? all : columns, transposed ? columns : all},
                                    ScalarType::Float);
-  shrunk_ = torch::stable::new_empty(wide, {right ? slices : 0, rows, width}, ScalarType::Float);
+  shrunk_ = torch::stable::new_empty(activation, {lora_B ? slices : 0, rows, width}, ScalarType::Float);
   if (empty) return;
 
   args_ = {
-      wide.const_data_ptr(), pitch_of(wide), narrow.const_data_ptr(), pitch_of(narrow),
-      right ? right->const_data_ptr() : nullptr, right ? pitch_of(*right) : 0,
-      keep ? static_cast<const uint8_t*>(keep->const_data_ptr()) : nullptr,
+      activation.const_data_ptr(), pitch_of(activation), rank_factor.const_data_ptr(), pitch_of(rank_factor),
+      lora_B ? lora_B->const_data_ptr() : nullptr, lora_B ? pitch_of(*lora_B) : 0,
+      dropout_mask ? static_cast<const uint8_t*>(dropout_mask->const_data_ptr()) : nullptr,
       static_cast<float*>(sums_.mutable_data_ptr()), static_cast<float*>(shrunk_.mutable_data_ptr()),
       static_cast<int>(rows), static_cast<int>(columns), static_cast<int>(width), static_cast<int>(streams),
       static_cast<int>(masks), parts,
-      part_of(rows, parts, kRows), transposed,
+      slice_of(rows, parts, kRows), transposed,
   };
   blocks_for(blocks_of(args_), 1);  // they fit
 }
 
 void Call::launch(bool beside) const {
   if (args_.parts == 0) return;
-  const bool shrinks = args_.right != nullptr;
+  const bool shrinks = args_.lora_B != nullptr;
   const auto call = dtype_ == ScalarType::Half
                         ? (shrinks ? &launch_sm80<__half, true> : &launch_sm80<__half, false>)
                         : (shrinks ? &launch_sm80<__nv_bfloat16, true> : &launch_sm80<__nv_bfloat16, false>);
@@ -105,9 +107,9 @@ void Call::launch(bool beside) const {
 
 namespace {
 
-std::tuple<Tensor, Tensor> lora_outer(const Tensor& wide, const Tensor& narrow, const std::optional<Tensor>& right,
-                                      const std::optional<Tensor>& keep, int64_t streams, bool transposed) {
-  const Call call(wide, narrow, right, keep, streams, transposed);
+std::tuple<Tensor, Tensor> lora_outer(const Tensor& activation, const Tensor& rank_factor, const std::optional<Tensor>& lora_B,
+                                      const std::optional<Tensor>& dropout_mask, int64_t streams, bool transposed) {
+  const Call call(activation, rank_factor, lora_B, dropout_mask, streams, transposed);
   call.launch();
   return {call.sums(), call.shrunk()};
 }

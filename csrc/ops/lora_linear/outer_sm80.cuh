@@ -1,5 +1,5 @@
 // Device code of the outer products for sm_80 and later: cp.async in several stages, ldmatrix, mma. Bound by the bandwidth
-// of reading `wide` once. A block owns kSlice columns, all ranks of a stream, and one part of the rows, which it reads kRows at a
+// of reading `activation` once. A block owns kSlice columns, all ranks of a stream, and one part of the rows, which it reads kRows at a
 // time; the streams' blocks of the same columns follow one another, and meet in the L2 cache.
 #pragma once
 
@@ -37,9 +37,9 @@ struct Outer {
   static constexpr int kSharedBytes = kStagesBytes + (kShrinks ? Right::kBytes : kStages * Keep::kBytes);
   using Sums = float[kWarpColumns / 16][kWidth / 8][4];
 
-  // What these take of it: `right`, or the stages' masks, lie behind the stages. There are never both.
+  // What these take of it: `lora_B`, or the stages' masks, lie behind the stages. There are never both.
   static int shared_bytes(const Arguments& args) {
-    return args.right != nullptr || args.keep != nullptr ? kSharedBytes : kStagesBytes;
+    return args.lora_B != nullptr || args.dropout_mask != nullptr ? kSharedBytes : kStagesBytes;
   }
 
   PEFT_KERNELS_DEVICE static void run(const Arguments& args, char* shared) {
@@ -49,21 +49,21 @@ struct Outer {
     const int column_0 = slice * kSlice, row_0 = part * args.part;
     const int end = args.rows - row_0 < args.part ? args.rows : row_0 + args.part;
     const int stages = tiles_of(end - row_0, kRows);
-    const int64_t keep_pitch = (args.columns + 7) / 8;
+    const int64_t mask_pitch = (args.columns + 7) / 8;
     const int mask = stream / (args.streams / args.masks);
-    const uint8_t* keep = args.keep == nullptr ? nullptr
-                                               : args.keep + (static_cast<int64_t>(mask) * args.rows + row_0) * keep_pitch +
+    const uint8_t* dropout_mask = args.dropout_mask == nullptr ? nullptr
+                                               : args.dropout_mask + (static_cast<int64_t>(mask) * args.rows + row_0) * mask_pitch +
                                                      column_0 / 8;  // of this block
-    char* right = shared + kStagesBytes;
+    char* lora_B = shared + kStagesBytes;
     char* kept = shared + kStagesBytes;
     // Starts the copies of a stage; past the last one an empty group, so that waiting counts alike.
     const auto fetch = [&](int stage) {
       if (stage < stages) {
         const int row = stage * kRows, place = stage % kStages;
         copy_stage(args, shared + place * kStageBytes, stream, row_0 + row, end, column_0);
-        if (!kShrinks && keep != nullptr) {
-          Keep::template copy<kThreads>(kept + place * Keep::kBytes, keep + row * keep_pitch, keep_pitch,
-                                        end - row_0 - row, static_cast<int>(keep_pitch) - column_0 / 8);
+        if (!kShrinks && dropout_mask != nullptr) {
+          Keep::template copy<kThreads>(kept + place * Keep::kBytes, dropout_mask + row * mask_pitch, mask_pitch,
+                                        end - row_0 - row, static_cast<int>(mask_pitch) - column_0 / 8);
         }
       }
       copy_async_commit();
@@ -71,7 +71,7 @@ struct Outer {
     Sums sums = {};
 
     if constexpr (kShrinks) {  // arrives with the first stage
-      Right::template copy<kThreads>(right, args.right, args.right_pitch, column_0, args.columns, 0, args.width);
+      Right::template copy<kThreads>(lora_B, args.lora_B, args.lora_B_pitch, column_0, args.columns, 0, args.width);
     }
     PEFT_KERNELS_UNROLL
     for (int stage = 0; stage < kStages - 1; ++stage) fetch(stage);
@@ -80,11 +80,11 @@ struct Outer {
       sync_block();  // this stage has arrived, and the one before it is read: its place is free
       fetch(stage + kStages - 1);
       char* tile = shared + stage % kStages * kStageBytes;
-      if (!kShrinks && keep != nullptr) {
-        drop(tile, kept + stage % kStages * Keep::kBytes, keep + stage * kRows * keep_pitch, keep_pitch);
+      if (!kShrinks && dropout_mask != nullptr) {
+        drop(tile, kept + stage % kStages * Keep::kBytes, dropout_mask + stage * kRows * mask_pitch, mask_pitch);
         sync_block();
       }
-      if constexpr (kShrinks) shrink(args, tile, right, slice, row_0 + stage * kRows, end);
+      if constexpr (kShrinks) shrink(args, tile, lora_B, slice, row_0 + stage * kRows, end);
       multiply(tile, sums);
     }
     store(args, part * args.streams + stream, column_0, sums);
@@ -98,27 +98,27 @@ struct Outer {
 
   PEFT_KERNELS_DEVICE static void copy_stage(const Arguments& args, char* tile, int stream, int row, int end,
                                              int column_0) {
-    Wide::template copy<kThreads>(tile, args.wide, args.wide_pitch, row, end, column_0, args.columns);
-    Narrow::template copy<kThreads>(tile + Wide::kBytes, args.narrow, args.narrow_pitch, row, end, stream * args.width,
+    Wide::template copy<kThreads>(tile, args.activation, args.activation_pitch, row, end, column_0, args.columns);
+    Narrow::template copy<kThreads>(tile + Wide::kBytes, args.rank_factor, args.rank_factor_pitch, row, end, stream * args.width,
                                     (stream + 1) * args.width);
   }
 
-  // Zero what dropout dropped of a stage, eight neighbours of a row at a time; its mask came with it from `keep`.
-  PEFT_KERNELS_DEVICE static void drop(char* tile, const char* kept, const uint8_t* keep, int64_t keep_pitch) {
+  // Zero what dropout dropped of a stage, eight neighbours of a row at a time; its mask came with it from `dropout_mask`.
+  PEFT_KERNELS_DEVICE static void drop(char* tile, const char* kept, const uint8_t* dropout_mask, int64_t mask_pitch) {
     PEFT_KERNELS_UNROLL_BY_4
     for (int i = 0; i < kRows * Wide::kChunks / kThreads; ++i) {
       const int item = i * kThreads + thread_index(), row = item / Wide::kChunks, chunk = item % Wide::kChunks;
       keep_in_chunk(tile + Wide::offset(row, chunk),
-                    static_cast<uint8_t>(Keep::row(kept, keep, keep_pitch, row)[chunk]));
+                    static_cast<uint8_t>(Keep::row(kept, dropout_mask, mask_pitch, row)[chunk]));
     }
   }
 
-  // Two fragments of eight ranks, from element 16·step of the depth on.
+  // Two fragments of eight ranks, from element 16·step of K on.
   PEFT_KERNELS_DEVICE static void load_ranks(uint32_t (&b)[4], const char* tile, int step, int j) {
     load_matrices<true>(b, tile + Narrow::offset(16 * step + lane() % 16, 2 * j + lane() / 16));
   }
 
-  // sums += wideᵀ·narrow of a stage: wide's rows are the depth, so its fragments are loaded transposed.
+  // sums += activationᵀ·rank_factor of a stage: activation's rows are K, so its fragments are loaded transposed.
   PEFT_KERNELS_DEVICE static void multiply(const char* tile, Sums& sums) {
     PEFT_KERNELS_UNROLL
     for (int step = 0; step < kRows / kFragment; ++step) {
@@ -142,8 +142,8 @@ struct Outer {
     }
   }
 
-  // shrunk = wide·right of a stage, this slice's share of it.
-  PEFT_KERNELS_DEVICE static void shrink(const Arguments& args, const char* tile, const char* right, int slice,
+  // shrunk = activation·lora_B of a stage, this slice's share of it.
+  PEFT_KERNELS_DEVICE static void shrink(const Arguments& args, const char* tile, const char* lora_B, int slice,
                                          int row_0, int end) {
     float sums[kWidth / 8][4] = {};
     PEFT_KERNELS_UNROLL
@@ -153,7 +153,7 @@ struct Outer {
       PEFT_KERNELS_UNROLL
       for (int j = 0; j < kWidth / 16; ++j) {
         uint32_t b[4];
-        load_ranks(b, right, step, j);
+        load_ranks(b, lora_B, step, j);
         mma_m16n8k16<T>(sums[2 * j], a, b[0], b[1]);
         mma_m16n8k16<T>(sums[2 * j + 1], a, b[2], b[3]);
       }

@@ -1,8 +1,8 @@
 // The shrink (shrink.h) as an op: what it takes, then in how many parts, then the launch.
 //
-//   lora_shrink(wide [M, K], narrow, seed? int64 [1], threshold, streams, mask!? uint8 [streams, M, ceil(K / 8)],
+//   lora_shrink(activation [M, K], rank_factor, seed? int64 [1], threshold, streams, mask!? uint8 [streams, M, ceil(K / 8)],
 //               by_feature) -> partials float32 [P, M, C]
-//   by_feature: narrow is [C, K], of `streams` projections one after another; otherwise [K, C], without dropout
+//   by_feature: rank_factor is [C, K], of `streams` projections one after another; otherwise [K, C], without dropout
 //
 // bfloat16 or float16 on sm_80 and later; rows of unit stride that start on 16 bytes. P is at most 32: partials take
 // P·M·C·4 bytes of the caller's pool, no other workspace.
@@ -38,51 +38,51 @@ const KernelEntry kEntries[] = {ENTRIES(__nv_bfloat16), ENTRIES(__half)};
 
 constexpr const char* kOp = "lora_shrink";
 
-Tensor lora_shrink(const Tensor& wide, const Tensor& narrow, const std::optional<Tensor>& seed, int64_t threshold,
+Tensor lora_shrink(const Tensor& activation, const Tensor& rank_factor, const std::optional<Tensor>& seed, int64_t threshold,
                    int64_t streams, const std::optional<Tensor>& mask, bool by_feature) {
-  check_16_bit(kOp, wide, "wide");
-  STD_TORCH_CHECK(narrow.dim() == 2, kOp, ": expected narrow of two dimensions, got ", shape_of(narrow));
-  const int64_t rows = wide.size(0), depth = wide.size(1), columns = narrow.size(by_feature ? 0 : 1);
-  check_sizes(kOp, {rows, depth, columns});
+  check_16_bit(kOp, activation, "activation");
+  STD_TORCH_CHECK(rank_factor.dim() == 2, kOp, ": expected rank_factor of two dimensions, got ", shape_of(rank_factor));
+  const int64_t rows = activation.size(0), K = activation.size(1), columns = rank_factor.size(by_feature ? 0 : 1);
+  check_sizes(kOp, {rows, K, columns});
   STD_TORCH_CHECK(1 <= streams && streams <= columns && columns % streams == 0 && (by_feature || streams == 1), kOp,
-                  ": expected streams that divide the columns of narrow, one if it is by depth, got ", streams, " of ",
+                  ": expected streams that divide the columns of rank_factor, one if it is by K, got ", streams, " of ",
                   columns);
-  check_operand(kOp, wide, "wide", rows, depth, wide);
-  check_operand(kOp, narrow, "narrow", by_feature ? columns : depth, by_feature ? depth : columns, wide);
+  check_operand(kOp, activation, "activation", rows, K, activation);
+  check_operand(kOp, rank_factor, "rank_factor", by_feature ? columns : K, by_feature ? K : columns, activation);
   STD_TORCH_CHECK(-32768 <= threshold && threshold <= 32768, kOp, ": expected a threshold from -32768 to 32768, got ",
                   threshold);
   if (seed) {
     STD_TORCH_CHECK(by_feature && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long, kOp,
-                    ": expected seed int64 [1], and narrow by feature, got ", shape_of(*seed));
-    check_same_device(*seed, "seed", wide);
+                    ": expected seed int64 [1], and rank_factor by feature, got ", shape_of(*seed));
+    check_same_device(*seed, "seed", activation);
   }
   if (mask) {
     STD_TORCH_CHECK(seed && mask->dim() == 3 && mask->size(0) == streams && mask->size(1) == rows &&
-                        mask->size(2) == (depth + 7) / 8 && mask->scalar_type() == ScalarType::Byte &&
+                        mask->size(2) == (K + 7) / 8 && mask->scalar_type() == ScalarType::Byte &&
                         mask->is_contiguous(),
-                    kOp, ": expected a contiguous mask, uint8 [", streams, ", ", rows, ", ", (depth + 7) / 8,
+                    kOp, ": expected a contiguous mask, uint8 [", streams, ", ", rows, ", ", (K + 7) / 8,
                     "], and a seed, got ", shape_of(*mask));
-    check_same_device(*mask, "mask", wide);
+    check_same_device(*mask, "mask", activation);
   }
 
-  const int32_t device = wide.get_device_index();
+  const int32_t device = activation.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const int64_t width = columns / streams;
   const int64_t blocks = static_cast<int64_t>(tiles_of(rows, kRows)) * streams * tiles_of(width, columns_for(width));
-  const int splits = parts_of(depth, kDepth, blocks, processors_of(device));
-  Tensor partials = torch::stable::new_empty(wide, {depth > 0 ? splits : 0, rows, columns}, ScalarType::Float);
+  const int splits = splits_of(K, kBlockK, blocks, processors_of(device));
+  Tensor partials = torch::stable::new_empty(activation, {K > 0 ? splits : 0, rows, columns}, ScalarType::Float);
   if (partials.numel() == 0) return partials;
 
   const Arguments args{
-      wide.const_data_ptr(), pitch_of(wide), narrow.const_data_ptr(), pitch_of(narrow),
+      activation.const_data_ptr(), pitch_of(activation), rank_factor.const_data_ptr(), pitch_of(rank_factor),
       static_cast<float*>(partials.mutable_data_ptr()),
       seed ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr,
       mask ? static_cast<uint8_t*>(mask->mutable_data_ptr()) : nullptr, static_cast<int32_t>(threshold),
-      static_cast<int>(rows), static_cast<int>(depth), static_cast<int>(width), static_cast<int>(streams), splits,
-      part_of(depth, splits, kDepth),
+      static_cast<int>(rows), static_cast<int>(K), static_cast<int>(width), static_cast<int>(streams), splits,
+      slice_of(K, splits, kBlockK),
   };
   blocks_for(blocks * splits, 1);  // they fit
-  const auto launch = wide.scalar_type() == ScalarType::Half
+  const auto launch = activation.scalar_type() == ScalarType::Half
                           ? (by_feature ? &launch_sm80<__half, true> : &launch_sm80<__half, false>)
                           : (by_feature ? &launch_sm80<__nv_bfloat16, true> : &launch_sm80<__nv_bfloat16, false>);
   check_cuda(launch(args, current_stream(device)), "launching lora_shrink");

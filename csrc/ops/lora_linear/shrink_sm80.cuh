@@ -1,6 +1,6 @@
 // Device code of the shrink for sm_80 and later: cp.async in several stages, ldmatrix, mma. Bound by the bandwidth of
-// reading `wide` once, with dropout by Philox's integer multiplications too. A block owns kRows rows, up to kColumns
-// columns of a stream, and one part of the depth.
+// reading `activation` once, with dropout by Philox's integer multiplications too. A block owns kRows rows, up to kColumns
+// columns of a stream, and one part of K.
 #pragma once
 
 #include "ptx/copy_async.cuh"
@@ -16,10 +16,10 @@
 
 namespace peft_kernels::lora_shrink {
 
-constexpr int kRows = 64, kDepth = 64, kStages = 3;
+constexpr int kRows = 64, kBlockK = 64, kStages = 3;
 constexpr int kThreads = 128;  // a warp has 16 rows
 
-// The columns of a block, as many as the rank asks for: `wide` is read once for up to 64.
+// The columns of a block, as many as the rank asks for: `activation` is read once for up to 64.
 PEFT_KERNELS_HOST_DEVICE int columns_for(int64_t width) { return width <= 16 ? 16 : width <= 32 ? 32 : 64; }
 
 // Blocks that a launch takes; columns of one row block and part come one after another, so that they meet in the L2 cache.
@@ -30,8 +30,8 @@ PEFT_KERNELS_HOST_DEVICE int64_t blocks_of(const Arguments& args) {
 
 template <typename T, int kColumns, bool kByFeature>
 struct Shrink {
-  using Wide = SharedTile<kRows, kDepth>;
-  using Narrow = SharedTile<kByFeature ? kColumns : kDepth, kByFeature ? kDepth : kColumns>;
+  using Wide = SharedTile<kRows, kBlockK>;
+  using Narrow = SharedTile<kByFeature ? kColumns : kBlockK, kByFeature ? kBlockK : kColumns>;
   static constexpr int kStageBytes = Wide::kBytes + Narrow::kBytes;
   static constexpr int kSharedBytes = kStages * kStageBytes;
   using Accumulators = float[kColumns / 8][4];
@@ -41,8 +41,8 @@ struct Shrink {
     const int column_group = block_index() % groups, row_block = block_index() / groups % tiles_of(args.rows, kRows);
     const int split = block_index() / groups / tiles_of(args.rows, kRows);
     const Place place{row_block * kRows, column_group / across, column_group % across * kColumns, split * args.part};
-    const int end = args.depth - place.depth < args.part ? args.depth : place.depth + args.part;
-    const int stages = tiles_of(end - place.depth, kDepth);
+    const int end = args.K - place.k < args.part ? args.K : place.k + args.part;
+    const int stages = tiles_of(end - place.k, kBlockK);
     const uint64_t seed = args.seed == nullptr ? 0 : static_cast<uint64_t>(*args.seed);  // once, ahead of all waits
     Accumulators sums = {};
 
@@ -54,7 +54,7 @@ struct Shrink {
       fetch(args, shared, place, stage + kStages - 1, stages, end);
       char* tile = shared + stage % kStages * kStageBytes;
       if (args.seed != nullptr) {
-        drop(args, seed, tile, place, place.depth + stage * kDepth);
+        drop(args, seed, tile, place, place.k + stage * kBlockK);
         sync_block();
       }
       multiply(tile, sums);
@@ -65,7 +65,7 @@ struct Shrink {
  private:
   // Where a block begins.
   struct Place {
-    int row, stream, column, depth;  // column: of its stream
+    int row, stream, column, k;  // column: of its stream
   };
 
   PEFT_KERNELS_DEVICE static int lane() { return thread_index() % 32; }
@@ -76,14 +76,14 @@ struct Shrink {
                                         int end) {
     if (stage < stages) {
       char* tile = shared + stage % kStages * kStageBytes;
-      const int depth_0 = place.depth + stage * kDepth, first = place.stream * args.width;
-      Wide::template copy<kThreads>(tile, args.wide, args.wide_pitch, place.row, args.rows, depth_0, end);
+      const int k_0 = place.k + stage * kBlockK, first = place.stream * args.width;
+      Wide::template copy<kThreads>(tile, args.activation, args.activation_pitch, place.row, args.rows, k_0, end);
       tile += Wide::kBytes;
       if constexpr (kByFeature) {
-        Narrow::template copy<kThreads>(tile, args.narrow, args.narrow_pitch, first + place.column, first + args.width,
-                                        depth_0, end);
+        Narrow::template copy<kThreads>(tile, args.rank_factor, args.rank_factor_pitch, first + place.column, first + args.width,
+                                        k_0, end);
       } else {
-        Narrow::template copy<kThreads>(tile, args.narrow, args.narrow_pitch, depth_0, end, place.column, args.width);
+        Narrow::template copy<kThreads>(tile, args.rank_factor, args.rank_factor_pitch, k_0, end, place.column, args.width);
       }
     }
     copy_async_commit();
@@ -91,13 +91,13 @@ struct Shrink {
 
   // Zero what is dropped of a stage: eight neighbours of a row at a time, whose draws are one call of Philox.
   PEFT_KERNELS_DEVICE static void drop(const Arguments& args, uint64_t seed, char* tile, const Place& place,
-                                       int depth_0) {
-    const int64_t bytes = (args.depth + 7) / 8;
+                                       int k_0) {
+    const int64_t bytes = (args.K + 7) / 8;
     PEFT_KERNELS_UNROLL
     for (int i = 0; i < kRows * Wide::kChunks / kThreads; ++i) {
       const int item = i * kThreads + thread_index(), chunk = item % Wide::kChunks;
       const int64_t row = place.row + item / Wide::kChunks;
-      const uint32_t group = static_cast<uint32_t>(depth_0 / kChunk + chunk);
+      const uint32_t group = static_cast<uint32_t>(k_0 / kChunk + chunk);
       const uint8_t kept =
           dropout::kept_byte(seed, row, group, static_cast<uint32_t>(place.stream), args.threshold);
       keep_in_chunk(tile + Wide::offset(item / Wide::kChunks, chunk), kept);
@@ -109,7 +109,7 @@ struct Shrink {
 
   PEFT_KERNELS_DEVICE static void multiply(const char* tile, Accumulators& sums) {
     PEFT_KERNELS_UNROLL
-    for (int step = 0; step < kDepth / kFragment; ++step) {
+    for (int step = 0; step < kBlockK / kFragment; ++step) {
       uint32_t a[4];
       load_matrices<false>(a, tile + Wide::offset(warp_row() + lane() % 16, 2 * step + lane() / 16));
       PEFT_KERNELS_UNROLL

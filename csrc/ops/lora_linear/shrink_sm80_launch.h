@@ -13,7 +13,7 @@ PEFT_KERNELS_GLOBAL(kThreads, 3) shrink_sm80(const Arguments args) {
   Shrink<T, kColumns, kByFeature>::run(args, shared);
 }
 
-// On the current device. There is at least one row, one column, and one element of depth.
+// On the current device. There is at least one row, one column, and one element of K.
 template <typename T, int kColumns, bool kByFeature>
 cudaError_t launch_sm80(const Arguments& args, cudaStream_t stream) {
   return launch_shared(&shrink_sm80<T, kColumns, kByFeature>, blocks_of<kColumns>(args), kThreads,

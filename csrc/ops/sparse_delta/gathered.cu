@@ -107,7 +107,7 @@ Tensor sparse_gathered(const Tensor& dy, const Tensor& x, const std::optional<Te
       : tile == TileName::kBoxSquare ? clusters_of<BoxSquare>(rows, width) * BoxSquare::kCluster
                                      : static_cast<int64_t>(tiles_of(rows, Square::kRows)) * tiles_of(width, Square::kColumns);
   constexpr int kStage = 64;
-  const int parts = parts_of(tokens, kStage, tiles, boxes ? processors / 2 : processors);
+  const int parts = splits_of(tokens, kStage, tiles, boxes ? processors / 2 : processors);
   blocks_for(tiles * parts, 1);  // they fit
 
   Tensor partials = torch::stable::new_empty(dy, {parts, count}, ScalarType::Float);
@@ -127,7 +127,7 @@ Tensor sparse_gathered(const Tensor& dy, const Tensor& x, const std::optional<Te
                        count,
                        static_cast<int>(tokens),
                        parts,
-                       part_of(tokens, parts, kStage)};
+                       slice_of(tokens, parts, kStage)};
   const auto call = dy.scalar_type() == ScalarType::Half ? &launch<__half> : &launch<__nv_bfloat16>;
   check_cuda(call(args, tile, processors, stream), "launching sparse_gathered");
   return partials;

@@ -25,19 +25,19 @@ struct Gathered : private WarpProduct<T, Square, false, false> {
     const int tiles = tiles_of(entries.rows, Tile::kRows) * tiles_of(entries.width, Tile::kColumns);
     const int part = block_index() / tiles, token_0 = part * args.part;
     const int end = args.tokens - token_0 < args.part ? args.tokens : token_0 + args.part;
-    const Position tile = position(block_index() % tiles, entries.rows, entries.width, Tile::kRows, Tile::kColumns);
+    const TileCoordinate tile = swizzled_tile(block_index() % tiles, entries.rows, entries.width, Tile::kRows, Tile::kColumns);
     const int row_0 = tile.row * Tile::kRows, column_0 = tile.column * Tile::kColumns;
     const Operands operands{args.dy, args.dy_pitch, args.x, args.x_pitch, entries.rows, entries.width, end};
 
     typename Product::Sums sums = {};
     const auto fetch = [&](int stage, char* place) {
-      Product::fetch(place, operands, row_0, column_0, token_0 + stage * Tile::kDepth);
+      Product::fetch(place, operands, row_0, column_0, token_0 + stage * Tile::kBlockK);
     };
     const auto use = [&](int, const char* place) {
       PEFT_KERNELS_UNROLL
       for (int step = 0; step < Product::kSteps; ++step) Product::multiply(place, step, sums);
     };
-    Product::each_stage(shared, tiles_of(end - token_0, Tile::kDepth), fetch, use);
+    Product::each_stage(shared, tiles_of(end - token_0, Tile::kBlockK), fetch, use);
 
     float* tile_sums = reinterpret_cast<float*>(shared);
     PEFT_KERNELS_UNROLL

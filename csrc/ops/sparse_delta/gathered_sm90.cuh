@@ -8,16 +8,16 @@
 
 namespace peft_kernels::sparse_gathered {
 
-// As Arguments, with operands in boxes as BoxProduct has them.
+// As Arguments, with operands in boxes as WarpSpecialisedMainloop has them.
 struct BoxArguments {
   TensorMap dy, x;
   Arguments rest;
 };
 
 template <typename T, typename Tile>
-struct BoxGathered : private BoxProduct<T, Tile, false, false> {
-  using Product = BoxProduct<T, Tile, false, false>;
-  using Product::kDepth, Product::kGroupRows, Product::kThreads;
+struct BoxGathered : private WarpSpecialisedMainloop<T, Tile, false, false> {
+  using Product = WarpSpecialisedMainloop<T, Tile, false, false>;
+  using Product::kBlockK, Product::kGroupRows, Product::kThreads;
   static constexpr int kSumsBytes = kGroupRows * kChunkColumns * 4;  // a warpgroup's
   static constexpr int kSums = Product::kStagesBytes, kBarriers = kSums + Product::kGroups * kSumsBytes;
   static constexpr int kSharedBytes = kBarriers + Product::kBarrierBytes;
@@ -32,23 +32,23 @@ struct BoxGathered : private BoxProduct<T, Tile, false, false> {
     const typename Product::Ring ring(shared, shared + kBarriers);
     const auto stages_of = [&](int part) {
       const int tokens = args.tokens - part * args.part;
-      return tiles_of(tokens < args.part ? tokens : args.part, kDepth);
+      return tiles_of(tokens < args.part ? tokens : args.part, kBlockK);
     };
     const auto load = [&] {
       prefetch(boxes.dy), prefetch(boxes.x);
-      typename Product::Slot slot;
+      typename Product::PipelineState state;
       Product::each_tile(args.entries.rows, args.entries.width, args.parts, [&](int row_0, int column_0, int part) {
         const int stages = stages_of(part);
         for (int stage = 0; stage < stages; ++stage) {
-          Product::load(ring, slot, boxes.dy, boxes.x, row_0, column_0, part * args.part + stage * kDepth);
+          Product::load(ring, state, boxes.dy, boxes.x, row_0, column_0, part * args.part + stage * kBlockK);
         }
       });
     };
     const auto multiply = [&] {
-      typename Product::Slot slot;
+      typename Product::PipelineState state;
       Product::each_tile(args.entries.rows, args.entries.width, args.parts, [&](int row_0, int column_0, int part) {
         float sums[Product::kSums];
-        typename Product::Flow flow = Product::multiply_stages(ring, slot, stages_of(part), sums);
+        typename Product::Flow flow = Product::multiply_stages(ring, state, stages_of(part), sums);
         row_0 += Product::group() * kGroupRows + thread_index() % kWarpgroup / kLanes;
         Rows rows;
         PEFT_KERNELS_UNROLL

@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def explained(*sizes_and_dtype: str, arch: int | None = None) -> str:
-    """What `lora_linear` would take for M, K, N, R and a dtype's name: on the CPU, and on the GPU here or of `arch`.
+    """Say what `lora_linear` would take for M, K, N, R and a dtype's name: on a CPU, and on the GPU here or of `arch`.
 
     Raises:
         ValueError: for sizes that are no whole numbers of at least 1, or another dtype.

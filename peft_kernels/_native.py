@@ -42,7 +42,7 @@ def least_driver() -> int | None:
 
 
 def build_facts() -> dict[str, str]:
-    """What the library was built with: `cuda` and `architectures` ("none" without nvcc), `torch`, `compiler`. Empty
+    """How the library was built: `cuda` and `architectures` ("none" without nvcc), `torch`, `compiler`. Empty
     where the facts were built for another Python: the ops need no Python, the facts do."""
     module = _facts()
     return module.build_facts() if module else {}

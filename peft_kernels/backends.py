@@ -23,7 +23,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 
 class Capability(NamedTuple):
-    """What a backend of an op takes. None stands for everything.
+    """The calls that a backend of an op takes. None stands for everything.
 
     Attributes:
         dtypes: of the input that decides, under autocast after its cast.
@@ -42,7 +42,7 @@ class Op(NamedTuple):
 
     Attributes:
         option: the name of what decides beside device and dtype; "" where nothing does.
-        backends: name -> what it takes. A suffix forces one of several ways, and is a backend of its own here.
+        backends: name -> what it takes. A suffix forces one of several paths, and is a backend of its own here.
     """
 
     option: str
@@ -75,7 +75,7 @@ OPS = {
 }
 
 #: What `use_backend` and the environment variable PEFT_KERNELS_BACKEND accept. `cpu` and `cuda` are the native
-#: library's. `triton` and `cuda` choose between two ways by rule (`configs.py` of the op); a suffix forces one.
+#: library's. `triton` and `cuda` choose between two paths by rule (`configs.py` of the op); a suffix forces one.
 NAMES = ("auto", *dict.fromkeys(name for op in OPS.values() for name in op.backends))
 
 #: On a GPU `auto` leaves the choice to these ops, which take the fastest backend by sizes.
@@ -95,7 +95,7 @@ class Choice(NamedTuple):
 
 
 class _Request:
-    """What the user asked for. One object for the process: the backward of CUDA tensors runs on threads of
+    """The user's wish. One object for the process: the backward of CUDA tensors runs on threads of
     autograd's own, and neither a thread-local nor a ContextVar survives `torch.compile(fullgraph=True)`."""
 
     def __init__(self) -> None:
@@ -116,8 +116,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Run the ops called inside the block on one backend: `with pk.use_backend("reference"): …`.
 
     Args:
-        name: one of `auto`, `reference`, `cpu`, `triton`, `cuda`; `triton:fused` and `triton:blas` force one way
-            to expand the low-rank product, `cuda:fused` and `cuda:passes` one way to compute it (see
+        name: one of `auto`, `reference`, `cpu`, `triton`, `cuda`; `triton:fused` and `triton:blas` force one path
+            to expand the low-rank product, `cuda:fused` and `cuda:passes` one path to compute it (see
             `ops/lora_linear/README.md`).
 
     The setting holds for the whole process. A backward runs on the backend that its forward took.
@@ -154,7 +154,7 @@ def takes(op: str, backend: str, device_type: str, dtype: torch.dtype, option: s
 
 
 def explain(op: str, device_type: str, dtype: torch.dtype, option: str = "") -> Choice:
-    """What `choose` would answer for tensors of this device type and dtype, and why. Without an option: for one that
+    """Say what `choose` would answer for such tensors, and why. Without an option: for one that
     every backend takes."""
     requested = _request.backend
     backend = _resolve(op, requested, device_type, dtype, option)
@@ -172,7 +172,7 @@ def explain(op: str, device_type: str, dtype: torch.dtype, option: str = "") -> 
 
 
 def refuse_forced(op: str, what: str) -> None:
-    """Of what torch's own operations do, in place of a backend's kernels.
+    """Refuse what torch's own operations would do in place of a backend's kernels.
 
     Raises:
         RuntimeError: the user asked for kernels.

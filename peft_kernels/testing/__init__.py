@@ -1,4 +1,4 @@
-"""What tests and benchmarks share: the error rule, poisoned allocations, saved tensors, inputs and the float64
+"""Tools that tests and benchmarks share: the error rule, poisoned allocations, saved tensors, inputs and the float64
 reference."""
 
 from .bounds import assert_within_eager, ulp

@@ -21,8 +21,8 @@ SERIALISED = ("C7508", "C7510", "C7514", "C7515")
 
 
 class Launch(NamedTuple):
-    """What Triton compiles for a launch: the arguments' types, what is constant among them by its place, what is
-    known of the others, and the options."""
+    """The compilation that a launch asks Triton for: the arguments' types, what is constant among them by its place,
+    what is known of the others, and the options."""
 
     kernel: Any
     signature: dict[str, Any]
@@ -42,12 +42,12 @@ class Launch(NamedTuple):
         return (self.name, str(self.signature), str(self.constants), str(self.attributes), *self[4:])
 
     def constant(self, name: str) -> Any:
-        """What a parameter is, where it is constant."""
+        """Describe a parameter that is constant."""
         return self.constants[(self.kernel.arg_names.index(name),)]
 
 
 class Resources(NamedTuple):
-    """Of a compiled kernel, as ptxas reports it: registers a thread; bytes that a thread spills; bytes of shared
+    """The resources of a compiled kernel, by ptxas: registers a thread; bytes that a thread spills; bytes of shared
     memory and warps a block; blocks a multiprocessor; the warnings that wgmma is serialised."""
 
     registers: int

@@ -1,4 +1,4 @@
-"""What the cases of ops with one x and one y share: fresh leaves, seeded operands, one runner.
+"""Tools that the cases of ops with one x and one y share: fresh leaves, seeded operands, one runner.
 
 A new op joins with a file beside this one: a case, `make_case`, what it runs (`ours`, `eager_expression`), its
 `float64_reference`, and how many terms its sums have; an entry in `tests/checks/contract.py` holds it to all that ops
@@ -23,7 +23,7 @@ class LinearCase:
     NAMES: ClassVar[tuple[str, ...]]
 
     def operands(self) -> dict[str, torch.Tensor | None]:
-        """What may train, by name."""
+        """The tensors that may train, by name."""
         return {name: getattr(self, name) for name in self.NAMES}
 
     def leaves(self) -> dict[str, torch.Tensor | None]:

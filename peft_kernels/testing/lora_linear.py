@@ -30,7 +30,7 @@ class LoRACase:
     fields: tuple[str, ...] = field(default=("weight", "bias", "lora_A", "lora_B"), repr=False)
 
     def masks(self) -> list[torch.Tensor | None]:
-        """What each projection keeps of x [M, K], from the seed that the op will draw; None without dropout."""
+        """The dropout mask of each projection [M, K], from the seed that the op will draw; None without dropout."""
         if self.dropout_p == 0.0:
             return [None] * len(self.projections)
         rows, columns = self.x.numel() // self.x.shape[-1], self.x.shape[-1]
@@ -91,7 +91,7 @@ def ours(case: LoRACase, x: torch.Tensor, projections: list[Projection]) -> tupl
 
 
 def peft_expression(case: LoRACase, x: torch.Tensor, projections: list[Projection]) -> tuple[torch.Tensor, ...]:
-    """What `peft.tuners.lora.Linear.forward` computes, with our dropout mask: base + lora_B(lora_A(D(x)))·scaling."""
+    """Compute as `peft.tuners.lora.Linear.forward`, with our dropout mask: base + lora_B(lora_A(D(x)))·scaling."""
     ys = []
     for (weight, lora_A, lora_B, scaling, bias), mask in zip(projections, case.masks()):
         base = F.linear(x, weight, bias)
@@ -134,7 +134,7 @@ def eager(case: LoRACase, autocast: torch.dtype | None = None) -> dict[str, torc
 
 
 def sums(case: LoRACase) -> dict[str, Sums]:
-    """What lies behind an element of each float32 result of a GPU's kernels, where they are float32's own: of a float32
+    """The sums behind an element of each float32 result of a GPU's kernels, where they are float32's own: of a float32
     base, and of "high" adapters, whose gradients are; elsewhere 16-bit roundings are all that counts."""
     if not case.x.is_cuda or not (case.x.dtype == torch.float32 or case.adapter_precision == "high"):
         return {}

@@ -100,7 +100,7 @@ def ours_in_weight(x, weight, values, layout, bias) -> torch.Tensor:
 
 
 def scatter_expression(x, weight, values, layout, bias) -> torch.Tensor:
-    """What SpIEL, RoSA and PEFT's SHiRA compute: a dense copy of the weight, Δ added to it, one product."""
+    """Compute as SpIEL, RoSA and PEFT's SHiRA: a dense copy of the weight, Δ added to it, one product."""
     patched = weight.flatten().index_add(0, layout.indices(), values.to(weight.dtype))
     return F.linear(x, patched.view(weight.shape), bias)
 
@@ -130,7 +130,7 @@ def eager(case: SparseCase, autocast: torch.dtype | None = None) -> dict[str, to
 
 
 def sums(case: SparseCase) -> dict[str, Sums]:
-    """What lies behind an element of each float32 result of a GPU's kernels."""
+    """The sums behind an element of each float32 result of a GPU's kernels."""
     if not case.x.is_cuda or case.x.dtype != torch.float32:
         return {}
     N, K = case.layout.shape

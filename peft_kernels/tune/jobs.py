@@ -1,4 +1,4 @@
-"""What is measured: a job for each bucket of shapes of each choice, and for each size that a crossover is looked for.
+"""The jobs of a run: one for each bucket of shapes of each choice, and for each size that a crossover is looked for.
 
 Sizes are the upper ends of the buckets that `configs.py` looks a tile up by, so a measured table has no gaps; what a
 key leaves open is fixed in the op package's `tune.py`. Choices with one candidate (float32, which takes no

@@ -68,7 +68,7 @@ def problem(job: Job, table: dict[tuple, Any], device: str, dtype: torch.dtype |
 
 
 def check(prepared: Problem, candidates: tuple) -> list[str]:
-    """What keeps each candidate from being timed, or an empty string: at most twice the error of plain PyTorch in the
+    """Say what keeps each candidate from being timed, or nothing: at most twice the error of plain PyTorch in the
     same dtype is allowed, against float64.
 
     Raises:

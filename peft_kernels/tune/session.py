@@ -187,7 +187,7 @@ def tables_used(gpu: Gpu) -> str:
 
 
 def dry_run(ops: list[str], folder: Path, gpu: Gpu | None) -> str:
-    """What would be measured: shapes and timings of each choice."""
+    """Say what would be measured: shapes and timings of each choice."""
     planned = jobs(ops, gpu.architecture if gpu else 90)
     rows = {job: r for op in ops for job, r in measured(folder, gpu, op, planned).items()} if gpu else {}
     left = [job for job in planned if job not in rows]

@@ -1,1 +1,1 @@
-"""What every op is made of: registration, transforms, dropout, tuning, messages."""
+"""The parts that every op is made of: registration, transforms, dropout, tuning, messages."""

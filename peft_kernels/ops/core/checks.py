@@ -1,4 +1,4 @@
-"""What several public ops refuse, in one line that says what was expected and what came, before anything runs."""
+"""Refusals that public ops share, in one line that says what was expected and what came, before anything runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked of the GPU at hand; needs no Triton."""
+"""Questions about the GPU at hand; needs no Triton."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the native library's CUDA kernels take: 16-bit matrices whose rows have adjacent elements and start on 16
+"""The operands of the native library's CUDA kernels: 16-bit matrices whose rows have adjacent elements and start on 16
 bytes."""
 
 from __future__ import annotations

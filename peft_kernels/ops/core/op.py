@@ -202,7 +202,7 @@ class OpFunction(torch.autograd.Function):
 
 
 def needs_of(*tensors: torch.Tensor | None) -> list[bool]:
-    """Of each tensor, whether a gradient is needed."""
+    """Say of each tensor whether a gradient is needed."""
     if not torch.is_grad_enabled():
         return [False] * len(tensors)
     return [tensor is not None and tensor.requires_grad for tensor in tensors]

@@ -1,4 +1,4 @@
-"""What the ops of every op package do with their tensors before and after a product."""
+"""Operations on tensors before and after a product, for every op package."""
 
 from __future__ import annotations
 

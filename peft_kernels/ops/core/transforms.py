@@ -55,7 +55,7 @@ def without_autocast(function: Callable, *args):
 
 @contextlib.contextmanager
 def untraced() -> Iterator[None]:
-    """What is done inside is no part of a graph that `torch.jit.trace` records, and sees sizes as plain numbers."""
+    """Keep what is done inside out of the graph that `torch.jit.trace` records; sizes are plain numbers there."""
     state = _get_tracing_state()
     if state is None:
         yield

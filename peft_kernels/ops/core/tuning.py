@@ -54,7 +54,7 @@ UNTUNED: Table = types.MappingProxyType({})
 
 
 class Gpu(NamedTuple):
-    """What a table holds for: the name of a GPU, its architecture (90: compute capability 9.0; 0: AMD), and the version
+    """The GPU that a table holds for: its name, its architecture (90: compute capability 9.0; 0: AMD), and the version
     of the Triton that compiled."""
 
     name: str
@@ -111,7 +111,7 @@ class Crossover(NamedTuple):
 
 
 class Choices(dict[str, Choice]):
-    """What can be measured of an op package, by name.
+    """The choices of an op package that can be measured, by name.
 
     Attributes:
         op: the op package.
@@ -158,7 +158,7 @@ class Choices(dict[str, Choice]):
     def size(
         self, choice: str, crossover: Crossover, rule: Mapping[int, float] = types.MappingProxyType({})
     ) -> Callable[..., float | None]:
-        """What answers, of an element size and a table, the size from which on (up to which) another path is taken.
+        """Return a function of element size and table: the size from which on (up to which) another path is taken.
 
         Args:
             rule: by element size, where nothing was measured; without one the other path is not taken.
@@ -203,7 +203,7 @@ def gpu_of(device: torch.device) -> Gpu | None:
 
 
 def load(op: str, gpu: Gpu | None, choices: Mapping[str, Choice], *folders: Path) -> Table:
-    """What is known of an op package's choices on this GPU. Warns of the tables that it ignores.
+    """Read what is known of an op package's choices on this GPU. Warns of the tables that it ignores.
 
     Args:
         gpu: None has no tables.
@@ -249,7 +249,7 @@ def path_in(folder: Path, op: str, gpu: Gpu) -> Path:
 
 
 def header(op: str, gpu: Gpu) -> dict[str, Any]:
-    """What a table of this op package has to say of itself to be used on this GPU."""
+    """The facts that a table of this op package must state to be used on this GPU."""
     return {"format": FORMAT, "op": op, "gpu": gpu.name, "architecture": gpu.architecture, "triton": gpu.triton}
 
 

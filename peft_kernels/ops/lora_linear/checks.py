@@ -1,4 +1,4 @@
-"""What the public functions refuse: one line that says what was expected and what came, before anything runs."""
+"""The refusals of the public functions: one line that says what was expected and what came, before anything runs."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def forward_flops(x, weights, biases, lora_As, *_, **__) -> int:
 def backward_flops(
     dys, x, s, masks, weights, lora_As, lora_Bs, row_scalings, scalings, ranks, dropout_p, needs, *_, **__
 ) -> int:
-    """Of the products that needed gradients ask for: dy·W, dy·B, dH·A, dyᵀ·x, dHᵀ·D(x) and dyᵀ·S."""
+    """Count the products that needed gradients ask for: dy·W, dy·B, dH·A, dyᵀ·x, dHᵀ·D(x) and dyᵀ·S."""
     total, needs_x = 0, needs[0]
     for dy, weight, R, needs_weight, _, needs_A, needs_B in zip(dys, weights, ranks, *by_field(needs[1:], len(dys), 4)):
         M, N = math.prod(dy[:-1]), dy[-1]

@@ -35,7 +35,7 @@ class ShrinkTile(NamedTuple):
 
 
 class PassTile(NamedTuple):
-    """Of a pass over dy (block_n columns, block_r ranks) or x (block_k columns, block_c ranks)."""
+    """The tile of a pass over dy (block_n columns, block_r ranks) or x (block_k columns, block_c ranks)."""
 
     block_m: int
     block_n: int
@@ -278,7 +278,7 @@ def _reached(smallest: float | None, M: int, N: int, K: int) -> bool:
 
 
 def keys(architecture: int) -> Iterator[tuple[str, tuple]]:
-    """What is measured: a choice and a key, of the upper ends of all buckets, large shapes first."""
+    """Yield what is measured: a choice and a key, at the upper ends of all buckets, large shapes first."""
     for M, N, R in itertools.product(TOKENS.all(), FEATURES.all(), RANKS.all()):
         for dropping in (False, True):
             yield "shrink_tile", (M, N, R, 2, dropping, False)

@@ -43,7 +43,7 @@ def forward(
     high_precision: bool,
     backend: str,
 ) -> list[torch.Tensor]:
-    """As `reference.forward`, of 16-bit operands.
+    """Compute what `reference.forward` does, of 16-bit operands.
 
     Raises:
         RuntimeError: for "cuda:fused" where one kernel cannot compute S and y; the line says why.
@@ -95,7 +95,7 @@ def backward(
     high_precision: bool,
     backend: str,
 ) -> list[torch.Tensor]:
-    """As `reference.backward`, of 16-bit operands."""
+    """Compute what `reference.backward` does, of 16-bit operands."""
     dtype, given = dys[0].dtype, dys[0]
     rows = None if x is None else aligned(flatten(x))
     needs_x, (needs_weight, needs_bias, needs_A, needs_B) = needs[0], by_field(needs[1:], len(dys), 4)
@@ -229,7 +229,7 @@ def _expand(
 
 
 class _Product(NamedTuple):
-    """What `lora_gemm` takes, for a part of dx."""
+    """The arguments of `lora_gemm` for a part of dx."""
 
     left: list[torch.Tensor]
     right: list[torch.Tensor]
@@ -246,7 +246,7 @@ def _products_of_x(
     lora_As: list[torch.Tensor],
     masks: torch.Tensor | None,
 ) -> tuple[list[_Product], list[torch.Tensor]]:
-    """What adds up to Σ_j dy_j·W_j + D_j(dH_j·A_j) [M, K]: one product for what lies the same way, to be computed, and
+    """The terms of Σ_j dy_j·W_j + D_j(dH_j·A_j) [M, K]: one product for what lies the same way, to be computed, and
     the products by cuBLAS."""
     one_mask = masks is None or len(masks) == 1  # or none
 
@@ -283,8 +283,8 @@ def _grad_x_by_cublas(
 
 
 class _Pass(NamedTuple):
-    """What `lora_outer` takes beside x, for dA: dH of some projections side by side, in as many streams as their ranks
-    and masks ask for.
+    """Arguments of `lora_outer` beside x, for dA: dH of some projections side by side, in as many streams as their
+    ranks and masks ask for.
 
     Attributes:
         places: the columns of each projection's.
@@ -297,7 +297,7 @@ class _Pass(NamedTuple):
 
 
 def _pass_over_x(dhs: list[torch.Tensor | None], masks: torch.Tensor | None, some: list[int]) -> _Pass:
-    """Of `some` projections. Streams have as many columns each, and a mask or none: they read the same tiles of x,
+    """For `some` projections. Streams have as many columns each, and a mask or none: they read the same tiles of x,
     which meet in the L2 cache. Ranks far apart cost the smaller ones streams of zeros, with a mask each."""
     one_mask = masks is None or len(masks) == 1  # or none
     if not one_mask and len(some) < len(dhs):
@@ -348,8 +348,8 @@ def _sums_over_dy(
     rank: int,
     adapter_dtype: torch.dtype,
 ) -> tuple[Sum | None, Sum | None]:
-    """Of dH where lora_B is given, and of dB where s is, with columns up to the padded rank: by one pass over dy, or by
-    one each."""
+    """Partials of dH where lora_B is given, and of dB where s is, with columns up to the padded rank: by one pass over
+    dy, or by one each."""
     R = padded(rank)
     right = None if lora_B is None else with_columns(lora_B, R)
     together = right is not None and s is not None and rank <= LARGEST_RANK_OF_JOINT_PASS

@@ -1,4 +1,4 @@
-"""What `lora_linear` takes for given sizes, in words: the path of the low-rank product, the tiles of kernels."""
+"""Say in words what `lora_linear` takes for given sizes: the path of the low-rank product, the tiles of kernels."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ def _split(scalings: tuple[float | torch.Tensor, ...], x: torch.Tensor) -> tuple
 
 
 def _autocast(x: torch.Tensor, projections: tuple[Projection, ...]) -> tuple[torch.Tensor, tuple[Projection, ...]]:
-    """What `F.linear` does under autocast, except that float32 adapters stay as they are: kernels cast them."""
+    """Cast as `F.linear` does under autocast, except that float32 adapters stay as they are: kernels cast them."""
 
     def cast(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return autocast(tensor, x.device.type)
@@ -261,7 +261,7 @@ def _forward_by_sizes(x, weights, biases, lora_As, lora_Bs, row_scalings, scalin
 
 
 def _backward_by_sizes(dys, x, s, masks, weights, lora_As, *rest) -> str:
-    """What is saved has the same form, whichever backend ran forward."""
+    """The saved tensors have the same form, whichever backend ran forward."""
     features = sum([dy.shape[-1] for dy in dys])
     with_columns = next((one for one in (x, *weights, *lora_As) if one is not None), None)
     in_features = features if with_columns is None else with_columns.shape[-1]  # for dB alone nothing has them

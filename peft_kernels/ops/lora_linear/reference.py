@@ -132,7 +132,7 @@ def add_base(
 
 
 def _low_rank_dtype(rows: torch.Tensor, rank: int, high_precision: bool) -> torch.dtype:
-    """What low-rank products are computed in. At 16 bits oneDNN sets up a primitive at every call, 15 µs on a CPU: for
+    """The dtype of low-rank products. At 16 bits oneDNN sets up a primitive at every call, 15 µs on a CPU: for
     a token or few, casts to float32 cost less."""
     dtype = rows.dtype
     if dtype == torch.float32 or high_precision:

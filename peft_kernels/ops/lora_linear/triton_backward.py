@@ -223,7 +223,7 @@ def backward(
     high_precision: bool,
     backend: str,
 ) -> list[torch.Tensor]:
-    """As `reference.backward`."""
+    """Compute what `reference.backward` does."""
     batch = dys[0].shape[:-1]
     dys = [_dense(dy) for dy in dys]
     M, num, R = dys[0].shape[0], len(dys), max(ranks)

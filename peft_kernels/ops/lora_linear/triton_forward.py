@@ -154,7 +154,7 @@ def forward(
     high_precision: bool,
     backend: str,
 ) -> list[torch.Tensor]:
-    """As `reference.forward`; `backend` may force the way to expand ("triton:fused", "triton:blas")."""
+    """Compute what `reference.forward` does; `backend` may force the path ("triton:fused", "triton:blas")."""
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     (M, K), num = rows.shape, len(scalings)
     ranks = [lora_A.shape[0] for lora_A in lora_As]

@@ -34,7 +34,7 @@ def forward_flops(x, weight, *_, **__) -> int:
 
 
 def backward_flops(grad_y, x, weight, scores, tau, threshold, needs, *_, **__) -> int:
-    """Of dy·(W ⊙ 1[S ≥ τ]), and of G = dyᵀ·x once, whether weight, scores or both take it."""
+    """Count dy·(W ⊙ 1[S ≥ τ]), and of G = dyᵀ·x once, whether weight, scores or both take it."""
     needs_x, needs_weight, needs_scores, _ = needs
     K = weight[1] if needs_x else 0 if x is None else x[-1]
     return 2 * math.prod(grad_y) * K * (needs_x + (needs_weight or needs_scores))

@@ -32,7 +32,7 @@ class Tile(NamedTuple):
 
 @CHOICES.tile(M=TOKENS, N=FEATURES)
 def gemm_tile(M: int, N: int, element_size: int, arch: int, aligned: bool) -> Tile:
-    """Of an output [M, N] = P·(masked Q): y, or dx with K in place of N. `aligned`: eight values are loaded at once."""
+    """Tile of an output [M, N] = P·(masked Q): y, or dx with K in place of N. `aligned`: eight values a load."""
     if element_size == 4 or not aligned:
         return _scalar_tile(element_size, arch)
     block_k, num_stages = _steps(arch)
@@ -55,7 +55,7 @@ def gemm_candidates(M: int, N: int, element_size: int, aligned: bool, arch: int)
 
 @CHOICES.tile(N=FEATURES, K=FEATURES)
 def grad_tile(N: int, K: int, element_size: int, arch: int, aligned: bool) -> Tile:
-    """Of G [N, K] = dyᵀ·x: `block_m` rows and `block_n` columns of G, `block_k` tokens a step."""
+    """Tile of G [N, K] = dyᵀ·x: `block_m` rows and `block_n` columns of G, `block_k` tokens a step."""
     if element_size == 4 or not aligned:
         return _scalar_tile(element_size, arch)
     block_k, num_stages = _steps(arch)
@@ -92,7 +92,7 @@ def _steps(arch: int) -> tuple[int, int]:
 
 
 def keys(architecture: int) -> Iterator[tuple[str, tuple]]:
-    """What is measured: a choice and a key, of the upper ends of all buckets, large shapes first."""
+    """Yield what is measured: a choice and a key, at the upper ends of all buckets, large shapes first."""
     for M, N in itertools.product(TOKENS.all(), FEATURES.all()):
         yield "gemm_tile", (M, N, 2, True)
     for N, K in itertools.product(FEATURES.all(), repeat=2):

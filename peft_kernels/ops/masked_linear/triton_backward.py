@@ -108,7 +108,7 @@ def backward(
     scores_dtype: torch.dtype,
     backend: str,
 ) -> list[torch.Tensor]:
-    """As `reference.backward`."""
+    """Compute what `reference.backward` does."""
     needs_x, needs_weight, needs_scores, needs_bias = needs
     dy, grads = flatten(grad_y), []
     if 0 in dy.stride():  # of `y.sum().backward()`: kernels would load each element by itself

@@ -106,7 +106,7 @@ def forward(
     threshold: float,
     backend: str,
 ) -> torch.Tensor:
-    """As `reference.forward`."""
+    """Compute what `reference.forward` does."""
     bias = None if bias is None else bias.contiguous()
     y = masked_gemm(flatten(x), weight.t(), scores.t(), bias, threshold, tau)
     return unflatten(y, x)

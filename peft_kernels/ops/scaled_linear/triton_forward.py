@@ -72,7 +72,7 @@ def scaled_with_sums(
 
 
 def scaled(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """As `reference.scaled`."""
+    """Compute what `reference.scaled` does."""
     return scaled_with_sums(values, scale, None, False)[0]
 
 

@@ -50,14 +50,14 @@ def with_gradient(y: torch.Tensor, x: torch.Tensor, values: torch.Tensor, layout
 
 
 def forward_flops(x, weight, *_, **__) -> int:
-    """Of x·(W + Δ)ᵀ, one dense product."""
+    """Count x·(W + Δ)ᵀ, one dense product."""
     return 2 * math.prod(x) * weight[0]
 
 
 def backward_flops(
     dy, x, weight, values, layout, kind, tile, shape, needs, values_dtype, backend, out_shape=None, **_
 ) -> int:
-    """Of dy·(W + Δ) and dyᵀ·x, dense products, and of the values' gradient, a dot product over the tokens for each."""
+    """Count dy·(W + Δ) and dyᵀ·x, dense products, and for each value's gradient a dot product over the tokens."""
     needs_x, needs_weight, needs_values, _ = needs
     nnz = out_shape[needs_x + needs_weight][0] if needs_values else 0
     return 2 * dy[0] * (shape[0] * shape[1] * (needs_x + needs_weight) + nnz)

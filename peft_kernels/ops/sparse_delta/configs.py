@@ -134,7 +134,7 @@ def sampled_candidates(element_size: int, arch: int) -> list[SampledTile]:
 
 
 def keys(architecture: int) -> Iterator[tuple[str, tuple]]:
-    """What is measured: a choice and a key, of the upper ends of all buckets, large shapes first."""
+    """Yield what is measured: a choice and a key, at the upper ends of all buckets, large shapes first."""
     for element_size in (2, 4):
         yield "sampled_tile", (element_size,)
     for N, K in itertools.product(THIN.all(), repeat=2):

@@ -22,7 +22,7 @@ _native = torch.ops.peft_kernels_native
 
 
 def grad_values(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: torch.dtype) -> torch.Tensor:
-    """As `reference.grad_values`, in float32 until it is rounded to `dtype`."""
+    """Compute what `reference.grad_values` does, in float32 until it is rounded to `dtype`."""
     if layout.density > SAMPLED_UP_TO[dy.element_size()]:
         return reference.grad_values(dy, x, layout, dtype)
     return _native.sparse_sampled(_with_rows(dy), _with_rows(x), *_entries(layout)).to(dtype)
@@ -31,7 +31,7 @@ def grad_values(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: 
 def patched_bands(
     weight: torch.Tensor, values: torch.Tensor, layout: SparseLayout, dim: int
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """As `reference.patched_bands`."""
+    """Compute what `reference.patched_bands` does."""
     if weight.stride(1) != 1:
         yield from reference.patched_bands(weight, values, layout, dim)
         return

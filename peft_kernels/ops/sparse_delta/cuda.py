@@ -18,7 +18,7 @@ from .layout import SparseLayout
 
 
 def grad_values(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: torch.dtype) -> torch.Tensor:
-    """As `reference.grad_values`, in float32 until it is rounded to `dtype`."""
+    """Compute what `reference.grad_values` does, in float32 until it is rounded to `dtype`."""
     n, m = layout.tile or (1, 1)  # of entries neither is read
     *row_starts, columns = layout.tensors.values()
     partials = native().sparse_gathered(
@@ -33,7 +33,7 @@ def grad_values(dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: 
 def patched_bands(
     weight: torch.Tensor, values: torch.Tensor, layout: SparseLayout, dim: int
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """As `reference.patched_bands`: one band."""
+    """Compute what `reference.patched_bands` does, in one band."""
     changed = reference.add_delta(layout.take(weight), values)
     yield slice(0, layout.shape[dim]), layout.put_(weight.clone(), changed)
 

@@ -135,7 +135,7 @@ class SparseLayout:
 
     @classmethod
     def _of_entries(cls, shape: tuple[int, int], counts: torch.Tensor, columns: torch.Tensor) -> SparseLayout:
-        """Of `counts` entries in each row, int64 [N], whose columns, int64 [nnz], ascend in it."""
+        """A layout of `counts` entries in each row, int64 [N], whose columns, int64 [nnz], ascend in it."""
         row_starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         tensors = {
             "row_starts": row_starts.to(torch.int32 if len(columns) < 1 << 31 else torch.int64),
@@ -145,7 +145,7 @@ class SparseLayout:
 
     @classmethod
     def _of_sorted(cls, shape: tuple[int, int], flat: torch.Tensor) -> SparseLayout:
-        """Of flat positions, int64 [nnz], that ascend and are in range: nothing is checked, and no host waits."""
+        """A layout of flat positions, int64 [nnz], that ascend and are in range: nothing is checked or awaited."""
         N, K = shape
         starts = torch.searchsorted(flat, K * torch.arange(N + 1, device=flat.device))
         return cls._of_entries((N, K), starts.diff(), flat % max(1, K))
@@ -195,7 +195,7 @@ class SparseLayout:
         return self.put_(torch.zeros(self.shape, dtype=torch.bool, device=self.device), True)
 
     def take(self, weight: torch.Tensor) -> torch.Tensor:
-        """What `weight` [N, K] holds at the positions: [nnz], a copy."""
+        """A copy of what `weight` [N, K] holds at the positions, [nnz]."""
         view, place = self._place(weight)
         return view[place].flatten()
 
@@ -229,7 +229,7 @@ class SparseLayout:
         return weight, (flat // K, flat % K)
 
     def split(self, dim: int, step: int) -> Iterator[tuple[slice, slice | torch.Tensor | tuple, torch.Tensor]]:
-        """What lies in each band of `step` rows (dim 0) or columns (dim 1), which cut no block and no group of n_of_m
+        """The entries in each band of `step` rows (dim 0) or columns (dim 1), which cut no block and no group of n_of_m
         apart. Not for rows and columns, which take no bands.
 
         Yields:

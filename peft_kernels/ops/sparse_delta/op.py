@@ -184,7 +184,7 @@ class SparseGradientFunction(OpFunction):
 
 
 def _rows_of_values(x: torch.Tensor, layout: SparseLayout) -> torch.Tensor:
-    """What the gradient of the values reads of x."""
+    """The part of x that the gradient of the values reads."""
     return reference.gather_columns(flatten(x), layout) if layout.kind == "columns" else x
 
 

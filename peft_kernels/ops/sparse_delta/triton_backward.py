@@ -165,7 +165,7 @@ backward = functools.partial(reference.backward, grad_x=grad_x, grad_values=grad
 def gathered_grad(
     dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: torch.dtype, tile: configs.GradTile | None = None
 ) -> torch.Tensor:
-    """As `grad_values`, of entries and n of m, by tiles of dW. `tile`: another than `configs` takes."""
+    """The gradient of entries and of n of m, by tiles of dW. `tile`: another than `configs` takes."""
     (N, K), M, entries = layout.shape, dy.shape[0], layout.kind == "entries"
     out = dy.new_empty(layout.nnz, dtype=dtype)
     n, m = layout.tile or (1, 1)  # of entries neither is read
@@ -189,7 +189,7 @@ def gathered_grad(
 def thin_grad(
     dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: torch.dtype, tile: configs.ThinTile | None = None
 ) -> torch.Tensor:
-    """As `grad_values`, of rows, of columns (x gathered), of blocks. `tile`: another than `configs` takes."""
+    """The gradient of rows, of columns (x gathered), of blocks. `tile`: another than `configs` takes."""
     index, M = layout.tensors["index"], dy.shape[0]
     blocks = layout.kind == "blocks"
     if layout.kind == "rows":  # gathered once: each tile of x would gather them again, two bytes at a time
@@ -224,7 +224,7 @@ def _in_sixteens(gathered: torch.Tensor) -> torch.Tensor:
 def sampled_grad(
     dy: torch.Tensor, x: torch.Tensor, layout: SparseLayout, dtype: torch.dtype, tile: configs.SampledTile | None = None
 ) -> torch.Tensor:
-    """As `grad_values`, of entries, one dot product each. `tile`: another than `configs` takes."""
+    """The gradient of entries, one dot product each. `tile`: another than `configs` takes."""
     out = dy.new_empty(layout.nnz, dtype=dtype)
     tile, N = tile or configs.sampled_tile(dy.element_size(), table=configs.tuned(dy.device)), layout.shape[0]
     starts, columns = layout.tensors["row_starts"], layout.tensors["columns"]

@@ -19,7 +19,7 @@ from .triton_write import write
 def patched_bands(
     weight: torch.Tensor, values: torch.Tensor, layout: SparseLayout, dim: int
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """As `reference.patched_bands`, without a look at the layout by the host."""
+    """Compute what `reference.patched_bands` does; the CPU does not wait to look at the layout."""
     step = reference.band_step(layout, dim, weight.element_size(), configs.BAND_BYTES)
     for band in slices(layout.shape[dim], step):
         patched, _ = reference.copy_of_band(weight, dim, band)

@@ -19,7 +19,7 @@ _FIELDS = 17
 
 
 class Stepped(NamedTuple):
-    """What a step reads and writes of one delta; all contiguous but the weight.
+    """The tensors that a step reads and writes of one delta; all contiguous but the weight.
 
     Attributes:
         values, grad, exp_avg, exp_avg_sq: [nnz], float32. step: [], float32, the number of this step, from 1.

@@ -100,7 +100,7 @@ def write(
 
 
 def described(layout: SparseLayout) -> tuple:
-    """What `position` wants: first_ptr, second_ptr; and nnz, K, count, tile_rows, tile_columns, steps."""
+    """The arguments of `position`: first_ptr, second_ptr; and nnz, K, count, tile_rows, tile_columns, steps."""
     (N, K), held = layout.shape, list(layout.tensors.values())
     count = N if layout.kind == "entries" else len(held[0])
     return held[0], held[-1], layout.nnz, K, count, *(layout.tile or (1, 1)), N.bit_length()

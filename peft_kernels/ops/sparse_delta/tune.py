@@ -1,4 +1,4 @@
-"""What `python -m peft_kernels tune` runs for each choice in `configs.py`."""
+"""The problems that `python -m peft_kernels tune` runs for each choice in `configs.py`."""
 
 from __future__ import annotations
 

@@ -301,7 +301,7 @@ def _pass_over_x(dhs: list[torch.Tensor | None], masks: torch.Tensor | None, som
     which meet in the L2 cache. Ranks far apart cost the smaller ones streams of zeros, with a mask each."""
     one_mask = masks is None or len(masks) == 1  # or none
     if not one_mask and len(some) < len(dhs):
-        masks = torch.stack([masks[j] for j in some])  # an index from the host could not be captured in a graph
+        masks = torch.stack([masks[j] for j in some])  # an index from the CPU could not be captured in a graph
     dhs = [dhs[j] for j in some]
     ranks = [dh.shape[1] for dh in dhs]
     stacks = [_joined(dhs, dim=1)] if one_mask else dhs

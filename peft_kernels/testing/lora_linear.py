@@ -133,22 +133,26 @@ def eager(case: LoRACase, autocast: torch.dtype | None = None) -> dict[str, torc
     return run(case, peft_expression, autocast)
 
 
-def sums(case: LoRACase) -> dict[str, Sums]:
+def sums(case: LoRACase, backend: str) -> dict[str, Sums]:
     """The sums behind an element of each float32 result of a GPU's kernels, where they are float32's own: of a float32
-    base, and of "high" adapters, whose gradients are; elsewhere 16-bit roundings are all that counts."""
-    if not case.x.is_cuda or not (case.x.dtype == torch.float32 or case.adapter_precision == "high"):
+    base, and of "high" adapters, whose gradients are; elsewhere 16-bit roundings are all that counts. Of the latter in
+    Triton's interpreter too: numpy's products add up one after the other where a matrix has few rows, and torch's, by a
+    CPU's vectors, in several sums."""
+    high = case.x.dtype != torch.float32 and case.adapter_precision == "high"
+    interpreted = not case.x.is_cuda and backend.startswith("triton")
+    if (not high and (interpreted or case.x.dtype != torch.float32)) or not (case.x.is_cuda or interpreted):
         return {}
     M, K = case.x.numel() // case.x.shape[-1], case.x.shape[-1]
     Ns = [p.weight.shape[0] for p in case.projections]
     Rs = [p.lora_A.shape[0] for p in case.projections]
-    high, terms = case.x.dtype != torch.float32, {}
+    terms = {}
     for j, (N, R) in enumerate(zip(Ns, Rs)):
         terms |= {f"grad of lora_A{j}": N + M, f"grad of lora_B{j}": K + M}  # of dH and of S, then over the tokens
         if not high:
             terms |= {f"y{j}": K + R, f"grad of weight{j}": M, f"grad of bias{j}": M}
     if not high:
         terms["grad of x"] = sum(Ns) + sum(Rs)
-    return {name: Sums(count, tensor_cores=high) for name, count in terms.items()}
+    return {name: Sums(count, tensor_cores=high and case.x.is_cuda) for name, count in terms.items()}
 
 
 def float64_reference(case: LoRACase) -> dict[str, torch.Tensor]:

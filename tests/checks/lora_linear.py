@@ -62,7 +62,7 @@ def check_within_eager(backend: str, autocast: torch.dtype | None = None, **case
         for name, value in exact.items():
             assert torch.equal(first[name], second[name]), f"{backend} {name} differs between two runs"
             collected.setdefault(name, []).append((first[name], plain[name], value))
-    behind = sums(case)
+    behind = sums(case, backend)
     for name, results in collected.items():
         assert_within_eager(
             f"{backend} {name}", *map(torch.stack, zip(*results)), samples=draws * roundings, sums=behind.get(name)

@@ -75,9 +75,11 @@ class TestSums:
 
 
 def test_where_they_hold(monkeypatch):
-    """On a GPU alone, and of float32 products alone."""
+    """On a GPU, of float32 products; in the interpreter, of float32 adapters beside 16 bits; nowhere else."""
     sizes = {"batch": (7,), "in_features": 24, "out_features": (16, 8), "rank": 4}
     assert sums(make_case(**sizes), "triton") == {}
+    beside = make_case(**sizes, dtype=torch.float16, adapter_dtype=torch.float32, adapter_precision="high")
+    assert sums(beside, "reference") == {} and sums(beside, "triton")["grad of lora_A0"] == Sums(23)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
     assert sums(make_case(**sizes), "triton") == {
         "y0": Sums(28), "y1": Sums(28), "grad of x": Sums(32), "grad of lora_A0": Sums(23), "grad of lora_A1": Sums(15),

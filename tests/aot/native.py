@@ -16,7 +16,7 @@ from triton import knobs
 from peft_kernels import _native
 from peft_kernels.testing.aot import blocks_per_processor
 
-TILES = Path(__file__).parents[2] / "csrc" / "common" / "tiles.h"
+TILES = Path(__file__).parents[2] / "csrc" / "gemm" / "tiles.h"
 
 
 class NativeKernel(NamedTuple):
